@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import ifkv
+import ifkv.testing  # noqa: F401  (has to import without the packages that tests use)
 from ifkv.families import families
 
 
