@@ -1,4 +1,7 @@
-"""Use the installed ifkv: `python -I smoke.py FAMILY...`, from a folder that is no checkout."""
+"""Use the installed ifkv: `python -I smoke.py FAMILY...`, from a folder that is no checkout.
+
+`ifkv.testing` is imported too, since users have it without the packages that our tests need.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import ifkv
-import ifkv.testing  # noqa: F401  (has to import without the packages that tests use)
+import ifkv.testing
 from ifkv.families import families
 
 
