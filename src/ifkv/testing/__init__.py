@@ -1,0 +1,69 @@
+"""Tiny models, a dense oracle and precision assertions, for those who test or extend the library.
+
+To check a new family, build a small random model of it and compare the library's results with the
+oracle's:
+
+    >>> from ifkv.testing import assert_close, dense_prefill, dense_recompute, dense_stitched
+    >>> from ifkv.testing import tiny_model
+    >>> model = tiny_model("qwen3")
+    >>> context = dense_stitched(model, prefix=[1, 2], documents=[[3, 4, 5], [6, 7]])
+    >>> repaired = dense_recompute(model, context, slots=range(7))
+    >>> full = dense_prefill(model, context.token_ids)
+    >>> assert_close(repaired.values, full.values, what="values after recomputing everything")
+
+Hypothesis strategies are in `ifkv.testing.strategies`, which is not imported here because the
+library does not depend on hypothesis.
+"""
+
+from ifkv.testing.dense import DenseTrace, dense_rows
+from ifkv.testing.models import (
+    FAMILIES,
+    ROPE_TYPES,
+    SLIDING_FAMILIES,
+    WideRMSNorm,
+    rope_types,
+    shared_tiny_model,
+    tiny_model,
+    truth_model,
+    widen_norms,
+)
+from ifkv.testing.oracle import (
+    DenseContext,
+    dense_forward,
+    dense_prefill,
+    dense_recompute,
+    dense_scores,
+    dense_stitched,
+)
+from ifkv.testing.precision import (
+    TOLERANCES,
+    assert_bit_equal,
+    assert_close,
+    assert_within_floor,
+)
+from ifkv.testing.tokenizer import tiny_tokenizer
+
+__all__ = [
+    "FAMILIES",
+    "ROPE_TYPES",
+    "SLIDING_FAMILIES",
+    "TOLERANCES",
+    "DenseContext",
+    "DenseTrace",
+    "WideRMSNorm",
+    "assert_bit_equal",
+    "assert_close",
+    "assert_within_floor",
+    "dense_forward",
+    "dense_prefill",
+    "dense_recompute",
+    "dense_rows",
+    "dense_scores",
+    "dense_stitched",
+    "rope_types",
+    "shared_tiny_model",
+    "tiny_model",
+    "tiny_tokenizer",
+    "truth_model",
+    "widen_norms",
+]

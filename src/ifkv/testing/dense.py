@@ -1,0 +1,171 @@
+"""A dense transformer written from the formulas: one forward pass, made to be read.
+
+It reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model and nothing else:
+no upstream forward runs, no cache object, no attention kernel, no code of this library.
+`dense_rows` sends some rows through all layers under an explicit boolean mask over all slots;
+`oracle` says which rows, which positions and which mask make up the method.
+
+A *slot* is an index in the cache, a *position* is the number RoPE rotates by. Keys are kept before
+RoPE (and after qk-norm). Shapes: L layers, H heads, H_kv kv heads, D head_dim, N slots, R rows,
+V vocabulary.
+
+Arithmetic is the model's own dtype with upstream's casts: RMS norms and the cosines and sines are
+computed in float32 (norms in float64 where the module says so, see `models.widen_norms`), softmax
+in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseTrace:
+    """What the rows of one dense pass computed.
+
+    Attributes:
+        keys_before_rope: Keys of all slots after the pass, `[L, H_kv, N, D]`.
+        keys: The same after RoPE at the slots' positions.
+        values: Values of all slots after the pass, `[L, H_kv, N, D]`.
+        logits: Next-token logits of the rows, `[R, V]`.
+        attention: Attention weights of the rows, one `[H, R, N]` a layer.
+    """
+
+    keys_before_rope: Tensor
+    keys: Tensor
+    values: Tensor
+    logits: Tensor
+    attention: tuple[Tensor, ...]
+
+
+# --- the parts of a layer -----------------------------------------------------------------------
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """Return x Wᵀ + b."""
+    y: Tensor = x @ module.weight.T
+    return y if module.bias is None else y + module.bias
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x²) + eps) · w, with upstream's detour through float32."""
+    wide = x.to(getattr(module, "compute_dtype", torch.float32))
+    scale = torch.rsqrt((wide**2).mean(-1, keepdim=True) + module.variance_epsilon)
+    weight: Tensor = module.weight
+    return weight * (wide * scale).to(x.dtype)
+
+
+def _rotate(model: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """Rotate pair (i, i + d/2) of the first d = 2·len(inv_freq) channels by position · inv_freq[i].
+
+    Shapes: x `[heads, R, D]`, positions `[R]`.
+    """
+    rotary = model.model.rotary_emb
+    angle = positions.float()[:, None] * rotary.inv_freq.float()[None, :]  # [R, d/2], in float32
+    cos = (angle.cos() * rotary.attention_scaling).to(x.dtype)
+    sin = (angle.sin() * rotary.attention_scaling).to(x.dtype)
+    half = angle.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Project `[R, hidden]` to q `[H, R, D]`, k and v `[H_kv, R, D]`, with qk-norm, before RoPE."""
+    if hasattr(attention, "qkv_proj"):  # Phi-3: one matrix, queries first, then keys, then values
+        config, width = attention.config, attention.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        sizes = [heads * width, kv_heads * width, kv_heads * width]
+        parts = list(_linear(attention.qkv_proj, x).split(sizes, dim=-1))
+    else:
+        parts = [_linear(p, x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    q, k, v = (part.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for part in parts)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        q, k = _rms_norm(attention.q_norm, q), _rms_norm(attention.k_norm, k)
+    return q, k, v
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    """Return down(silu(gate(x)) · up(x))."""
+    if hasattr(module, "gate_up_proj"):  # Phi-3: one matrix, gate first
+        gate, up = _linear(module.gate_up_proj, x).chunk(2, dim=-1)
+    else:
+        gate, up = _linear(module.gate_proj, x), _linear(module.up_proj, x)
+    return _linear(module.down_proj, torch.nn.functional.silu(gate) * up)
+
+
+def _window(attention: Any) -> int | None:
+    """Return the sliding window of this layer: how many positions a token sees, itself included."""
+    config = attention.config
+    if hasattr(attention, "sliding_window"):  # Qwen: layer by layer
+        window = attention.sliding_window
+    else:  # Mistral, Phi-3: all layers or none. Llama has no such field
+        window = getattr(config, "sliding_window", None)
+    return None if window is None else int(window)
+
+
+# --- the forward pass -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def dense_rows(
+    model: Any,
+    token_ids: Sequence[int] | Tensor,
+    slots: Sequence[int] | Tensor,
+    positions: Sequence[int] | Tensor,
+    mask: Tensor,
+    keys_before_rope: Tensor | None = None,
+    values: Tensor | None = None,
+) -> DenseTrace:
+    """Send rows through all layers; in each, write their K and V to their slots, then attend.
+
+    Args:
+        model: A Hugging Face `*ForCausalLM`.
+        token_ids: The rows' tokens, `[R]`.
+        slots: Where the rows' keys and values go, `[R]`.
+        positions: RoPE position of every slot, `[N]`; a row's own position is that of its slot.
+        mask: Boolean `[R, N]`, true where a row may look. A layer's sliding window, measured in
+            positions, is applied on top.
+        keys_before_rope: What the slots hold beforehand, `[L, H_kv, N, D]`; None for nothing.
+        values: As `keys_before_rope`.
+    """
+    layers = model.model.layers
+    ids, slots, positions = (torch.as_tensor(x) for x in (token_ids, slots, positions))
+    row_positions = positions[slots]
+    hidden = model.model.embed_tokens.weight[ids]
+    memory_k, memory_v, rotated, attention_weights = [], [], [], []
+    for index, layer in enumerate(layers):
+        attention = layer.self_attn
+        q, k_new, v_new = _queries_keys_values(attention, _rms_norm(layer.input_layernorm, hidden))
+        shape = (k_new.shape[0], len(positions), k_new.shape[2])
+        k = k_new.new_zeros(shape) if keys_before_rope is None else keys_before_rope[index].clone()
+        v = v_new.new_zeros(shape) if values is None else values[index].clone()
+        k[:, slots], v[:, slots] = k_new, v_new
+
+        visible = mask
+        if (window := _window(attention)) is not None:
+            visible = mask & (positions[None, :] > row_positions[:, None] - window)
+        group = q.shape[0] // k.shape[0]  # query heads that share one kv head
+        q, k_rotated = _rotate(model, q, row_positions), _rotate(model, k, positions)
+        scores = q @ k_rotated.repeat_interleave(group, 0).transpose(1, 2) * attention.scaling
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)  # [H, R, N]
+        mixed = weights @ v.repeat_interleave(group, 0)  # [H, R, D]
+        hidden = hidden + _linear(attention.o_proj, mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + _mlp(layer.mlp, _rms_norm(layer.post_attention_layernorm, hidden))
+
+        memory_k.append(k)
+        memory_v.append(v)
+        rotated.append(k_rotated)
+        attention_weights.append(weights)
+    return DenseTrace(
+        keys_before_rope=torch.stack(memory_k),
+        keys=torch.stack(rotated),
+        values=torch.stack(memory_v),
+        logits=_linear(model.lm_head, _rms_norm(model.model.norm, hidden)),
+        attention=tuple(attention_weights),
+    )

@@ -1,0 +1,157 @@
+"""Hypothesis strategies for the library's inputs. Import this module only where hypothesis is.
+
+Sizes are small on purpose: hypothesis finds a mistake at three tokens as well as at three thousand,
+and shrinks to an example that can be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+
+from ifkv.testing.models import FAMILIES, SLIDING_FAMILIES, rope_types
+
+VOCAB_SIZE = 97
+"""Vocabulary of `models.tiny_model` by default."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids of one request.
+
+    Attributes:
+        prefix: Prefix tokens, possibly none.
+        documents: At least one document, none of them empty.
+        query: Scoring tokens, at least one.
+        prompt: Answered tokens, at least one.
+    """
+
+    prefix: list[int]
+    documents: list[list[int]]
+    query: list[int]
+    prompt: list[int]
+
+    @property
+    def context(self) -> list[int]:
+        """Prefix and documents as one sequence."""
+        return [*self.prefix, *(token for document in self.documents for token in document)]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Arguments of `models.tiny_model` that change the arithmetic of a layer."""
+
+    family: str
+    rope: str
+    head_dim: int | None
+    num_kv_heads: int
+    sliding_window: int | None
+    seed: int
+
+
+def token_ids(
+    min_size: int = 1, max_size: int = 12, vocab_size: int = VOCAB_SIZE
+) -> st.SearchStrategy[list[int]]:
+    """Sequences of token ids."""
+    return st.lists(st.integers(0, vocab_size - 1), min_size=min_size, max_size=max_size)
+
+
+def prefixes(max_size: int = 4, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
+    """Prefixes, the empty one included."""
+    return token_ids(0, max_size, vocab_size)
+
+
+def documents(
+    max_documents: int = 5,
+    max_length: int = 12,
+    vocab_size: int = VOCAB_SIZE,
+    min_documents: int = 1,
+) -> st.SearchStrategy[list[list[int]]]:
+    """Ragged lists of documents, none of them empty."""
+    one = token_ids(1, max_length, vocab_size)
+    return st.lists(one, min_size=min_documents, max_size=max_documents)
+
+
+def queries(max_size: int = 6, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
+    """Scoring tokens."""
+    return token_ids(1, max_size, vocab_size)
+
+
+def prompts(max_size: int = 6, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
+    """Answered tokens."""
+    return token_ids(1, max_size, vocab_size)
+
+
+@st.composite
+def requests(
+    draw: st.DrawFn,
+    min_documents: int = 1,
+    max_documents: int = 5,
+    max_length: int = 12,
+    vocab_size: int = VOCAB_SIZE,
+) -> Request:
+    """Whole requests."""
+    return Request(
+        prefix=draw(prefixes(vocab_size=vocab_size)),
+        documents=draw(documents(max_documents, max_length, vocab_size, min_documents)),
+        query=draw(queries(vocab_size=vocab_size)),
+        prompt=draw(prompts(vocab_size=vocab_size)),
+    )
+
+
+def slot_subsets(total: int, *, min_size: int = 0, first: int = 0) -> st.SearchStrategy[list[int]]:
+    """Ascending sets of distinct slots out of `first, ..., total - 1`.
+
+    Args:
+        total: Number of slots of the context.
+        min_size: Smallest set; at most `total - first`.
+        first: Lowest slot to draw, for instance the end of the first document.
+    """
+    if first >= total:
+        return st.just([])
+    slots = st.integers(first, total - 1)
+    return st.lists(slots, min_size=min_size, max_size=total - first, unique=True).map(sorted)
+
+
+def orders(count: int) -> st.SearchStrategy[list[int]]:
+    """Permutations of `count` documents."""
+    return st.permutations(range(count)).map(list)
+
+
+def ratios() -> st.SearchStrategy[float]:
+    """Recompute ratios, both ends included."""
+    return st.floats(0.0, 1.0, allow_nan=False)
+
+
+def families() -> st.SearchStrategy[str]:
+    """Model families that `models.tiny_model` builds."""
+    return st.sampled_from(FAMILIES)
+
+
+def seeds(count: int = 4) -> st.SearchStrategy[int]:
+    """Seeds for weights; few of them, so that `models.shared_tiny_model` is found built."""
+    return st.integers(0, count - 1)
+
+
+@st.composite
+def model_options(draw: st.DrawFn, *, sliding: bool = True) -> ModelOptions:
+    """Combinations of family, RoPE type with fixed frequencies, head geometry and sliding window.
+
+    Pass them on as `shared_tiny_model(**dataclasses.asdict(options))`.
+
+    Args:
+        draw: Given by hypothesis.
+        sliding: Whether to draw sliding windows too.
+    """
+    family = draw(families())
+    fixed = [rope for rope in rope_types(family) if rope not in ("dynamic", "longrope")]
+    windows = [None, 5] if sliding and family in SLIDING_FAMILIES else [None]
+    return ModelOptions(
+        family=family,
+        rope=draw(st.sampled_from(fixed)),
+        head_dim=draw(st.sampled_from([None, 24])),
+        num_kv_heads=draw(st.sampled_from([1, 2, 4])),
+        sliding_window=draw(st.sampled_from(windows)),
+        seed=draw(seeds(2)),
+    )

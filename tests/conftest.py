@@ -1,0 +1,47 @@
+"""Options and fixtures shared by all tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import PreTrainedModel
+
+from ifkv.testing import shared_tiny_model
+
+# Tiny tensors: threads cost more than they give, and results must not depend on their number.
+torch.set_num_threads(1)
+
+# No deadline: the first example of a test builds its model. Without a deadline slow examples are
+# fine too, and a large request is not a sign of a bad strategy.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("quick", max_examples=15, derandomize=True, **_COMMON)
+settings.register_profile("long", max_examples=1000, **_COMMON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--profile",
+        choices=("quick", "long"),
+        default="quick",
+        help="how many examples each property is tried on: quick 15 (the same in every run), "
+        "long 1000 (new ones in every run)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile(config.getoption("--profile"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """Tiny models by family and options, each built once per session.
+
+    The models are shared: a test that patches one must unpatch it (`with ifkv.patch(model):`), and
+    one that changes weights or config builds its own with `tiny_model`.
+    """
+    return shared_tiny_model
