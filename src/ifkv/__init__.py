@@ -1,0 +1,72 @@
+"""ifkv: answer over documents that were prefilled once.
+
+Documents' keys and values are computed offline, each alone behind a prefix. A request stitches
+them together, finds the few tokens through which information flows to its answer, recomputes just
+those, and answers through ordinary ``model.generate()``.
+
+The method is InfoFlow KV (arXiv 2603.05353). Importing this package loads nothing heavy and
+registers nothing; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ifkv.documents import DocumentCache, prefill_documents
+    from ifkv.errors import IfkvError
+    from ifkv.generation import generate
+    from ifkv.patching import PatchHandle, patch, unpatch
+    from ifkv.recomputation import recompute
+    from ifkv.reordering import reorder
+    from ifkv.scoring import score
+    from ifkv.selection import select
+    from ifkv.stitched_cache import StitchedCache
+    from ifkv.stitching import stitch
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DocumentCache": "documents",
+    "IfkvError": "errors",
+    "PatchHandle": "patching",
+    "StitchedCache": "stitched_cache",
+    "generate": "generation",
+    "patch": "patching",
+    "prefill_documents": "documents",
+    "recompute": "recomputation",
+    "reorder": "reordering",
+    "score": "scoring",
+    "select": "selection",
+    "stitch": "stitching",
+    "unpatch": "patching",
+}
+
+__all__ = [
+    "DocumentCache",
+    "IfkvError",
+    "PatchHandle",
+    "StitchedCache",
+    "generate",
+    "patch",
+    "prefill_documents",
+    "recompute",
+    "reorder",
+    "score",
+    "select",
+    "stitch",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ifkv' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ifkv.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

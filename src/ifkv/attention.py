@@ -1,0 +1,111 @@
+"""The functions registered with transformers, and the protocol of ifkv's own passes.
+
+An *attention pass* is one run of rows through the decoder layers on ifkv's terms: it decides where
+each layer's new keys and values go, and what every row attends to. It is handed to the layers as
+their ``past_key_values`` (transformers asks it where keys and values go) and as the keyword
+``ifkv_pass`` (which travels to the attention function). All its state is its own, so passes on
+different models or threads cannot meet.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+
+Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+class AttentionPass(Protocol):
+    """One run of rows through the layers of a patched model."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values; return what :meth:`attend` shall be given.
+
+        Args:
+            keys: ``[1, kv_heads, rows, head_dim]``, rotated by whatever the run was given.
+            values: ``[1, kv_heads, rows, head_dim]``.
+            layer_idx: The layer.
+        """
+        ...
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of all rows in one layer.
+
+        Args:
+            layer_idx: The layer.
+            query: ``[1, heads, rows, head_dim]``.
+            keys: What :meth:`update` returned.
+            values: What :meth:`update` returned.
+            scaling: Factor on the logits.
+            window: A row sees keys fewer than this many positions behind it; None sees all.
+
+        Returns:
+            ``[1, rows, heads, head_dim]``.
+        """
+        ...
+
+
+def register(name: str, config: PreTrainedConfig) -> None:
+    """Register the attention and mask functions of one patched model.
+
+    Args:
+        name: The name to register them under.
+        config: The config that lies under the overlay: it names the attention to delegate to,
+            read at every call so that ``set_attn_implementation`` keeps working while patched.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
+        if current is not None:
+            window = kwargs.get("sliding_window")
+            layer_idx: Any = module.layer_idx
+            scaling = kwargs["scaling"]
+            out = current.attend(layer_idx, query, key, value, scaling=scaling, window=window)
+            return out, None
+        # "eager" lives in each modeling file, not in the registry.
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        return usual(module, query, key, value, attention_mask, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        # An attention registered without a mask function gets None from transformers, too.
+        usual = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        return None if usual is None else usual(*args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    # Without this second registration every padding mask would silently be dropped.
+    AttentionMaskInterface.register(name, mask)
+
+
+def unregister(name: str) -> None:
+    """Remove what :func:`register` registered."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(name, None)  # there is no public way
+    AttentionMaskInterface._global_mapping.pop(name, None)

@@ -1,0 +1,198 @@
+"""The attention contract that every backend fulfils.
+
+Four operations carry the whole method: documents behind a shared prefix (ragged, block-diagonal),
+rows scattered over a stitched cache (position-causal; decoding is the one-row case), query tokens
+that see a whole context, and attention norms. Where something can be planned, it is planned once
+per forward on index arrays and run once per layer. Log-sum-exps are natural logarithms.
+
+Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups; both are read from the
+tensors, never from a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["l2", "sum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Rows of one forward over a stitched cache, planned once and used in every layer.
+
+    Attributes:
+        slots: Cache slot of each row, long ``[rows]``, ascending, on the compute device. In the
+            GLOBAL geometry a slot is its position: row i sees slots 0 to ``slots[i]``.
+        kv_length: Slots in use once the rows' own keys have been written.
+        detail: What the backend has prepared.
+    """
+
+    slots: Tensor
+    kv_length: int
+    detail: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentPlan:
+    """Documents of one ragged forward.
+
+    Attributes:
+        lengths: Rows of each document; they follow one another in the batch.
+        prefix_length: Tokens of the prefix that every document sees.
+        detail: What the backend has prepared.
+    """
+
+    lengths: tuple[int, ...]
+    prefix_length: int
+    detail: Any
+
+
+class Backend(ABC):
+    """One implementation of the contract.
+
+    Attributes:
+        name: What ``ifkv.patch(model, backend=...)`` calls it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def plan_documents(
+        self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
+    ) -> DocumentPlan:
+        """Plan a ragged batch of documents."""
+
+    @abstractmethod
+    def attend_documents(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        plan: DocumentPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of documents that see the prefix and, causally, themselves.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``, rotated to local positions.
+            keys: ``[1, kv_heads, rows, head_dim]``, rotated to local positions.
+            values: ``[1, kv_heads, rows, head_dim]``.
+            prefix_keys: ``[1, kv_heads, prefix_length, head_dim]``, rotated.
+            prefix_values: ``[1, kv_heads, prefix_length, head_dim]``.
+            plan: From :meth:`plan_documents`.
+            scaling: Factor on the logits.
+            window: A row sees keys fewer than this many positions behind it; None sees all.
+
+        Returns:
+            ``[1, rows, heads, head_dim]``.
+        """
+
+    @abstractmethod
+    def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
+        """Plan position-causal rows.
+
+        Args:
+            slots: Long ``[rows]`` on the CPU, ascending and unique.
+            kv_length: Slots in use once the rows' keys are written; above the last slot.
+            device: Where attention will run.
+        """
+
+    @abstractmethod
+    def attend_rows(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Position-causal attention of scattered rows: each sees the slots up to its own.
+
+        Slots behind the last row are never read.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``.
+            keys: ``[1, kv_heads, >= kv_length, head_dim]``, the rows' own keys written.
+            values: Of the same shape.
+            plan: From :meth:`plan_rows`.
+            scaling: Factor on the logits.
+            window: As in :meth:`attend_documents`.
+
+        Returns:
+            ``[1, rows, heads, head_dim]``.
+        """
+
+    @abstractmethod
+    def attend_query(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        query_positions: Tensor,
+        context_positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of query tokens that see a whole context and, causally, themselves.
+
+        Args:
+            query: ``[1, heads, Q, head_dim]``.
+            keys: The query tokens' own, ``[1, kv_heads, Q, head_dim]``.
+            values: Of the same shape.
+            context_keys: ``[1, kv_heads, T, head_dim]``.
+            context_values: Of the same shape.
+            scaling: Factor on the logits.
+            window: As in :meth:`attend_documents`; distances are between positions.
+            query_positions: Long ``[Q]``; read only if there is a window.
+            context_positions: Long ``[T]``; read only if there is a window.
+
+        Returns:
+            The output ``[1, Q, heads, head_dim]`` and the log-sum-exp ``[1, heads, Q]`` over
+            context and query tokens.
+        """
+
+    @abstractmethod
+    def attention_norm(
+        self,
+        query: Tensor,
+        context_keys: Tensor,
+        logsumexp: Tensor,
+        *,
+        scaling: float,
+        reduction: Reduction,
+        window: int | None,
+        query_positions: Tensor,
+        context_positions: Tensor,
+    ) -> Tensor:
+        """Norm over query tokens of the head-mean attention to each context slot (2603.05353).
+
+        With ``a[i, j]`` the mean over heads of ``exp(q_i k_j scaling - logsumexp_i)``, it is
+        ``sqrt(sum_i a[i, j]^2)`` for ``"l2"`` and ``sum_i a[i, j]`` for ``"sum"``.
+
+        Args:
+            query: ``[1, heads, Q, head_dim]``.
+            context_keys: ``[1, kv_heads, T, head_dim]``.
+            logsumexp: ``[1, heads, Q]``, from :meth:`attend_query`.
+            scaling: Factor on the logits.
+            reduction: ``"l2"`` or ``"sum"``.
+            window: As in :meth:`attend_query`.
+            query_positions: As in :meth:`attend_query`.
+            context_positions: As in :meth:`attend_query`.
+
+        Returns:
+            ``[T]``, float32, or float64 if the query is.
+        """

@@ -1,0 +1,103 @@
+"""Attention over part of the keys, with its log-sum-exp, and the merging of such parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits held at once by the explicit form, in elements.
+_EXPLICIT_ELEMENTS = 1 << 24
+
+
+def attend_partial(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp over the given keys; key heads are shared, never repeated.
+
+    Args:
+        query: ``[1, heads, rows, head_dim]``.
+        keys: ``[1, kv_heads, n, head_dim]``.
+        values: Of the same shape.
+        scaling: Factor on the logits.
+        mask: Bool ``[rows, n]``, True where a row must not look. A row may be all True: its
+            output is 0 and its log-sum-exp -inf.
+        causal: Row i sees keys 0 to i; only with ``rows == n`` and no mask.
+
+    Returns:
+        Output ``[1, heads, rows, head_dim]`` in the query's dtype and natural log-sum-exp
+        ``[1, heads, rows]`` in float32 (float64 if the query is).
+    """
+    if query.device.type == "cpu" and keys.shape[2] > 0 and query.shape[2] > 0:
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+            bias = bias.masked_fill_(mask, float("-inf"))[None, None]
+        # What scaled_dot_product_attention runs on a CPU; called by its own name for the
+        # log-sum-exp and for key heads shared without a copy.
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, causal, attn_mask=bias, scale=scaling
+        )
+        if mask is not None:
+            # The kernel says 0, not -inf, of a row that sees nothing.
+            logsumexp.masked_fill_(mask.all(dim=-1), float("-inf"))
+        return out, logsumexp
+    if causal:
+        row = torch.arange(query.shape[2], device=query.device)
+        mask = row > row[:, None]
+    return _attend_explicit(query, keys, values, scaling, mask)
+
+
+def _attend_explicit(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same by explicit softmax, a block of rows at a time."""
+    heads, rows, n = query.shape[1], query.shape[2], keys.shape[2]
+    step = max(1, _EXPLICIT_ELEMENTS // max(1, heads * n))
+    outs, logsumexps = [], []
+    for start in range(0, max(rows, 1), step):
+        block = slice(start, start + step)
+        part_mask = None if mask is None else mask[block]
+        logits = explicit_logits(query[:, :, block], keys, scaling, part_mask)
+        logsumexp = logits.logsumexp(dim=-1)
+        weights = logits.sub_(logsumexp.nan_to_num(neginf=0.0)[..., None]).exp_()
+        groups = weights.unflatten(0, (keys.shape[1], -1)).flatten(1, 2)  # [kv, group*rows, n]
+        out = torch.bmm(groups, values[0].to(weights.dtype))
+        outs.append(out.view(heads, -1, values.shape[-1]).to(query.dtype))
+        logsumexps.append(logsumexp)
+    return torch.cat(outs, dim=1)[None], torch.cat(logsumexps, dim=1)[None]
+
+
+def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Scaled logits ``[heads, rows, n]``, float32 (float64 if the query is), -inf where masked."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    kv_heads, rows = keys.shape[1], query.shape[2]
+    grouped = query[0].unflatten(0, (kv_heads, -1)).flatten(1, 2).to(dtype)  # [kv, group*rows, D]
+    logits = torch.bmm(grouped, keys[0].to(dtype).transpose(1, 2)).mul_(scaling)
+    logits = logits.view(query.shape[1], rows, -1)
+    return logits if mask is None else logits.masked_fill_(mask, float("-inf"))
+
+
+def merge_partial(
+    out_a: Tensor, logsumexp_a: Tensor, out_b: Tensor, logsumexp_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys (FlashInfer, 2501.01005, section 2.2).
+
+    Args:
+        out_a: ``[1, heads, rows, head_dim]``.
+        logsumexp_a: ``[1, heads, rows]``; -inf where part a has no key for the row.
+        out_b: The other part's output.
+        logsumexp_b: The other part's log-sum-exp; finite wherever ``logsumexp_a`` is not.
+
+    Returns:
+        Output and log-sum-exp over the union.
+    """
+    merged = torch.logaddexp(logsumexp_a, logsumexp_b)
+    weight_a = (logsumexp_a - merged).exp_()[..., None]
+    weight_b = (logsumexp_b - merged).exp_()[..., None]
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), merged

@@ -1,0 +1,220 @@
+"""The reference backend: plain torch, on any device, float64 to bfloat16.
+
+Sorted rows are cut into tiles. A tile reads keys only up to its last row; the part that all its
+rows see needs no mask, and only the fringe between its first and last row is masked, so that no
+mask grows with the context. The two parts are merged by their log-sum-exps. Long runs of adjacent
+rows are tiles of their own, whose fringe is plainly causal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import Backend, DocumentPlan, Reduction, RowPlan
+from ifkv.backends.partial import attend_partial, explicit_logits, merge_partial
+
+# Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
+TILE_ROWS = 128
+TILE_SPAN = 2048
+# Adjacent rows from this many on are worth a causal tile of their own.
+RUN_ROWS = 128
+# Keys whose attention probabilities are held at once while norms are accumulated.
+NORM_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Rows ``start`` to ``stop`` of a plan, at slots ``first`` to ``last``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether the rows' slots follow one another without a gap."""
+        return self.last - self.first == self.stop - self.start - 1
+
+
+def cut_into_tiles(slots: list[int]) -> tuple[Tile, ...]:
+    """Cut ascending slots into tiles: long runs of adjacent rows alone, the rest by size."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for row in range(1, len(slots) + 1):
+        if row == len(slots) or slots[row] != slots[row - 1] + 1:
+            runs.append((start, row))
+            start = row
+    tiles: list[Tile] = []
+    open_from: int | None = None
+
+    def close(stop: int) -> None:
+        nonlocal open_from
+        if open_from is not None:
+            tiles.append(Tile(open_from, stop, slots[open_from], slots[stop - 1]))
+            open_from = None
+
+    for start, stop in runs:
+        if stop - start >= RUN_ROWS:
+            close(start)
+            tiles.append(Tile(start, stop, slots[start], slots[stop - 1]))
+            continue
+        for row in range(start, stop):
+            if open_from is not None and (
+                row - open_from == TILE_ROWS or slots[row] - slots[open_from] >= TILE_SPAN
+            ):
+                close(row)
+            if open_from is None:
+                open_from = row
+    close(len(slots))
+    return tuple(tiles)
+
+
+class ReferenceBackend(Backend):
+    """Attention in plain torch."""
+
+    name = "reference"
+
+    def plan_documents(
+        self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
+    ) -> DocumentPlan:
+        """Nothing to prepare: every document is a run behind the prefix."""
+        return DocumentPlan(lengths, prefix_length, None)
+
+    def attend_documents(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        plan: DocumentPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """See :meth:`Backend.attend_documents`."""
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        start, prefix = 0, plan.prefix_length
+        for length in plan.lengths:
+            rows = slice(start, start + length)
+            start += length
+            # Behind one another, prefix and document are a little cache whose last rows we want.
+            seen_keys = torch.cat((prefix_keys, keys[:, :, rows]), dim=2)
+            seen_values = torch.cat((prefix_values, values[:, :, rows]), dim=2)
+            tile = Tile(rows.start, rows.stop, prefix, prefix + length - 1)
+            slots = torch.arange(prefix, prefix + length, device=query.device)
+            out[:, rows] = _attend_tile(
+                query[:, :, rows], seen_keys, seen_values, tile, slots, scaling, window
+            ).transpose(1, 2)
+        return out
+
+    def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
+        """See :meth:`Backend.plan_rows`."""
+        return RowPlan(slots.to(device), kv_length, cut_into_tiles(slots.tolist()))
+
+    def attend_rows(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """See :meth:`Backend.attend_rows`."""
+        out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+        tiles: tuple[Tile, ...] = plan.detail
+        for tile in tiles:
+            rows = slice(tile.start, tile.stop)
+            out[:, rows] = _attend_tile(
+                query[:, :, rows], keys, values, tile, plan.slots[rows], scaling, window
+            ).transpose(1, 2)
+        return out
+
+    def attend_query(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        query_positions: Tensor,
+        context_positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Backend.attend_query`."""
+        own_mask = _window_mask(query_positions, query_positions, window)
+        own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=window is None)
+        mask = _window_mask(query_positions, context_positions, window)
+        context = attend_partial(query, context_keys, context_values, scaling, mask=mask)
+        out, logsumexp = merge_partial(*context, *own)
+        return out.transpose(1, 2), logsumexp
+
+    def attention_norm(
+        self,
+        query: Tensor,
+        context_keys: Tensor,
+        logsumexp: Tensor,
+        *,
+        scaling: float,
+        reduction: Reduction,
+        window: int | None,
+        query_positions: Tensor,
+        context_positions: Tensor,
+    ) -> Tensor:
+        """See :meth:`Backend.attention_norm`."""
+        norms = []
+        for start in range(0, context_keys.shape[2], NORM_BLOCK):
+            block = slice(start, start + NORM_BLOCK)
+            mask = _window_mask(query_positions, context_positions[block], window)
+            logits = explicit_logits(query, context_keys[:, :, block], scaling, mask)
+            attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
+            norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
+        return torch.cat(norms) if norms else logsumexp.new_zeros(0)
+
+
+def _attend_tile(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tile: Tile,
+    slots: Tensor,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """Attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
+    first, end = tile.first, tile.last + 1
+    if window is not None and tile.last >= window:
+        # The window's own edge needs a mask too: one masked call over all that any row sees.
+        begin = max(0, first - window + 1)
+        key_slots = torch.arange(begin, end, device=query.device)
+        mask = _window_mask(slots, key_slots, window)
+        return attend_partial(
+            query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
+        )[0]
+    fringe = slice(first, end)
+    if tile.adjacent:
+        seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
+    else:
+        key_slots = torch.arange(first, end, device=query.device)
+        mask = key_slots > slots[:, None]
+        seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
+    if first == 0:
+        return seen[0]
+    before = attend_partial(query, keys[:, :, :first], values[:, :, :first], scaling)
+    return merge_partial(*before, *seen)[0]
+
+
+def _window_mask(rows: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
+    """True where a row must not look: keys ahead of it, or a window or more behind."""
+    if window is None:
+        return None
+    distance = rows[:, None] - keys
+    return (distance < 0) | (distance >= window)

@@ -1,0 +1,63 @@
+"""Checks of arguments that several operations share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def token_tensor(
+    model: PreTrainedModel, ids: Sequence[int] | Tensor | str, what: str, *, empty: bool = False
+) -> Tensor:
+    """Token ids as a tensor, checked against the model's vocabulary.
+
+    Args:
+        model: The model.
+        ids: Integers; a sequence, or a tensor ``[n]`` or ``[1, n]``. A string is refused.
+        what: What they are, for the message.
+        empty: Whether there may be none.
+
+    Returns:
+        Long ``[n]``, on the CPU, sharing no memory with ``ids``.
+
+    Raises:
+        InvalidInputError: They are not integers, too deep, empty, or outside the vocabulary.
+    """
+    if isinstance(ids, str):
+        raise InvalidInputError(
+            f"{what} is a string; token ids are wanted. Tokenise it first, or use ifkv.Session."
+        )
+    try:
+        tensor = torch.as_tensor(ids).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"{what} is not a sequence of token ids: {error}.") from error
+    if tensor.ndim == 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim != 1:
+        raise InvalidInputError(
+            f"{what} has shape {tuple(tensor.shape)}; token ids of one sequence, [n], are wanted."
+        )
+    if len(tensor) == 0:
+        if not empty:
+            raise InvalidInputError(f"{what} is empty; it needs at least one token.")
+        return torch.zeros(0, dtype=torch.long)
+    if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.dtype.is_complex:
+        raise InvalidInputError(f"{what} holds {tensor.dtype}; token ids are integers.")
+    low, high = int(tensor.min()), int(tensor.max())
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise InvalidInputError(
+            f"{what} holds token id {bad}, but this model's ids run from 0 to {vocabulary - 1}. "
+            "Was it tokenised for another model?"
+        )
+    return tensor.to(torch.long).clone()

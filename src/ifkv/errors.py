@@ -1,0 +1,39 @@
+"""What can go wrong, in words.
+
+Every error a caller can provoke is an :class:`IfkvError`. Each message names the value that was
+found, the rule it breaks and what to do about it. Errors about an argument are ``ValueError`` too.
+"""
+
+from __future__ import annotations
+
+
+class IfkvError(Exception):
+    """Base of every error that ifkv raises on purpose."""
+
+
+class UnsupportedModelError(IfkvError):
+    """The model belongs to no family in ``patches/``, or breaks a rule of its family."""
+
+
+class UnsupportedRopeError(UnsupportedModelError):
+    """The model's rotary embedding cannot be moved exactly from one position to another."""
+
+
+class BackendUnavailableError(IfkvError):
+    """The backend that was asked for cannot run here."""
+
+
+class NotPatchedError(IfkvError):
+    """The model has not been patched with :func:`ifkv.patch`."""
+
+
+class InvalidInputError(IfkvError, ValueError):
+    """An argument breaks a rule; nothing has been computed or changed."""
+
+
+class FingerprintMismatchError(InvalidInputError):
+    """A cache was made by another model, dtype, prefix or rope configuration."""
+
+
+class GeometryError(InvalidInputError):
+    """The stitched cache's positions do not allow what was asked of it."""

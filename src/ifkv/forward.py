@@ -1,0 +1,127 @@
+"""Run rows through a patched model's decoder layers under an attention pass.
+
+The loop calls the model's own layer modules with the keywords its own forward gives them; what a
+layer computes stays upstream's code. Owning the loop is what lets a pass stop after the deepest
+layer it needs, skip what nobody reads in the last layer, and build no masks. The canary tests
+watch the upstream forward it stands in for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.attention import AttentionPass
+
+
+def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Input embeddings of tokens.
+
+    Args:
+        model: A patched model.
+        token_ids: Long ``[rows]``, on the model's device.
+
+    Returns:
+        ``[1, rows, hidden]``.
+    """
+    base: Any = model.base_model
+    hidden: Tensor = base.embed_tokens(token_ids[None])
+    return hidden
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """How many decoder layers the model has."""
+    base: Any = model.base_model
+    return len(base.layers)
+
+
+def run_layers(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
+    stop: int,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """Run rows through the layers from ``start`` up to, not including, ``stop``.
+
+    Args:
+        model: A patched model.
+        hidden: ``[1, rows, hidden]``.
+        positions: Long ``[rows]``.
+        rotation: Cosines and sines the layers shall apply, ``[1, rows or 1, rotary_dim]``.
+        attention_pass: The pass.
+        stop: The first layer not to run.
+        start: The first layer to run; ``hidden`` is what it is given.
+
+    Returns:
+        The hidden states that layer ``stop`` would be given, ``[1, rows, hidden]``.
+    """
+    base: Any = model.base_model
+    for layer in base.layers[start:stop]:
+        hidden = layer(hidden, **_keywords(positions, rotation, attention_pass))
+    return hidden
+
+
+def run_attention(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
+    layer_idx: int,
+) -> None:
+    """Run only the attention block of one layer, for what it does to the pass.
+
+    In the deepest layer a pass needs keys and values (or scores), but nobody reads the layer's
+    output: its MLP, the larger part, need not run.
+
+    Args:
+        model: A patched model.
+        hidden: What the layer would be given, ``[1, rows, hidden]``.
+        positions: As in :func:`run_layers`.
+        rotation: As in :func:`run_layers`.
+        attention_pass: The pass.
+        layer_idx: The layer.
+    """
+    base: Any = model.base_model
+    layer = base.layers[layer_idx]
+    layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden),
+        **_keywords(positions, rotation, attention_pass),
+    )
+
+
+def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of the last row.
+
+    Args:
+        model: A patched model.
+        hidden: Output of the last layer, ``[1, rows, hidden]``.
+
+    Returns:
+        ``[vocabulary]``.
+    """
+    base: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    logits: Tensor = head(base.norm(hidden[:, -1:]))
+    return logits[0, 0]
+
+
+def _keywords(
+    positions: Tensor, rotation: tuple[Tensor, Tensor], attention_pass: AttentionPass
+) -> dict[str, Any]:
+    return {
+        "attention_mask": None,
+        "position_ids": positions[None],
+        "past_key_values": attention_pass,
+        "use_cache": True,
+        "position_embeddings": rotation,
+        "ifkv_pass": attention_pass,
+    }

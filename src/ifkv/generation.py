@@ -1,0 +1,128 @@
+"""Answer from a stitched cache through the model's own ``generate()``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ifkv.checks import token_tensor
+from ifkv.errors import InvalidInputError
+from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_MAX_NEW_TOKENS = 32
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    prompt_ids: Sequence[int] | Tensor,
+    **generate_kwargs: Any,
+) -> Any:
+    """Continue a prompt behind the cache's context with ``model.generate()``.
+
+    The model is given the context's tokens as well as the prompt's, so whatever looks at tokens
+    (repetition penalties, stopping criteria) sees what it would see after a full prefill. If
+    :func:`ifkv.recompute` has run this prompt already, only its last token runs again.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache in the global geometry; afterwards it ends with its context again.
+        prompt_ids: Tokens to be answered, ``[Q]`` or ``[1, Q]``.
+        **generate_kwargs: For ``model.generate()``: sampling, beams, ``streamer``, and so on.
+            Lengths count from the prompt's start. ``max_new_tokens`` is 32 if nothing limits the
+            answer.
+
+    Returns:
+        Token ids of prompt and continuation, ``[sequences, Q + new]``, or generate's own output
+        object with ``return_dict_in_generate``.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: Bad ids, other rows appended behind the context, or too many tokens.
+        GeometryError: The cache's geometry is not global.
+        FingerprintMismatchError: The cache belongs to another model.
+    """
+    handle = check_cache(model, cache)
+    prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
+    ready = cache.prompt_ids is not None and torch.equal(cache.prompt_ids, prompt)
+    if not ready:
+        check_answerable(cache, "generate")
+    handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
+    for reserved in ("past_key_values", "input_ids", "inputs", "attention_mask", "inputs_embeds"):
+        if reserved in generate_kwargs:
+            raise InvalidInputError(
+                f"{reserved} cannot be given: ifkv.generate makes it from the cache and the prompt."
+            )
+
+    context = cache.context_length
+    kwargs = _with_lengths(model, context, generate_kwargs)
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], context)
+    input_ids = torch.cat((cache.token_ids, prompt))[None]
+    if ready:
+        cache.crop(-1)  # generate() needs one row to run; the rest of the prompt is there
+    sequences = _sequences(model, kwargs)
+    used = cache
+    if sequences > 1:
+        used = cache.clone()
+        used.batch_repeat_interleave(sequences)
+    try:
+        out = cast(Any, model).generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=used,
+            **kwargs,
+        )
+    finally:
+        cache.crop()
+    if isinstance(out, Tensor):
+        return out[:, context:]
+    out.sequences = out.sequences[:, context:]
+    return out
+
+
+def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Lengths counted from the prompt's start become lengths counted from the context's."""
+    kwargs = dict(given)
+    for key in ("max_length", "min_length"):
+        if kwargs.get(key) is not None:
+            kwargs[key] += context
+    config = kwargs.get("generation_config", model.generation_config)
+    limited = any(kwargs.get(key) is not None for key in ("max_new_tokens", "max_length"))
+    if not limited and getattr(config, "max_new_tokens", None) is None:
+        kwargs["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+    return kwargs
+
+
+def _sequences(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
+    """How many rows generate() will expand the batch to, and the cache must have."""
+    config = kwargs.get("generation_config", model.generation_config)
+
+    def setting(name: str) -> int:
+        value = kwargs.get(name)
+        return int(value if value is not None else getattr(config, name, None) or 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
+
+
+class _PromptStreamer:
+    """Hides the context from a streamer: the first thing it is given is the prompt."""
+
+    def __init__(self, streamer: Any, context: int):
+        self._streamer = streamer
+        self._context = context
+
+    def put(self, value: Tensor) -> None:
+        if self._context:
+            value, self._context = value[..., self._context :], 0
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()

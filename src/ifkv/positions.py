@@ -1,0 +1,72 @@
+"""Geometries: which positions documents and query get while they are scored (2603.05353, sec. 4).
+
+A *slot* is an index into the cache, a *position* is what RoPE sees. Slots always run prefix first,
+then the documents one after another; the geometry decides the positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+
+Geometry = Literal["global", "hl-hp", "tl-tp", "hl-tp"]
+GEOMETRIES: tuple[str, ...] = get_args(Geometry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a stitched cache.
+
+    Attributes:
+        positions: Position of each slot, long ``[T]``, on the CPU.
+        document_slices: Slots of each document, in the cache's order.
+        prefix_length: Slots of the prefix, which come first.
+        query_position: Position of the first token behind the context.
+        geometry: The geometry's name.
+    """
+
+    positions: Tensor
+    document_slices: list[slice]
+    prefix_length: int
+    query_position: int
+    geometry: Geometry
+
+
+def layout(prefix_length: int, lengths: list[int], geometry: str) -> Layout:
+    """Lay documents out in a geometry.
+
+    ``global``: one after another, as in a full prefill. ``hl-hp``: all start behind the prefix and
+    overlap, the query follows the longest. ``tl-tp``: all end where the context ends. ``hl-tp``:
+    all start behind the prefix, the query follows the whole context.
+
+    Args:
+        prefix_length: Tokens of the prefix.
+        lengths: Tokens of each document.
+        geometry: One of ``GEOMETRIES``.
+
+    Raises:
+        InvalidInputError: The geometry is unknown.
+    """
+    if geometry not in GEOMETRIES:
+        raise InvalidInputError(
+            f"geometry {geometry!r} is unknown; choose one of {', '.join(GEOMETRIES)}."
+        )
+    total = prefix_length + sum(lengths)
+    slices: list[slice] = []
+    positions = [torch.arange(prefix_length)]
+    slot = prefix_length
+    for length in lengths:
+        slices.append(slice(slot, slot + length))
+        start = {"global": slot, "tl-tp": total - length}.get(geometry, prefix_length)
+        positions.append(torch.arange(start, start + length))
+        slot += length
+    query_position = total
+    if geometry == "hl-hp":
+        query_position = prefix_length + max(lengths, default=0)
+    name = cast(Geometry, geometry)
+    return Layout(torch.cat(positions), slices, prefix_length, query_position, name)

@@ -1,0 +1,56 @@
+"""Order documents by what the query finds in them, richest last (2603.05353, sec. 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.scoring import score
+from ifkv.selection import select
+from ifkv.stitching import stitch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reorder(
+    model: PreTrainedModel,
+    documents: Sequence[DocumentCache],
+    query_ids: Sequence[int] | Tensor,
+    *,
+    ratio: float = 0.15,
+    layers: Sequence[int] | None = None,
+) -> list[int]:
+    """Order for ``stitch(..., order=...)``: documents by the share of their tokens selected.
+
+    Documents are scored in the ``hl-tp`` geometry, where none is nearer to the query than another.
+    For independent passages; a narrative loses its thread.
+
+    Args:
+        model: A patched model.
+        documents: Documents that it made behind one prefix.
+        query_ids: The scoring tokens.
+        ratio: Share of the context that counts as selected.
+        layers: As in :func:`ifkv.score`.
+
+    Returns:
+        Indices into ``documents``, ascending by hits per token, ties in the order given.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: As of :func:`ifkv.stitch`, :func:`ifkv.score` and :func:`ifkv.select`.
+        FingerprintMismatchError: A document was made by another model.
+    """
+    cache = stitch(model, documents, geometry="hl-tp")
+    scores = score(model, cache, query_ids, layers=layers)
+    # No document is first yet, so none is protected; the prefix stays in front and has no order.
+    scores[: cache.prefix_length] = scores.min() - 1
+    selected = select(cache, scores, ratio=ratio, protect_first=False).cpu()
+    hits = [
+        float(((selected >= rows.start) & (selected < rows.stop)).sum()) / (rows.stop - rows.start)
+        for rows in cache.document_slices
+    ]
+    return sorted(range(len(hits)), key=hits.__getitem__)

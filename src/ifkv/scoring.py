@@ -1,0 +1,167 @@
+"""Attention norms: how much of each context token flows to the query (2603.05353, eq. 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import Reduction
+from ifkv.checks import token_tensor
+from ifkv.errors import InvalidInputError
+from ifkv.forward import embed, num_layers, run_attention, run_layers
+from ifkv.patching import PatchHandle
+from ifkv.stitched_cache import StitchedCache, check_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Share of the depth whose layers score when the caller does not say: the paper's layers 22 to 25
+# of 40 (Qwen3-14B) and their neighbours in shallower models.
+DEFAULT_DEPTH = (0.55, 0.70)
+
+
+def default_layers(depth: int) -> list[int]:
+    """The scoring layers of a model with ``depth`` layers.
+
+    >>> default_layers(40), default_layers(3)
+    ([22, 23, 24, 25, 26, 27], [1, 2])
+    """
+    start = math.floor(DEFAULT_DEPTH[0] * depth)
+    stop = max(start + 1, math.ceil(DEFAULT_DEPTH[1] * depth))
+    return list(range(start, stop))
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    query_ids: Sequence[int] | Tensor,
+    *,
+    layers: Sequence[int] | None = None,
+    reduction: Reduction = "l2",
+) -> Tensor:
+    """Attention norm of every context slot under the query, in the cache's own geometry.
+
+    The query runs over the stitched cache, causally behind the context, as far as the deepest
+    scoring layer. With ``a[i, j]`` the attention of query token i to slot j, averaged over heads,
+    a layer's norm is ``||a[:, j]||_2`` (``"l2"``, as in the paper's released code) or
+    ``sum_i a[i, j]`` (``"sum"``, as in its equation); the result is the mean over scoring layers.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache in any geometry; it is not changed, and rows appended behind its
+            context are not looked at.
+        query_ids: The scoring tokens: the question, or the whole prompt.
+        layers: Scoring layers, negative ones counted from the end; by default those at 55 to 70 %
+            of the depth.
+        reduction: ``"l2"`` or ``"sum"``.
+
+    Returns:
+        Float32 ``[T]``, on the model's device.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: Bad ids, layers or reduction, or a context and query that together are
+            longer than the model's positions.
+        FingerprintMismatchError: The cache belongs to another model.
+    """
+    handle = check_cache(model, cache)
+    query = token_tensor(model, query_ids, "the query")
+    chosen = _chosen_layers(num_layers(model), layers)
+    if reduction not in get_args(Reduction):
+        raise InvalidInputError(
+            f"reduction {reduction!r} is unknown; choose one of {', '.join(get_args(Reduction))}."
+        )
+    handle.rope.check_length(cache.query_position + len(query), "context and query")
+
+    device = model.device
+    positions = torch.arange(cache.query_position, cache.query_position + len(query), device=device)
+    hidden = embed(model, query.to(device))
+    cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
+    run = ScoringPass(handle, cache, chosen, positions, reduction)
+    rotation, deepest = (cos[None], sin[None]), chosen[-1]
+    hidden = run_layers(model, hidden, positions, rotation, run, deepest)
+    run_attention(model, hidden, positions, rotation, run, deepest)
+    return torch.stack(run.norms).mean(dim=0).to(torch.float32)
+
+
+def _chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
+    if layers is None:
+        return default_layers(depth)
+    chosen = sorted({layer + depth if layer < 0 else layer for layer in layers})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise InvalidInputError(
+            f"layers is {list(layers)}, but must name at least one of the model's {depth} layers: "
+            f"0 to {depth - 1}, or -{depth} to -1 from the end."
+        )
+    return chosen
+
+
+class ScoringPass:
+    """Query tokens over a stitched cache that is only read; norms are taken on the way.
+
+    Attributes:
+        norms: One ``[T]`` per scoring layer passed so far.
+    """
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        cache: StitchedCache,
+        layers: list[int],
+        positions: Tensor,
+        reduction: Reduction,
+    ):
+        self._backend = handle.backend
+        self._cache = cache
+        self._layers = frozenset(layers)
+        self._positions = positions
+        self._reduction = reduction
+        self.norms: list[Tensor] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keep nothing: the query's keys and values live for one layer."""
+        return keys, values
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """The query's attention; in a scoring layer, the context's norms too."""
+        layer = self._cache.layers[layer_idx]
+        context = slice(0, self._cache.context_length)
+        context_keys = layer.key_buffer[:, :, context]
+        out, logsumexp = self._backend.attend_query(
+            query,
+            keys,
+            values,
+            context_keys,
+            layer.value_buffer[:, :, context],
+            scaling=scaling,
+            window=window,
+            query_positions=self._positions,
+            context_positions=self._cache.positions,
+        )
+        if layer_idx in self._layers:
+            norm = self._backend.attention_norm(
+                query,
+                context_keys,
+                logsumexp,
+                scaling=scaling,
+                reduction=self._reduction,
+                window=window,
+                query_positions=self._positions,
+                context_positions=self._cache.positions,
+            )
+            self.norms.append(norm)
+        return out

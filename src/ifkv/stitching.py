@@ -1,0 +1,131 @@
+"""Stitch documents' caches into one cache that a request owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.patching import PatchHandle, handle_of
+from ifkv.positions import layout
+from ifkv.rope import rotate
+from ifkv.stitched_cache import StitchedCache, StitchedLayer, capacity_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def stitch(
+    model: PreTrainedModel,
+    documents: Sequence[DocumentCache],
+    *,
+    order: Sequence[int] | None = None,
+    geometry: str = "global",
+) -> StitchedCache:
+    """Concatenate documents behind their prefix and rotate their keys to the geometry's positions.
+
+    Keys are rotated once, from before the rotation, in the model's own arithmetic; values are
+    copied. In the ``global`` geometry layer 0 is bit-equal to a full prefill.
+
+    Args:
+        model: A patched model.
+        documents: Documents that this model made behind one prefix.
+        order: In which order to take them; as given if None.
+        geometry: ``"global"`` for a cache to recompute and answer from; ``"hl-hp"``, ``"tl-tp"``
+            or ``"hl-tp"`` for one to be scored only.
+
+    Returns:
+        A cache that shares no memory with the documents.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: No document, an order that is no permutation, prefixes that differ, an
+            unknown geometry, or more tokens than the model has positions.
+        FingerprintMismatchError: A document was made by another model, dtype or rope
+            configuration.
+    """
+    handle = handle_of(model)
+    handle.rope.check_frequencies()
+    arranged = _arrange(documents, order)
+    ordered = [documents[i] for i in arranged]
+    _check_documents(model, handle, documents)
+    first = ordered[0]
+    parts = ([first.prefix] if first.prefix is not None else []) + ordered
+    placed = layout(len(first.prefix_ids), [len(doc) for doc in ordered], geometry)
+    length = len(placed.positions)
+    handle.rope.check_length(length, "the stitched context")
+
+    depth, kv_heads, _, head_dim = first.keys.shape
+    capacity = capacity_for(length)
+    dtype, device = first.keys.dtype, model.device
+    keys = torch.empty(depth, 1, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+    values = torch.empty_like(keys)
+    cos, sin = handle.rope.cos_sin(placed.positions.to(device), dtype)
+    slot = 0
+    for part in parts:
+        rows = slice(slot, slot + len(part))
+        slot += len(part)
+        moved = part.keys.to(device, non_blocking=True)
+        rotate(moved, cos[rows], sin[rows], out=keys[:, 0, :, rows])
+        values[:, 0, :, rows] = part.values.to(device, non_blocking=True)
+    refusal = ""
+    if placed.geometry != "global":
+        refusal = (
+            f"this cache has geometry {placed.geometry!r}, whose positions overlap; it can only be "
+            "scored. Stitch with geometry='global' to recompute or answer."
+        )
+    layers = [StitchedLayer(k, v, length, refusal) for k, v in zip(keys, values, strict=True)]
+    if handle.rope.rope_type == "longrope":
+        for layer in layers:
+            layer.limit = handle.rope.limit
+    token_ids = torch.cat([part.token_ids for part in parts]).to(device)
+    return StitchedCache(layers, token_ids, placed, arranged, first.fingerprint)
+
+
+def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:
+    if not documents:
+        raise InvalidInputError("no documents to stitch; give at least one.")
+    arranged = list(range(len(documents))) if order is None else [int(i) for i in order]
+    if sorted(arranged) != list(range(len(documents))):
+        raise InvalidInputError(
+            f"order is {arranged}, but must name each of the {len(documents)} documents once, "
+            "counting from 0."
+        )
+    return arranged
+
+
+def _check_documents(
+    model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
+) -> None:
+    """Refuse documents that do not belong to the model or to one another."""
+    identity = handle.fingerprints.of(model)
+    for index, document in enumerate(documents):
+        if not isinstance(document, DocumentCache):
+            raise InvalidInputError(
+                f"document {index} is a {type(document).__name__}; stitch takes what "
+                "prefill_documents returned."
+            )
+        if document.fingerprint != identity:
+            raise FingerprintMismatchError(
+                f"document {index} was made by model {document.fingerprint[:8]}, this one is "
+                f"{identity[:8]}: other weights, dtype or rope configuration. Prefill it again."
+            )
+        if not torch.equal(document.prefix_ids, documents[0].prefix_ids):
+            raise FingerprintMismatchError(
+                f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
+                f"document 0 behind {documents[0].prefix_ids.tolist()}; a request has one prefix. "
+                "Prefill them behind the same."
+            )
+        held = document.prefix
+        if (held is None) != (len(document.prefix_ids) == 0) or (
+            held is not None and not torch.equal(held.token_ids, document.prefix_ids)
+        ):
+            raise InvalidInputError(
+                f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
+                f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
+                "prefill_documents made it."
+            )
