@@ -166,13 +166,14 @@ def assert_within_floor(
         return float(error.abs().max() if measure == "max" else error.square().mean().sqrt())
 
     rounding = want.to(actual.dtype).double() - want
-    allowed = max(factor * size(plain.double() - want), size(rounding))
+    floor = size(plain.double() - want)
+    allowed = max(factor * floor, size(rounding))
     error = size(actual.double() - want)
     if not error <= allowed:  # negated, so that NaN fails
         wrong = ~((actual.double() - want).abs() <= allowed)
         problem = (
-            f"{measure} error {error:.3e} is over {allowed:.3e} = {factor:g} x the plain error; "
-            "elements beyond that bound:"
+            f"{measure} error {error:.3e} is over {allowed:.3e} (plain error {floor:.3e}, allowed "
+            f"{factor:g} times); beyond that"
         )
         if not wrong.any():  # an rms error can be too large without any single element being so
             wrong = torch.ones_like(wrong)
