@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ifkv.cost import speedup_bound
     from ifkv.documents import DocumentCache, prefill_documents
     from ifkv.errors import IfkvError
     from ifkv.generation import generate
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
     from ifkv.reordering import reorder
     from ifkv.scoring import score
     from ifkv.selection import select
+    from ifkv.session import Answer, Session
     from ifkv.stitched_cache import StitchedCache
     from ifkv.stitching import stitch
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Answer": "session",
     "DocumentCache": "documents",
     "IfkvError": "errors",
     "PatchHandle": "patching",
+    "Session": "session",
     "StitchedCache": "stitched_cache",
     "generate": "generation",
     "patch": "patching",
@@ -39,14 +43,17 @@ _HOME = {
     "reorder": "reordering",
     "score": "scoring",
     "select": "selection",
+    "speedup_bound": "cost",
     "stitch": "stitching",
     "unpatch": "patching",
 }
 
 __all__ = [
+    "Answer",
     "DocumentCache",
     "IfkvError",
     "PatchHandle",
+    "Session",
     "StitchedCache",
     "generate",
     "patch",
@@ -55,6 +62,7 @@ __all__ = [
     "reorder",
     "score",
     "select",
+    "speedup_bound",
     "stitch",
     "unpatch",
 ]

@@ -1,0 +1,68 @@
+"""From text to token ids: where a chat template's header ends and a request's prompt begins.
+
+Token ids are the contract everywhere else. Here, once, text is cut into the parts that a stitched
+cache is made of: a prefix, documents, and the prompt that follows them. Each part is tokenised
+alone and the full sequence is their concatenation, so stitching and full prefill see the same ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ifkv.errors import InvalidInputError
+
+# What the instruction says when the caller does not. The documents follow it.
+INSTRUCTION = "Answer the question from the documents. Be brief.\n\nDocuments:\n\n"
+_MARK = "\ue000documents\ue001"
+_QUESTION = "\ue000question\ue001"
+
+
+class PromptFormat:
+    """How one tokenizer's requests are laid out: prefix, documents, prompt.
+
+    With a chat template the prefix is everything the template puts before the documents and the
+    prompt carries the question and the template's end; without one they are plain text.
+
+    Args:
+        tokenizer: A tokenizer from transformers.
+        instruction: Text before the documents, part of the prefix.
+    """
+
+    def __init__(self, tokenizer: Any, instruction: str = INSTRUCTION):
+        self._tokenizer = tokenizer
+        body = f"{instruction}{_MARK}Question: {_QUESTION}"
+        if getattr(tokenizer, "chat_template", None):
+            rendered = tokenizer.apply_chat_template(
+                [{"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
+            )
+        else:
+            rendered = f"{tokenizer.bos_token or ''}{body}\nAnswer:"
+        if rendered.count(_MARK) != 1 or rendered.count(_QUESTION) != 1:
+            raise InvalidInputError(
+                "the tokenizer's chat template does not repeat the user's message once and word "
+                "for word, so documents cannot be cut out of it. Give Session a prefix= and ask "
+                "with prompt_ids, or set tokenizer.chat_template = None."
+            )
+        self.prefix_text, rest = rendered.split(_MARK)
+        self._before, self._after = rest.split(_QUESTION)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a part; nothing is added to it."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prefix_ids(self) -> list[int]:
+        """Token ids of the prefix."""
+        return self.encode(self.prefix_text)
+
+    def document_ids(self, text: str) -> list[int]:
+        """Token ids of a document: its text, set off by a blank line."""
+        if not text.strip():
+            raise InvalidInputError("a document is empty or blank; it needs some text.")
+        return self.encode(text.rstrip("\n") + "\n\n")
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Token ids of the prompt that follows the documents."""
+        if not question.strip():
+            raise InvalidInputError("the question is empty; ask something.")
+        return self.encode(f"{self._before}{question}{self._after}")
