@@ -37,3 +37,32 @@ class FingerprintMismatchError(InvalidInputError):
 
 class GeometryError(InvalidInputError):
     """The stitched cache's positions do not allow what was asked of it."""
+
+
+class StoreError(IfkvError):
+    """A document store cannot do what was asked of it."""
+
+
+class DocumentNotFoundError(StoreError, KeyError):
+    """The store holds no document under this key: it was never put, or has been evicted."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError would print the message's repr
+
+
+class StoreCorruptionError(StoreError):
+    """What the store holds under a key cannot be trusted; it has been set aside.
+
+    Attributes:
+        key: The key, or an empty string if even that could not be told.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, message: str, *, key: str = "", reason: str = ""):
+        super().__init__(message)
+        self.key = key
+        self.reason = reason or message
+
+
+class StoreFullError(StoreError):
+    """The byte budget, or the disk, has no room for the document; nothing was stored."""

@@ -1,0 +1,23 @@
+"""Stores of prefilled documents: in memory, on disk, in tiers, far away.
+
+    >>> from ifkv.store import MemoryStore
+    >>> len(MemoryStore(max_bytes=2**30))
+    0
+
+All of them follow :class:`DocumentStore`; the format on disk is described in
+``docs/store-format.md``.
+"""
+
+from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
+from ifkv.store.memory import MemoryStore
+from ifkv.store.protocol import DocumentStore, StoreStats
+
+__all__ = [
+    "FORMAT_VERSION",
+    "DocumentStore",
+    "MemoryStore",
+    "StoreStats",
+    "document_key",
+    "key_for",
+    "key_of",
+]

@@ -1,0 +1,152 @@
+"""Keys: a document's identity is what decides its keys and values, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ifkv.checks import token_tensor
+from ifkv.errors import DocumentNotFoundError, InvalidInputError
+from ifkv.patching import handle_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.documents import DocumentCache
+
+# Part of every key: an entry of another format version is never found, let alone misread.
+FORMAT_VERSION = 1
+KEY_PATTERN = re.compile(r"[0-9a-f]{64}")
+
+
+def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str:
+    """SHA-256 over format version, model fingerprint, prefix ids and document ids.
+
+    Each part is preceded by its length, so that no two lists of parts run into the same bytes.
+
+    Args:
+        fingerprint: Identity of the model.
+        prefix_ids: Long ``[P]``.
+        token_ids: Long ``[n]``.
+
+    Returns:
+        64 hex digits.
+    """
+    digest = hashlib.sha256(f"ifkv document {FORMAT_VERSION}\n".encode())
+    for part in (fingerprint.encode(), _id_bytes(prefix_ids), _id_bytes(token_ids)):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def key_of(document: DocumentCache) -> str:
+    """The key of a document that has been made."""
+    return document_key(document.fingerprint, document.prefix_ids, document.token_ids)
+
+
+def prefix_key_of(document: DocumentCache) -> str | None:
+    """The key of the prefix's own rows, or None without a prefix."""
+    if len(document.prefix_ids) == 0:
+        return None
+    return document_key(document.fingerprint, document.prefix_ids[:0], document.prefix_ids)
+
+
+def key_for(
+    model: PreTrainedModel,
+    token_ids: Sequence[int] | Tensor,
+    prefix: Sequence[int] | Tensor | DocumentCache = (),
+) -> str:
+    """The key of the document that a model would make of these tokens.
+
+    Args:
+        model: A patched model.
+        token_ids: The document's tokens, ``[n]``.
+        prefix: The tokens it is encoded behind, or the ``.prefix`` of documents made earlier.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: The ids are not a document's.
+    """
+    from ifkv.documents import DocumentCache
+
+    behind = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
+    return document_key(
+        handle_of(model).fingerprints.of(model),
+        token_tensor(model, behind, "the prefix", empty=True),
+        token_tensor(model, token_ids, "the document"),
+    )
+
+
+def check_key(key: object) -> str:
+    """A key that has a key's form; anything else is in no store and reaches no file system.
+
+    Raises:
+        DocumentNotFoundError: It has not.
+    """
+    if not isinstance(key, str) or KEY_PATTERN.fullmatch(key) is None:
+        raise DocumentNotFoundError(
+            f"{str(key)[:80]!r} is no document's key; keys are 64 hex digits, as put() and "
+            "key_for() return them."
+        )
+    return key
+
+
+def check_document(document: DocumentCache) -> None:
+    """Refuse a document whose parts contradict each other, before it is stored.
+
+    Raises:
+        InvalidInputError: Shapes, dtypes or the prefix do not belong together.
+    """
+    from ifkv.documents import DocumentCache
+
+    if not isinstance(document, DocumentCache):
+        raise InvalidInputError(
+            f"a {type(document).__name__} was put; stores take what prefill_documents returned."
+        )
+    keys, values = document.keys, document.values
+    if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
+        raise InvalidInputError(
+            f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype} "
+            f"{tuple(values.shape)}; both must be [layers, kv_heads, n, head_dim] of one dtype."
+        )
+    if keys.shape[2] != len(document.token_ids) or len(document.token_ids) == 0:
+        raise InvalidInputError(
+            f"keys have {keys.shape[2]} rows for {len(document.token_ids)} tokens; a document has "
+            "one row per token and at least one token."
+        )
+    prefix = document.prefix
+    if (prefix is None) != (len(document.prefix_ids) == 0):
+        raise InvalidInputError(
+            f"the document was encoded behind {len(document.prefix_ids)} prefix tokens but "
+            f"carries the rows of {0 if prefix is None else len(prefix)}; keep .prefix as "
+            "prefill_documents made it."
+        )
+    if prefix is None:
+        return
+    shape = (keys.shape[0], keys.shape[1], len(document.prefix_ids), keys.shape[3])
+    if (
+        prefix.prefix is not None
+        or len(prefix.prefix_ids) != 0
+        or not torch.equal(prefix.token_ids, document.prefix_ids)
+        or prefix.fingerprint != document.fingerprint
+        or tuple(prefix.keys.shape) != shape
+        or tuple(prefix.values.shape) != shape
+        or prefix.keys.dtype != keys.dtype
+    ):
+        raise InvalidInputError(
+            f"the document's prefix {prefix!r} is not what {document!r} was encoded behind; keep "
+            ".prefix as prefill_documents made it."
+        )
+
+
+def _id_bytes(ids: Tensor) -> bytes:
+    return ids.detach().cpu().numpy().astype(np.dtype("<i8")).tobytes()

@@ -1,0 +1,211 @@
+"""Documents in host memory, within a byte budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import DocumentNotFoundError, InvalidInputError, StoreFullError
+from ifkv.store.keys import check_document, check_key, key_for, key_of, prefix_key_of
+from ifkv.store.protocol import StoreStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class MemoryStore:
+    """Documents in host memory; the least recently used are dropped when the budget is reached.
+
+    Args:
+        max_bytes: Bytes of keys and values to hold at most; None for no limit.
+        pin_memory: Keep tensors in page-locked memory, from which copies to a CUDA device are
+            fast and asynchronous. Needs CUDA.
+
+    Raises:
+        InvalidInputError: ``max_bytes`` is negative.
+
+    Example:
+        >>> import ifkv
+        >>> from ifkv.store import MemoryStore
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> handle = ifkv.patch(model)
+        >>> store = MemoryStore()
+        >>> key = store.put(ifkv.prefill_documents(model, [[5, 6, 7]], prefix=[1])[0])
+        >>> key == store.key_for(model, [5, 6, 7], [1]), len(store.get(key)), len(store)
+        (True, 3, 2)
+        >>> ifkv.unpatch(model)
+    """
+
+    def __init__(self, max_bytes: int | None = None, *, pin_memory: bool = False):
+        if max_bytes is not None and max_bytes < 0:
+            raise InvalidInputError(f"max_bytes is {max_bytes}; give None or at least 0.")
+        self.max_bytes = max_bytes
+        self._pin_memory = pin_memory
+        self._entries: OrderedDict[str, DocumentCache] = OrderedDict()  # least recent first
+        self._behind: Counter[str] = Counter()  # how many documents need a prefix
+        self._pinned: set[str] = set()
+        self._nbytes = self._hits = self._misses = self._evictions = 0
+        self._lock = threading.RLock()
+
+    def key_for(
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int] | Tensor,
+        prefix: Sequence[int] | Tensor | DocumentCache = (),
+    ) -> str:
+        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        return key_for(model, token_ids, prefix)
+
+    def put(self, document: DocumentCache) -> str:
+        """Store a document and its prefix; see :class:`ifkv.store.DocumentStore`."""
+        check_document(document)
+        key, prefix_key = key_of(document), prefix_key_of(document)
+        with self._lock:
+            if key in self:
+                self._touch(key)
+                return key
+        # Copies to the host are made outside the lock; other threads go on meanwhile.
+        prefix = document.prefix
+        if prefix is not None and prefix_key is not None:
+            with self._lock:
+                held = self._entries.get(prefix_key)
+            prefix = held if held is not None else self._to_host(prefix, None)
+        placed = self._to_host(document, prefix)
+        with self._lock:
+            if key in self._entries:
+                self._touch(key)
+                return key
+            new = {key: placed}
+            if prefix is not None and prefix_key is not None and prefix_key not in self._entries:
+                new = {prefix_key: prefix, **new}
+            elif prefix_key is not None:  # another thread put the prefix meanwhile
+                new[key] = dataclasses.replace(placed, prefix=self._entries[prefix_key])
+            self._make_room(sum(doc.nbytes for doc in new.values()), {key, prefix_key})
+            for name, doc in new.items():
+                self._entries[name] = doc
+                self._nbytes += doc.nbytes
+            if prefix_key is not None:
+                self._behind[prefix_key] += 1
+            self._touch(key)
+        return key
+
+    def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
+        """The document under a key; ``lazy`` makes no difference to what is in memory."""
+        check_key(key)
+        with self._lock:
+            document = self._entries.get(key)
+            if document is None:
+                self._misses += 1
+                raise DocumentNotFoundError(
+                    f"no document {key} in this store of {len(self._entries)}; prefill it and put "
+                    "it."
+                )
+            self._hits += 1
+            self._touch(key)
+            return document
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def delete(self, key: str) -> None:
+        """Drop an entry, and the documents behind it if it is a prefix."""
+        check_key(key)
+        with self._lock:
+            if key not in self._entries:
+                raise DocumentNotFoundError(f"no document {key} to delete in this store.")
+            if self._behind[key]:
+                dependents = [k for k, d in self._entries.items() if prefix_key_of(d) == key]
+                for dependent in dependents:
+                    self._drop(dependent)
+            self._drop(key)
+
+    def pin(self, key: str, pinned: bool = True) -> None:
+        """Protect an entry (and so its prefix) from eviction, or stop doing so.
+
+        Raises:
+            DocumentNotFoundError: There is no such entry.
+        """
+        check_key(key)
+        with self._lock:
+            if key not in self._entries:
+                raise DocumentNotFoundError(f"no document {key} to pin in this store.")
+            (self._pinned.add if pinned else self._pinned.discard)(key)
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all entries, least recently used first."""
+        with self._lock:
+            return iter(list(self._entries))
+
+    def stats(self) -> StoreStats:
+        """What the store holds and has done."""
+        with self._lock:
+            return StoreStats(
+                documents=len(self._entries),
+                tokens=sum(len(document) for document in self._entries.values()),
+                nbytes=self._nbytes,
+                max_bytes=self.max_bytes,
+                pinned=len(self._pinned),
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._evictions,
+            )
+
+    def _touch(self, key: str) -> None:
+        prefix_key = prefix_key_of(self._entries[key])
+        if prefix_key is not None:
+            self._entries.move_to_end(prefix_key)
+        self._entries.move_to_end(key)
+
+    def _make_room(self, needed: int, keep: set[str | None]) -> None:
+        """Drop the least recently used entries until ``needed`` bytes fit, or change nothing."""
+        if self.max_bytes is None:
+            return
+        excess = self._nbytes + needed - self.max_bytes
+        behind, victims = Counter(self._behind), []
+        # Twice: a prefix can go once the documents behind it have.
+        for _ in range(2):
+            for key, document in self._entries.items():
+                if excess <= 0:
+                    break
+                if key in keep or key in self._pinned or behind[key] or key in victims:
+                    continue
+                victims.append(key)
+                excess -= document.nbytes
+                prefix_key = prefix_key_of(document)
+                if prefix_key is not None:
+                    behind[prefix_key] -= 1
+        if excess > 0:
+            raise StoreFullError(
+                f"a document of {needed} bytes does not fit into the budget of {self.max_bytes}: "
+                f"{excess} bytes too many, all that can be evicted counted. Raise max_bytes, unpin "
+                "entries, or split the document."
+            )
+        for key in victims:
+            self._drop(key)
+        self._evictions += len(victims)
+
+    def _drop(self, key: str) -> None:
+        document = self._entries.pop(key)
+        self._pinned.discard(key)
+        self._nbytes -= document.nbytes
+        prefix_key = prefix_key_of(document)
+        if prefix_key is not None:
+            self._behind[prefix_key] -= 1
+
+    def _to_host(self, document: DocumentCache, prefix: DocumentCache | None) -> DocumentCache:
+        keys, values = document.keys.cpu(), document.values.cpu()
+        if self._pin_memory:
+            keys, values = keys.pin_memory(), values.pin_memory()
+        return DocumentCache(
+            document.token_ids, document.prefix_ids, keys, values, document.fingerprint, prefix
+        )
