@@ -41,10 +41,14 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     families = {f"patches/{path.name}" for path in (ROOT / "patches").glob("*.toml")}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "src" / "ifkv").rglob("*.py")}
-    in_every_sdist = families | modules | {"LICENSE", "README.md", "pyproject.toml", "tox.ini"}
-    in_every_wheel = {f"ifkv/{name}" for name in families | {"py.typed"}}
-    in_every_wheel |= {name.removeprefix("src/") for name in modules}
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "src" / "ifkv").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    in_every_sdist = families | sources | {"LICENSE", "README.md", "pyproject.toml", "tox.ini"}
+    in_every_wheel = {f"ifkv/{name}" for name in families}
+    in_every_wheel |= {name.removeprefix("src/") for name in sources | {"src/ifkv/py.typed"}}
     if missing := sorted(in_every_sdist - in_sdist):
         sys.exit(f"{sdist.name} lacks {missing}")
     if missing := sorted(in_every_wheel - in_wheel):
