@@ -62,7 +62,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     base: Any = model.base_model
-    digest.update(base.rotary_emb.inv_freq.detach().double().cpu().numpy().tobytes())
+    rotary = base.rotary_emb
+    # A longrope module's current frequencies are those of the last forward; these never change.
+    inv_freq = getattr(rotary, "original_inv_freq", rotary.inv_freq)
+    digest.update(inv_freq.detach().double().cpu().numpy().tobytes())
     samples: list[Tensor] = []
     for name, parameter in base.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())

@@ -113,6 +113,9 @@ class Rope:
             Two tensors ``[n, rotary_dim]`` of ``dtype``.
         """
         like = torch.empty(0, dtype=dtype, device=positions.device)
+        if len(positions) == 0:  # longrope asks for the largest position, which there must be
+            nothing = like.reshape(0, 1).expand(0, self.rotary_dim)
+            return nothing, nothing
         cos, sin = self._module(like, position_ids=positions[None])
         return cos[0], sin[0]
 
