@@ -119,7 +119,7 @@ class ScoringPass:
         self._backend = handle.backend
         self._cache = cache
         self._layers = frozenset(layers)
-        self._positions = positions
+        self._plan = handle.backend.plan_query(positions, cache.positions)
         self._reduction = reduction
         self.norms: list[Tensor] = []
 
@@ -147,21 +147,19 @@ class ScoringPass:
             values,
             context_keys,
             layer.value_buffer[:, :, context],
+            self._plan,
             scaling=scaling,
             window=window,
-            query_positions=self._positions,
-            context_positions=self._cache.positions,
         )
         if layer_idx in self._layers:
             norm = self._backend.attention_norm(
                 query,
                 context_keys,
                 logsumexp,
+                self._plan,
                 scaling=scaling,
                 reduction=self._reduction,
                 window=window,
-                query_positions=self._positions,
-                context_positions=self._cache.positions,
             )
             self.norms.append(norm)
         return out

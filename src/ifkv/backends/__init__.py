@@ -4,39 +4,74 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ifkv.backends.base import Backend
 from ifkv.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.backends.base import Backend
+__all__ = ["NAMES", "Backend", "resolve_backend"]
 
 _log = logging.getLogger("ifkv")
-NAMES = ("reference",)
+NAMES = ("reference", "flashinfer")
 
 
-def resolve_backend(name: str, model: PreTrainedModel) -> Backend:
-    """The backend of that name.
+def resolve_backend(backend: str | Backend, model: PreTrainedModel) -> Backend:
+    """The backend to use for a model.
 
     Args:
-        name: One of ``NAMES``, or ``"auto"``.
+        backend: One of ``NAMES``; ``"auto"``, which takes FlashInfer wherever it can run and says
+            once what it took and why; or a backend made by hand, which is used as it is.
         model: The model it shall serve.
 
     Raises:
         BackendUnavailableError: There is no such backend, or it cannot run here.
     """
-    if name == "auto":
-        name = "reference"
-        _say_once(f"ifkv: attention backend {name!r} on {model.device}")
-    if name not in NAMES:
+    if isinstance(backend, Backend):
+        return backend
+    if backend == "flashinfer":
+        return _flashinfer(model)
+    if backend == "auto":
+        try:
+            chosen = _flashinfer(model)
+        except BackendUnavailableError as error:
+            _say_once(f"ifkv: attention backend 'reference' on {model.device}: {error}")
+        else:
+            _say_once(f"ifkv: attention backend 'flashinfer' on {model.device}, {model.dtype}")
+            return chosen
+    elif backend != "reference":
         raise BackendUnavailableError(
-            f"backend {name!r} is unknown; choose one of {', '.join(NAMES)} or 'auto'."
+            f"backend {backend!r} is unknown; choose one of {', '.join(NAMES)} or 'auto'."
         )
     from ifkv.backends.reference import ReferenceBackend
 
     return ReferenceBackend()
+
+
+def _flashinfer(model: PreTrainedModel) -> Backend:
+    from ifkv.backends.flashinfer import availability
+
+    base: Any = model.base_model
+    head_dims = {int(layer.self_attn.head_dim) for layer in base.layers}
+    refusal = availability.refusal_of_device(model.device) or availability.refusal_of_model(
+        model.dtype, head_dims
+    )
+    if refusal is not None:
+        raise BackendUnavailableError(
+            f"backend 'flashinfer' cannot run: {refusal}. It also needs its package: "
+            f"{availability.INSTALL}. backend='reference' runs everywhere."
+        )
+    return _shared_flashinfer()
+
+
+@cache
+def _shared_flashinfer() -> Backend:
+    """One for the process: its wrappers and workspaces are worth keeping."""
+    from ifkv.backends.flashinfer import FlashInferBackend
+
+    return FlashInferBackend()
 
 
 @cache

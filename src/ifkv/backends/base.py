@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Reduction = Literal["l2", "sum"]
 
@@ -52,6 +56,21 @@ class DocumentPlan:
     detail: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class QueryPlan:
+    """Query tokens over a whole context.
+
+    Attributes:
+        query_positions: Long ``[Q]``, on the compute device.
+        context_positions: Long ``[T]``, on the compute device.
+        detail: What the backend has prepared.
+    """
+
+    query_positions: Tensor
+    context_positions: Tensor
+    detail: Any
+
+
 class Backend(ABC):
     """One implementation of the contract.
 
@@ -60,6 +79,14 @@ class Backend(ABC):
     """
 
     name: str
+
+    def attach(self, model: PreTrainedModel) -> Callable[[], None]:
+        """Prepare a model that is being patched; return what undoes it.
+
+        A backend that also wants to run the model's ordinary steps over a stitched cache, such as
+        decoding in ``generate()``, hooks itself in here. This one does nothing.
+        """
+        return lambda: None
 
     @abstractmethod
     def plan_documents(
@@ -133,6 +160,15 @@ class Backend(ABC):
             ``[1, rows, heads, head_dim]``.
         """
 
+    def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
+        """Plan query tokens over a context.
+
+        Args:
+            query_positions: Long ``[Q]``, on the compute device; only windows read positions.
+            context_positions: Long ``[T]``, on the compute device.
+        """
+        return QueryPlan(query_positions, context_positions, None)
+
     @abstractmethod
     def attend_query(
         self,
@@ -141,11 +177,10 @@ class Backend(ABC):
         values: Tensor,
         context_keys: Tensor,
         context_values: Tensor,
+        plan: QueryPlan,
         *,
         scaling: float,
         window: int | None,
-        query_positions: Tensor,
-        context_positions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Attention of query tokens that see a whole context and, causally, themselves.
 
@@ -155,10 +190,9 @@ class Backend(ABC):
             values: Of the same shape.
             context_keys: ``[1, kv_heads, T, head_dim]``.
             context_values: Of the same shape.
+            plan: From :meth:`plan_query`.
             scaling: Factor on the logits.
             window: As in :meth:`attend_documents`; distances are between positions.
-            query_positions: Long ``[Q]``; read only if there is a window.
-            context_positions: Long ``[T]``; read only if there is a window.
 
         Returns:
             The output ``[1, Q, heads, head_dim]`` and the log-sum-exp ``[1, heads, Q]`` over
@@ -171,12 +205,11 @@ class Backend(ABC):
         query: Tensor,
         context_keys: Tensor,
         logsumexp: Tensor,
+        plan: QueryPlan,
         *,
         scaling: float,
         reduction: Reduction,
         window: int | None,
-        query_positions: Tensor,
-        context_positions: Tensor,
     ) -> Tensor:
         """Norm over query tokens of the head-mean attention to each context slot (2603.05353).
 
@@ -187,11 +220,10 @@ class Backend(ABC):
             query: ``[1, heads, Q, head_dim]``.
             context_keys: ``[1, kv_heads, T, head_dim]``.
             logsumexp: ``[1, heads, Q]``, from :meth:`attend_query`.
+            plan: From :meth:`plan_query`.
             scaling: Factor on the logits.
             reduction: ``"l2"`` or ``"sum"``.
             window: As in :meth:`attend_query`.
-            query_positions: As in :meth:`attend_query`.
-            context_positions: As in :meth:`attend_query`.
 
         Returns:
             ``[T]``, float32, or float64 if the query is.

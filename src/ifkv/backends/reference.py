@@ -13,16 +13,15 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend, DocumentPlan, Reduction, RowPlan
-from ifkv.backends.partial import attend_partial, explicit_logits, merge_partial
+from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
+from ifkv.backends.norms import blocked_attention_norm, hidden_by_window
+from ifkv.backends.partial import attend_partial, merge_partial
 
 # Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
 TILE_ROWS = 128
 TILE_SPAN = 2048
 # Adjacent rows from this many on are worth a causal tile of their own.
 RUN_ROWS = 128
-# Keys whose attention probabilities are held at once while norms are accumulated.
-NORM_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +142,16 @@ class ReferenceBackend(Backend):
         values: Tensor,
         context_keys: Tensor,
         context_values: Tensor,
+        plan: QueryPlan,
         *,
         scaling: float,
         window: int | None,
-        query_positions: Tensor,
-        context_positions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.attend_query`."""
-        own_mask = _window_mask(query_positions, query_positions, window)
+        rows = plan.query_positions
+        own_mask = hidden_by_window(rows, rows, window)
         own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=window is None)
-        mask = _window_mask(query_positions, context_positions, window)
+        mask = hidden_by_window(rows, plan.context_positions, window)
         context = attend_partial(query, context_keys, context_values, scaling, mask=mask)
         out, logsumexp = merge_partial(*context, *own)
         return out.transpose(1, 2), logsumexp
@@ -162,22 +161,22 @@ class ReferenceBackend(Backend):
         query: Tensor,
         context_keys: Tensor,
         logsumexp: Tensor,
+        plan: QueryPlan,
         *,
         scaling: float,
         reduction: Reduction,
         window: int | None,
-        query_positions: Tensor,
-        context_positions: Tensor,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`."""
-        norms = []
-        for start in range(0, context_keys.shape[2], NORM_BLOCK):
-            block = slice(start, start + NORM_BLOCK)
-            mask = _window_mask(query_positions, context_positions[block], window)
-            logits = explicit_logits(query, context_keys[:, :, block], scaling, mask)
-            attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
-            norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
-        return torch.cat(norms) if norms else logsumexp.new_zeros(0)
+        return blocked_attention_norm(
+            query,
+            context_keys,
+            logsumexp,
+            plan,
+            scaling=scaling,
+            reduction=reduction,
+            window=window,
+        )
 
 
 def _attend_tile(
@@ -195,7 +194,7 @@ def _attend_tile(
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
         key_slots = torch.arange(begin, end, device=query.device)
-        mask = _window_mask(slots, key_slots, window)
+        mask = hidden_by_window(slots, key_slots, window)
         return attend_partial(
             query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
         )[0]
@@ -210,11 +209,3 @@ def _attend_tile(
         return seen[0]
     before = attend_partial(query, keys[:, :, :first], values[:, :, :first], scaling)
     return merge_partial(*before, *seen)[0]
-
-
-def _window_mask(rows: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
-    """True where a row must not look: keys ahead of it, or a window or more behind."""
-    if window is None:
-        return None
-    distance = rows[:, None] - keys
-    return (distance < 0) | (distance >= window)

@@ -1,0 +1,95 @@
+"""Whether FlashInfer can run here, and if not, why and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from ifkv.errors import BackendUnavailableError
+
+INSTALL = "pip install 'ifkv[flashinfer]'"
+# From the first release whose call rules were read to the first one that nobody has read.
+VERSIONS = ((0, 6, 18), (0, 8))
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128, 256)
+# Turing: the oldest generation FlashInfer has kernels for.
+CAPABILITY = (7, 5)
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Leading numbers of a version.
+
+    >>> version_tuple("0.6.18.post1"), version_tuple("0.7.2rc1")
+    ((0, 6, 18), (0, 7, 2))
+    """
+    numbers = []
+    for part in version.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+        if digits != part:
+            break
+    return tuple(numbers)
+
+
+def refusal_of_version(version: str) -> str | None:
+    """Why this version will not do; None if it will."""
+    low, high = VERSIONS
+    if low <= version_tuple(version) < high:
+        return None
+    text = ">={},<{}".format(*(".".join(map(str, bound)) for bound in VERSIONS))
+    return f"flashinfer-python {version} is installed, but ifkv knows the call rules of {text} only"
+
+
+def refusal_of_model(dtype: torch.dtype, head_dims: set[int]) -> str | None:
+    """Why FlashInfer has no kernel for such a model; None if it has.
+
+    Args:
+        dtype: The model's dtype.
+        head_dims: Head dimensions of its layers.
+    """
+    if dtype not in DTYPES:
+        return f"the model is {dtype}, and FlashInfer computes in float16 or bfloat16 only"
+    odd = sorted(head_dims.difference(HEAD_DIMS))
+    if odd:
+        sizes = ", ".join(map(str, HEAD_DIMS))
+        return f"head_dim is {odd[0]}, and FlashInfer has kernels for {sizes} only"
+    return None
+
+
+def refusal_of_device(device: torch.device) -> str | None:
+    """Why FlashInfer cannot run on this device; None if it can."""
+    if device.type != "cuda":
+        return f"the model is on {device}, and FlashInfer runs on CUDA only; move the model first"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found}, below (7, 5)"
+    return None
+
+
+def load() -> Any:
+    """Import FlashInfer.
+
+    Raises:
+        BackendUnavailableError: It is not installed, breaks on import, or is of another version.
+    """
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendUnavailableError(
+            f"backend 'flashinfer' needs a package that is not installed: {INSTALL}"
+        ) from None
+    refusal = refusal_of_version(version)
+    if refusal is not None:
+        raise BackendUnavailableError(f"{refusal}: {INSTALL}")
+    try:
+        return importlib.import_module("flashinfer")
+    except Exception as error:  # an AssertionError on a machine without CUDA, among others
+        raise BackendUnavailableError(
+            f"flashinfer-python {version} is installed but cannot be imported "
+            f"({type(error).__name__}: {error}); install it again: {INSTALL}"
+        ) from error

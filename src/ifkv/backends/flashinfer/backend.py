@@ -1,0 +1,335 @@
+"""The FlashInfer backend: the attention contract on CUDA, in float16 and bfloat16 (2501.01005).
+
+Nothing here knows that there is a card: it makes index arrays and hands them to a module that it
+is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer's call rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
+from ifkv.backends.flashinfer.availability import load
+from ifkv.backends.flashinfer.calls import Call, Geometry
+from ifkv.backends.flashinfer.documents import DocumentCall
+from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages
+from ifkv.backends.flashinfer.tiles import MaskForm, Part, parts_of_rows
+from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
+from ifkv.backends.norms import blocked_attention_norm
+
+_T = TypeVar("_T")
+
+
+class Planned:
+    """Calls of one forward, planned when the first layer shows its geometry, then looked up."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What ``make`` returned for this key."""
+        if key not in self._calls:
+            self._calls[key] = make()
+        found: _T = self._calls[key]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDetail:
+    """What a row plan of this backend holds.
+
+    Attributes:
+        slots: Slots of each sequence's rows, long on the CPU.
+        kv_lengths: Slots in use of each sequence.
+        tables: Pages of each sequence, where they are not simply those of its buffer.
+        planned: Calls planned so far.
+    """
+
+    slots: tuple[Tensor, ...]
+    kv_lengths: tuple[int, ...]
+    tables: tuple[Tensor, ...] | None
+    planned: Planned
+
+
+class FlashInferBackend(Backend):
+    """Attention by FlashInfer's kernels.
+
+    Args:
+        module: FlashInfer; imported if None.
+        mask: How rows without a common causal mask are run: ``"split"`` reads what all rows of a
+            tile see without a mask and masks the rest, ``"tiles"`` masks all of it, and
+            ``"positions"`` compares positions in a kernel of our own, compiled on first use.
+        workspace_bytes: FlashInfer's scratch memory, one per device and stream.
+
+    Raises:
+        BackendUnavailableError: FlashInfer is not installed or cannot be imported.
+    """
+
+    name = "flashinfer"
+
+    def __init__(
+        self,
+        module: Any = None,
+        *,
+        mask: MaskForm = "split",
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ):
+        self._module = load() if module is None else module
+        self._mask = mask
+        self._pool = WrapperPool(self._module, workspace_bytes)
+
+    def plan_documents(
+        self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
+    ) -> DocumentPlan:
+        """See :meth:`Backend.plan_documents`."""
+        return DocumentPlan(lengths, prefix_length, Planned())
+
+    def attend_documents(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+        plan: DocumentPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """See :meth:`Backend.attend_documents`."""
+        geometry = self._geometry(query, keys, 1, scaling, window)
+        call = plan.detail.once(
+            geometry,
+            lambda: DocumentCall(
+                self._pool, plan.lengths, plan.prefix_length, geometry, query.device
+            ),
+        )
+        out: Tensor = call.run(query, keys, values, prefix_keys, prefix_values)
+        return out
+
+    def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
+        """See :meth:`Backend.plan_rows`."""
+        return self.plan_requests([slots], [kv_length], device)
+
+    def plan_requests(
+        self,
+        slots: Sequence[Tensor],
+        kv_lengths: Sequence[int],
+        device: torch.device,
+        *,
+        tables: Sequence[Tensor] | None = None,
+    ) -> RowPlan:
+        """Plan position-causal rows of several requests, each over its own cache, as one batch.
+
+        Args:
+            slots: For each request its rows' slots, as in :meth:`plan_rows`.
+            kv_lengths: For each request its slots in use.
+            device: Where attention will run.
+            tables: For each request the pages that hold its slots in order, int32 on the CPU, for
+                :meth:`attend_pages`; by default request i lies in row i of a buffer.
+        """
+        detail = RowDetail(
+            tuple(slots), tuple(kv_lengths), None if tables is None else tuple(tables), Planned()
+        )
+        return RowPlan(torch.cat(list(slots)).to(device), max(kv_lengths, default=0), detail)
+
+    def attend_rows(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        **scales: float,
+    ) -> Tensor:
+        """See :meth:`Backend.attend_rows`; here for one request or several.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
+            keys: ``[requests, kv_heads, >= kv_length, head_dim]``.
+            values: Of the same shape.
+            plan: From :meth:`plan_rows` or :meth:`plan_requests`.
+            scaling: Factor on the logits.
+            window: Slots that a row sees, its own included; None sees all.
+            **scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+        """
+        buffers = view_as_pages(keys, values, plan.kv_length)
+        return self.attend_pages(query, buffers, plan, scaling=scaling, window=window, **scales)
+
+    def attend_pages(
+        self,
+        query: Tensor,
+        buffers: PagedBuffers,
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        **scales: float,
+    ) -> Tensor:
+        """The same over pages, in whatever order the plan's page tables name them."""
+        geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
+        detail: RowDetail = plan.detail
+        calls: dict[str, Call] = detail.planned.once(
+            (geometry, buffers.first_pages),
+            lambda: self._plan_row_calls(plan, geometry, buffers.first_pages),
+        )
+        rows = query[0].transpose(0, 1)  # [rows, heads, head_dim]
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        if "causal" in calls:
+            calls["causal"].rows.put(out, calls["causal"].run(rows, buffers, **scales)[0])
+        if "masked" in calls:
+            part, logsumexp = calls["masked"].run(rows, buffers, **scales)
+            calls["masked"].rows.put(out, part)
+            if "full" in calls:
+                self._merge_full(calls, out, logsumexp, rows, buffers, scales)
+        return out[None]
+
+    def _merge_full(
+        self,
+        calls: dict[str, Call],
+        out: Tensor,
+        logsumexp: Tensor,
+        rows: Tensor,
+        buffers: PagedBuffers,
+        scales: dict[str, float],
+    ) -> None:
+        """Merge into ``out`` what its masked rows see besides."""
+        full = calls["full"]
+        part, its_logsumexp = full.run(rows, buffers, **scales)
+        everywhere = logsumexp.new_empty(len(out), logsumexp.shape[1])
+        calls["masked"].rows.put(everywhere, logsumexp)
+        merged, _ = self._module.merge_state(
+            full.rows.take(out).contiguous(), full.rows.take(everywhere), part, its_logsumexp
+        )
+        full.rows.put(out, merged)
+
+    def _plan_row_calls(
+        self, plan: RowPlan, geometry: Geometry, first_pages: tuple[int, ...]
+    ) -> dict[str, Call]:
+        detail: RowDetail = plan.detail
+        tables = detail.tables
+        if tables is None:
+            pages = [-(-length // geometry.page_size) for length in detail.kv_lengths]
+            tables = tuple(
+                torch.arange(first, first + count, dtype=torch.int32)
+                for first, count in zip(first_pages, pages, strict=True)
+            )
+        parts = parts_of_rows(
+            detail.slots, geometry.group, geometry.page_size, geometry.window, self._mask
+        )
+        by_position = self._mask == "positions"
+        return {
+            kind: Call(
+                self._pool,
+                kind,
+                some,
+                tables,
+                geometry,
+                plan.slots,
+                by_position=by_position and kind == "masked",
+            )
+            for kind, some in parts.items()
+            if some
+        }
+
+    def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
+        """See :meth:`Backend.plan_query`."""
+        return QueryPlan(query_positions, context_positions, Planned())
+
+    def attend_query(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        plan: QueryPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Backend.attend_query`."""
+        own, own_logsumexp = self._attend_span(
+            query, keys, values, plan, scaling, window, context=False
+        )
+        if context_keys.shape[2] > 0:
+            part, logsumexp = self._attend_span(
+                query, context_keys, context_values, plan, scaling, window, context=True
+            )
+            own, own_logsumexp = self._module.merge_state(part, logsumexp, own, own_logsumexp)
+        return own[None], own_logsumexp.mul(math.log(2)).T[None]
+
+    def _attend_span(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: QueryPlan,
+        scaling: float,
+        window: int | None,
+        *,
+        context: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Query tokens over the context, or over themselves."""
+        rows, length = query.shape[2], keys.shape[2]
+        buffers = view_as_pages(keys, values, length)
+        geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
+
+        def make() -> Call:
+            pages = torch.arange(-(-length // geometry.page_size), dtype=torch.int32)
+            return Call(
+                self._pool,
+                "masked" if window is not None else "full" if context else "causal",
+                [Part(0, 0, rows, 0, length)],
+                [pages],
+                geometry,
+                plan.query_positions,
+                plan.context_positions if context else plan.query_positions,
+            )
+
+        call: Call = plan.detail.once((geometry, context), make)
+        return call.run(query[0].transpose(0, 1), buffers)
+
+    def attention_norm(
+        self,
+        query: Tensor,
+        context_keys: Tensor,
+        logsumexp: Tensor,
+        plan: QueryPlan,
+        *,
+        scaling: float,
+        reduction: Reduction,
+        window: int | None,
+    ) -> Tensor:
+        """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
+        return blocked_attention_norm(
+            query,
+            context_keys,
+            logsumexp,
+            plan,
+            scaling=scaling,
+            reduction=reduction,
+            window=window,
+        )
+
+    def _geometry(
+        self, query: Tensor, keys: Tensor, page_size: int, scaling: float, window: int | None
+    ) -> Geometry:
+        return Geometry(
+            heads=query.shape[1],
+            kv_heads=keys.shape[1],
+            head_dim=query.shape[3],
+            q_dtype=query.dtype,
+            kv_dtype=keys.dtype,
+            page_size=page_size,
+            scaling=scaling,
+            window=window,
+        )

@@ -1,0 +1,180 @@
+"""One planned call of FlashInfer: index arrays made once per forward, run once per layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.flashinfer.pages import PagedBuffers, page_table
+from ifkv.backends.flashinfer.tiles import CallKind, Part, mask_of_parts
+from ifkv.backends.flashinfer.variant import position_variant
+from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
+from ifkv.errors import InvalidInputError
+
+# Offsets into a mask are int32, and FlashInfer does not check them.
+MASK_LIMIT = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a plan depends on besides index arrays; the same in all layers of most models."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    page_size: int
+    scaling: float
+    window: int | None
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def plan_arguments(self) -> dict[str, Any]:
+        """Arguments that every plan takes."""
+        return {
+            "num_qo_heads": self.heads,
+            "num_kv_heads": self.kv_heads,
+            "head_dim_qk": self.head_dim,
+            "sm_scale": self.scaling,
+            "q_data_type": self.q_dtype,  # float16 if left out
+            "kv_data_type": self.kv_dtype,
+        }
+
+
+class Rows:
+    """Some of the rows of a forward, in the order of a call: a slice where they are adjacent.
+
+    Args:
+        ranges: First row and end of each stretch.
+        device: The compute device.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[int, int]], device: torch.device):
+        self.count = sum(stop - start for start, stop in ranges)
+        joined = all(a[1] == b[0] for a, b in itertools.pairwise(ranges))
+        self.index: slice | Tensor
+        if joined:
+            self.index = slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
+        else:
+            self.index = torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
+
+    def take(self, x: Tensor) -> Tensor:
+        """These rows of ``x``."""
+        return x[self.index]
+
+    def put(self, x: Tensor, rows: Tensor) -> None:
+        """Set these rows of ``x``."""
+        x[self.index] = rows
+
+
+class Call:
+    """Requests that run together: rows of a forward over spans of paged sequences.
+
+    Args:
+        pool: Where to get a wrapper.
+        kind: What is hidden: nothing, the causal future, or what a mask says.
+        parts: What each request reads; their rows follow one another in the call.
+        tables: For each sequence its pages in order, int32 on the CPU.
+        geometry: Heads, dtypes and so on.
+        row_positions: Long ``[rows]`` of the forward, on the compute device.
+        key_positions: Long ``[slots]``; a slot is its position if None.
+        by_position: Let our own kernel compare positions instead of reading a mask.
+    """
+
+    def __init__(
+        self,
+        pool: WrapperPool,
+        kind: CallKind,
+        parts: Sequence[Part],
+        tables: Sequence[Tensor],
+        geometry: Geometry,
+        row_positions: Tensor,
+        key_positions: Tensor | None = None,
+        by_position: bool = False,
+    ):
+        device = row_positions.device
+        self.rows = Rows([(part.start, part.stop) for part in parts], device)
+        jit_args = position_variant(geometry) if by_position else None
+        lease = pool.lease(
+            WrapperKind(
+                paged=True,
+                backend="fa2" if kind == "masked" else "auto",
+                q_dtype=geometry.q_dtype,
+                kv_dtype=geometry.kv_dtype,
+                head_dim=geometry.head_dim,
+                jit_args=jit_args,
+                jit_name=jit_args[0] if jit_args else "",
+            ),
+            device,
+            holder=self,
+        )
+        self._wrapper = lease.wrapper
+        table = page_table(
+            tables, [(part.sequence, part.begin, part.end) for part in parts], geometry.page_size
+        )
+        counts = [0]
+        for part in parts:
+            counts.append(counts[-1] + part.stop - part.start)
+        mask: dict[str, Tensor] = {}
+        self._extra: tuple[Any, ...] = ()
+        if by_position:
+            # The kernel has to be told that it masks at all; this byte is never read.
+            mask["packed_custom_mask"] = torch.zeros(1, dtype=torch.uint8, device=device)
+            begins = torch.tensor([part.begin for part in parts], dtype=torch.int32)
+            window = -1 if geometry.window is None else geometry.window
+            self._extra = (
+                self.rows.take(row_positions).to(torch.int32),
+                begins.to(device),
+                geometry.scaling,
+                window,
+            )
+        elif kind == "masked":
+            size = sum((part.stop - part.start) * (part.end - part.begin) for part in parts)
+            if size >= MASK_LIMIT:
+                raise InvalidInputError(
+                    f"{self.rows.count} rows would need a mask of {size} elements, and FlashInfer "
+                    f"can address {MASK_LIMIT - 1}. Pass block_tokens to recompute."
+                )
+            mask["custom_mask"] = mask_of_parts(
+                parts, row_positions, key_positions, geometry.window
+            )
+        lease.plan(
+            qo_indptr=torch.tensor(counts, dtype=torch.int32),
+            paged_kv_indptr=table.indptr,
+            paged_kv_indices=table.indices,
+            paged_kv_last_page_len=table.last_page_len,
+            page_size=geometry.page_size,
+            causal=kind == "causal",
+            **geometry.plan_arguments,
+            **mask,
+        )
+
+    def run(self, query: Tensor, buffers: PagedBuffers, **scales: float) -> tuple[Tensor, Tensor]:
+        """Attention of the call's rows.
+
+        Args:
+            query: ``[rows of the forward, heads, head_dim]``.
+            buffers: Keys and values of the layer.
+            **scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+
+        Returns:
+            ``[rows of the call, heads, head_dim]`` and base-2 log-sum-exp ``[rows, heads]``.
+        """
+        out, logsumexp = self._wrapper.run(
+            self.rows.take(query),
+            (buffers.keys, buffers.values),
+            *self._extra,
+            return_lse=True,
+            **scales,
+        )
+        return out, logsumexp

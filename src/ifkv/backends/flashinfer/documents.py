@@ -1,0 +1,89 @@
+"""Documents behind a shared prefix, in one ragged call.
+
+Each document is one request whose keys are the prefix's and its own. Its rows are the last of them,
+and FlashInfer's causal mask is right-aligned, so they see all of the prefix and each other
+causally; in the same way its window is exact here, where rows are adjacent. The prefix's keys are
+copied in front of each document's. The other way, attending to the prefix by itself and merging by
+log-sum-exp, saves that copy but reads and writes two outputs more: with four query heads to a key
+head it moves more bytes unless the prefix is several times as long as the documents. (Counted, not
+measured: see docs/gpu.md.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.flashinfer.calls import Geometry
+from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
+
+
+class DocumentCall:
+    """A planned ragged call.
+
+    Args:
+        pool: Where to get a wrapper.
+        lengths: Rows of each document.
+        prefix_length: Keys of the prefix.
+        geometry: Heads, dtypes and so on.
+        device: The compute device.
+    """
+
+    def __init__(
+        self,
+        pool: WrapperPool,
+        lengths: tuple[int, ...],
+        prefix_length: int,
+        geometry: Geometry,
+        device: torch.device,
+    ):
+        kind = WrapperKind(
+            paged=False,
+            backend="auto",
+            q_dtype=geometry.q_dtype,
+            kv_dtype=geometry.kv_dtype,
+            head_dim=geometry.head_dim,
+        )
+        lease = pool.lease(kind, device, holder=self)
+        self._wrapper = lease.wrapper
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        starts = ends + prefix_length * torch.arange(len(ends))
+        longest = prefix_length + max(lengths)
+        window = geometry.window
+        lease.plan(
+            qo_indptr=ends.to(torch.int32),
+            kv_indptr=starts.to(torch.int32),
+            causal=True,
+            # FlashInfer counts the keys before a row's own, transformers the row's own too.
+            window_left=-1 if window is None or window >= longest else window - 1,
+            **geometry.plan_arguments,
+        )
+        # Where each request's keys are among those of the prefix followed by all documents.
+        self._sources: Tensor | None = None
+        if prefix_length:
+            prefix = torch.arange(prefix_length)
+            own = torch.arange(int(ends[-1])) + prefix_length
+            parts = [part for rows in own.split(list(lengths)) for part in (prefix, rows)]
+            self._sources = torch.cat(parts).to(device)
+
+    def run(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix_keys: Tensor,
+        prefix_values: Tensor,
+    ) -> Tensor:
+        """Attention of all documents; shapes as in :meth:`Backend.attend_documents`."""
+        out: Tensor = self._wrapper.run(
+            query[0].transpose(0, 1),
+            self._join(prefix_keys, keys),
+            self._join(prefix_values, values),
+        )
+        return out[None]
+
+    def _join(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """Rows of all requests, ``[rows, kv_heads, head_dim]``."""
+        if self._sources is None:
+            return own[0].transpose(0, 1)
+        return torch.cat((prefix[0], own[0]), dim=1).transpose(0, 1)[self._sources]

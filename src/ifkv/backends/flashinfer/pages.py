@@ -1,0 +1,135 @@
+"""A cache's buffers seen as pages, without copying a byte, and page tables over them.
+
+FlashInfer reads keys and values through pages: ``[pages, kv_heads, page_size, head_dim]`` with any
+strides. A buffer ``[requests, kv_heads, slots, head_dim]`` is already that: a page is a stretch of
+slots, its heads lie one buffer row apart, and the next request begins a whole number of pages
+further on. Tiles of one request then share its pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+
+# Slots of a page at most: what a stitched cache's capacity is rounded to.
+PAGE_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedBuffers:
+    """Keys and values of one layer as pages.
+
+    Attributes:
+        keys: ``[pages, kv_heads, page_size, head_dim]``, a view.
+        values: Of the same shape, a view.
+        first_pages: For each request, the page that holds its slot 0; its others follow.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_pages: tuple[int, ...]
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self.keys.shape[2]
+
+
+def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
+    """View the first slots of a buffer as pages.
+
+    The largest page size up to 64 is taken that the strides allow and that reads no byte outside
+    the storage; a page of one slot always does.
+
+    Args:
+        keys: ``[requests, kv_heads, >= length, head_dim]``, its last dimension contiguous.
+        values: Of the same shape.
+        length: Slots in use.
+    """
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    size = min(_page_size(keys, length), _page_size(values, length))
+    key_pages, first_pages = _pages(keys, length, size)
+    value_pages, value_first_pages = _pages(values, length, size)
+    if first_pages != value_first_pages:  # requests lie differently far apart: make them equal
+        return view_as_pages(keys.contiguous(), values.contiguous(), length)
+    return PagedBuffers(key_pages, value_pages, first_pages)
+
+
+def _page_size(x: Tensor, length: int) -> int:
+    size = PAGE_SIZE
+    while size > 1 and not _fits(x, length, size):
+        size //= 2
+    return size
+
+
+def _fits(x: Tensor, length: int, size: int) -> bool:
+    requests, kv_heads, _, head_dim = x.shape
+    page_stride = size * x.stride(2)
+    if page_stride == 0 or (requests > 1 and x.stride(0) % page_stride):
+        return False
+    last = (requests - 1) * x.stride(0) + (-(-length // size) - 1) * page_stride
+    end = last + (kv_heads - 1) * x.stride(1) + (size - 1) * x.stride(2) + head_dim
+    return x.storage_offset() + end <= x.untyped_storage().nbytes() // x.element_size()
+
+
+def _pages(x: Tensor, length: int, size: int) -> tuple[Tensor, tuple[int, ...]]:
+    requests, kv_heads, _, head_dim = x.shape
+    page_stride = size * x.stride(2)
+    step = x.stride(0) // page_stride if requests > 1 else 0
+    count = (requests - 1) * step + -(-length // size)
+    shape = (count, kv_heads, size, head_dim)
+    strides = (page_stride, x.stride(1), x.stride(2), 1)
+    return x.as_strided(shape, strides), tuple(step * index for index in range(requests))
+
+
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which pages each request of one call reads: int32 arrays on the CPU, as FlashInfer wants.
+
+    Attributes:
+        indptr: ``[requests + 1]``: where each request's pages begin in ``indices``.
+        indices: Page numbers.
+        last_page_len: ``[requests]``: slots in use of each request's last page.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    last_page_len: Tensor
+
+
+def page_table(
+    tables: Sequence[Tensor], spans: Sequence[tuple[int, int, int]], page_size: int
+) -> PageTable:
+    """Page table of requests that each read a span of some sequence's slots.
+
+    Args:
+        tables: For each sequence, the pages that hold its slots in order, int32 on the CPU.
+        spans: ``(sequence, start, stop)`` of each request; ``start`` is a multiple of the page
+            size, and ``stop`` is greater.
+        page_size: Slots of a page.
+
+    Raises:
+        InvalidInputError: A span reaches behind its sequence's pages.
+    """
+    parts, counts, lasts = [], [0], []
+    for sequence, start, stop in spans:
+        first, end = start // page_size, -(-stop // page_size)
+        table = tables[sequence]
+        if end > len(table):
+            raise InvalidInputError(
+                f"request {sequence} has {stop} slots in use but {len(table)} pages of "
+                f"{page_size}; give it a page for every slot."
+            )
+        parts.append(table[first:end])
+        counts.append(counts[-1] + end - first)
+        lasts.append((stop - 1) % page_size + 1)
+    return PageTable(
+        torch.tensor(counts, dtype=torch.int32),
+        torch.cat(parts).to(torch.int32),
+        torch.tensor(lasts, dtype=torch.int32),
+    )

@@ -1,0 +1,82 @@
+"""A kernel of our own for FlashInfer's compiler: it compares positions instead of reading a mask.
+
+A mask holds one bit per row and key and is rebuilt for every forward. Here the kernel is given the
+slot of each row and the first slot of each request's keys, and compares: 4 bytes a row. FlashInfer
+compiles the source below on first use (nvcc, about half a minute) and keeps it.
+
+It has been read against FlashInfer 0.6.18's headers. Nobody has run it on a card yet, which is why
+``mask="positions"`` has to be asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ifkv.backends.flashinfer.calls import Geometry
+
+NAME = "IfkvPositionCausal"
+TENSORS = ("row_slots", "first_slots")
+SCALARS = ("sm_scale", "row_window")
+
+# FlashInfer reads the members qo_len, kv_len, window_left and sm_scale_log2 of every variant.
+SOURCE = r"""
+struct IfkvPositionCausal : AttentionVariantBase {
+  static constexpr bool use_softmax = true;
+
+  uint32_t qo_len, kv_len, window_left;
+  float sm_scale_log2;
+  const int32_t* slots_of_rows;
+  int32_t first_slot, window;
+
+  template <typename Params>
+  __device__ __host__ IfkvPositionCausal(const Params& params, uint32_t batch_idx,
+                                         uint8_t* smem_ptr) {
+    qo_len = params.get_qo_len(batch_idx);
+    kv_len = params.get_kv_len(batch_idx);
+    window_left = kv_len;  // FlashInfer's own window, which takes rows for adjacent: never used
+    sm_scale_log2 = float(params.sm_scale) * math::log2e;
+    slots_of_rows = params.row_slots + params.q_indptr[batch_idx];
+    first_slot = params.first_slots[batch_idx];
+    window = int32_t(params.row_window);
+  }
+
+  REGISTER_LOGITS_MASK(params, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
+    if (qo_idx >= qo_len || kv_idx >= kv_len) return false;
+    const int32_t row = slots_of_rows[qo_idx];
+    const int32_t key = first_slot + int32_t(kv_idx);
+    return key <= row && (window < 0 || row - key < window);
+  })
+};
+"""
+
+_SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
+
+
+def position_variant(geometry: Geometry) -> tuple[Any, ...]:
+    """What FlashInfer compiles the kernel from: the ``jit_args`` of a paged wrapper.
+
+    Args:
+        geometry: Its dtypes and head_dim become part of the kernel, and of its name.
+    """
+    kinds = [
+        _SHORT.get(dtype, str(dtype).rpartition(".")[2])
+        for dtype in (geometry.q_dtype, geometry.kv_dtype)
+    ]
+    return (
+        f"ifkv_position_causal_{kinds[0]}_{kinds[1]}_{geometry.head_dim}",
+        geometry.q_dtype,
+        geometry.kv_dtype,
+        geometry.q_dtype,
+        torch.int32,
+        geometry.head_dim,
+        geometry.head_dim,
+        list(TENSORS),
+        ["int32_t", "int32_t"],
+        list(SCALARS),
+        ["double", "int64_t"],
+        NAME,
+        SOURCE,
+    )

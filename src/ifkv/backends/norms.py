@@ -1,0 +1,55 @@
+"""Attention norms from queries, keys and log-sum-exps, in blocks (2603.05353, equation 7).
+
+Attention kernels return outputs and log-sum-exps but not the attention itself, so it is made once
+more: ``exp(q k scaling - logsumexp)``. The mean over heads comes before the square, so one block
+must hold all heads of a row; blocks are cut along the keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import QueryPlan, Reduction
+from ifkv.backends.partial import explicit_logits
+
+# Keys whose attention is held at once.
+NORM_BLOCK = 1024
+
+
+def blocked_attention_norm(
+    query: Tensor,
+    context_keys: Tensor,
+    logsumexp: Tensor,
+    plan: QueryPlan,
+    *,
+    scaling: float,
+    reduction: Reduction,
+    window: int | None,
+) -> Tensor:
+    """See :meth:`ifkv.backends.base.Backend.attention_norm`."""
+    norms = []
+    for start in range(0, context_keys.shape[2], NORM_BLOCK):
+        block = slice(start, start + NORM_BLOCK)
+        mask = hidden_by_window(plan.query_positions, plan.context_positions[block], window)
+        logits = explicit_logits(query, context_keys[:, :, block], scaling, mask)
+        attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
+        norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
+    return torch.cat(norms) if norms else logsumexp.new_zeros(0)
+
+
+def hidden_by_window(rows: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
+    """True where a row must not look: keys ahead of it, or a window or more behind.
+
+    Args:
+        rows: Positions, long ``[rows]``.
+        keys: Positions, long ``[n]``.
+        window: None hides nothing.
+
+    Returns:
+        Bool ``[rows, n]``, or None.
+    """
+    if window is None:
+        return None
+    distance = rows[:, None] - keys
+    return (distance < 0) | (distance >= window)
