@@ -63,8 +63,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     base: Any = model.base_model
     rotary = base.rotary_emb
-    # A longrope module's current frequencies are those of the last forward; these never change.
-    inv_freq = getattr(rotary, "original_inv_freq", rotary.inv_freq)
+    # A longrope module's current frequencies are those of the last forward.
+    longrope = getattr(rotary, "rope_type", "default") == "longrope"
+    inv_freq = rotary.original_inv_freq if longrope else rotary.inv_freq
     digest.update(inv_freq.detach().double().cpu().numpy().tobytes())
     samples: list[Tensor] = []
     for name, parameter in base.named_parameters():
