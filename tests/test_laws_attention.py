@@ -1,0 +1,194 @@
+"""Query attention, attention norms and their building blocks, against dense masks."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dense_attention import Heads, dense_attention, heads, visible_rows
+from ifkv.backends import norms, partial
+from ifkv.backends.partial import attend_partial, merge_partial
+from ifkv.backends.reference import ReferenceBackend
+from ifkv.testing import assert_bit_equal, assert_close
+
+DTYPES = [torch.float64, torch.float32]
+windows = st.none() | st.integers(1, 40)
+lengths = st.integers(1, 30)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-12 if dtype == torch.float64 else 1e-5
+
+
+def random_mask(rows: int, keys: int, share: float, seed: int) -> torch.Tensor:
+    """True where a row must not look; some rows see nothing at all."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, keys, generator=generator) < share
+    mask[torch.rand(rows, generator=generator) < 0.2] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    shape=heads(),
+    queries=st.integers(1, 8),
+    context=st.integers(1, 30),
+    window=windows,
+    block=st.integers(1, 12),
+    data=st.data(),
+)
+def test_query_attention_and_norms_equal_a_dense_mask(
+    dtype: torch.dtype,
+    shape: Heads,
+    queries: int,
+    context: int,
+    window: int | None,
+    block: int,
+    data: st.DataObject,
+) -> None:
+    """At any context positions, overlapping ones too; windows count positions, not slots."""
+    places = st.lists(st.integers(0, 40), min_size=context, max_size=context)
+    context_positions = torch.tensor(data.draw(places, label="context positions"))
+    query_positions = torch.arange(41, 41 + queries)
+    query, keys, values = shape.draw(queries, context + queries, dtype)
+    context_keys, own_keys = keys[:, :, :context], keys[:, :, context:]
+    backend = ReferenceBackend()
+    plan = backend.plan_query(query_positions, context_positions)
+    out, logsumexp = backend.attend_query(
+        query,
+        own_keys,
+        values[:, :, context:],
+        context_keys,
+        values[:, :, :context],
+        plan,
+        scaling=0.4,
+        window=window,
+    )
+    positions = torch.cat([context_positions, query_positions])
+    visible = visible_rows(query_positions, positions, window)
+    want_out, want_logsumexp, attention = dense_attention(query, keys, values, visible, 0.4)
+    assert_close(out, want_out, what="output", tolerance=tolerance(dtype))
+    assert_close(logsumexp, want_logsumexp, what="log-sum-exp", tolerance=tolerance(dtype))
+
+    mean = attention[0, :, :, :context].mean(0)
+    for reduction, expected in (("l2", mean.norm(dim=0)), ("sum", mean.sum(dim=0))):
+        with patch.object(norms, "NORM_BLOCK", block):
+            got = backend.attention_norm(
+                query,
+                context_keys,
+                logsumexp,
+                plan,
+                scaling=0.4,
+                reduction=reduction,
+                window=window,
+            )
+        assert_close(got, expected, what=f"{reduction} norms", tolerance=tolerance(dtype))
+
+
+def test_norms_of_no_context_are_none() -> None:
+    query, keys, _ = Heads(1, 2, 4, 0).draw(2, 0, torch.float64)
+    backend = ReferenceBackend()
+    plan = backend.plan_query(torch.arange(2), torch.arange(0))
+    got = backend.attention_norm(
+        query, keys, torch.zeros(1, 2, 2).double(), plan, scaling=1.0, reduction="l2", window=None
+    )
+    assert got.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    shape=heads(),
+    rows=lengths,
+    keys=lengths,
+    share=st.sampled_from([0.0, 0.3, 0.9]),
+    elements=st.integers(1, 200),
+)
+def test_masked_attention_on_both_paths_equals_the_definition(
+    dtype: torch.dtype, shape: Heads, rows: int, keys: int, share: float, elements: int
+) -> None:
+    """The CPU's flash kernel and the explicit form, whatever its blocks; blind rows included."""
+    query, k, v = shape.draw(rows, keys, dtype)
+    mask = random_mask(rows, keys, share, shape.seed)
+    want, want_logsumexp, _ = dense_attention(query, k, v, ~mask, 0.4)
+    blind = mask.all(dim=1)
+    with patch.object(partial, "_EXPLICIT_ELEMENTS", elements):
+        explicit = partial._attend_explicit(query, k, v, 0.4, mask)
+    for name, (out, logsumexp) in (
+        ("kernel", attend_partial(query, k, v, 0.4, mask=mask)),
+        ("explicit", explicit),
+    ):
+        assert out.dtype == logsumexp.dtype == dtype
+        assert_close(out.transpose(1, 2), want, what=f"output, {name}", tolerance=tolerance(dtype))
+        assert (logsumexp[:, :, blind] == float("-inf")).all()
+        assert not out[:, :, blind].any()
+        assert_close(
+            logsumexp[:, :, ~blind],
+            want_logsumexp[:, :, ~blind],
+            what=f"log-sum-exp, {name}",
+            tolerance=tolerance(dtype),
+        )
+
+
+@given(shape=heads(), rows=lengths, keys=lengths, causal=st.booleans())
+def test_unmasked_and_causal_attention_on_both_paths(
+    shape: Heads, rows: int, keys: int, causal: bool
+) -> None:
+    keys = rows if causal else keys
+    query, k, v = shape.draw(rows, keys, torch.float64)
+    visible = torch.ones(rows, keys).bool()
+    visible = visible.tril() if causal else visible
+    want, want_logsumexp, _ = dense_attention(query, k, v, visible, 0.4)
+    kernel = attend_partial(query, k, v, 0.4, causal=causal)
+    explicit = partial._attend_explicit(query, k, v, 0.4, ~visible)
+    for out, logsumexp in (kernel, explicit):
+        assert_close(out.transpose(1, 2), want, what="output", tolerance=1e-12)
+        assert_close(logsumexp, want_logsumexp, what="log-sum-exp", tolerance=1e-12)
+
+
+@given(shape=heads(), rows=lengths, keys=lengths, share=st.sampled_from([0.0, 0.5]))
+def test_half_precision_on_both_paths(shape: Heads, rows: int, keys: int, share: float) -> None:
+    """Log-sum-exps stay float32; outputs are rounded to bfloat16."""
+    query, k, v = shape.draw(rows, keys, torch.bfloat16)
+    mask = random_mask(rows, keys, share, shape.seed)
+    want, want_logsumexp, _ = dense_attention(query, k, v, ~mask, 0.4)
+    seeing = ~mask.all(dim=1)
+    for out, logsumexp in (
+        attend_partial(query, k, v, 0.4, mask=mask),
+        partial._attend_explicit(query, k, v, 0.4, mask),
+    ):
+        assert (out.dtype, logsumexp.dtype) == (torch.bfloat16, torch.float32)
+        assert_close(out.transpose(1, 2), want, what="output", tolerance=3 * 2**-8)
+        got, expected = logsumexp[:, :, seeing], want_logsumexp[:, :, seeing]
+        assert_close(got, expected, what="log-sum-exp", tolerance=1e-3)
+
+
+@given(shape=heads(), rows=lengths, keys=lengths, data=st.data())
+def test_merged_parts_equal_the_whole(
+    shape: Heads, rows: int, keys: int, data: st.DataObject
+) -> None:
+    """However the keys are cut into three, empty parts included, and in either order."""
+    cuts = sorted(data.draw(st.tuples(st.integers(0, keys), st.integers(0, keys)), label="cuts"))
+    query, k, v = shape.draw(rows, keys, torch.float64)
+    visible = ~random_mask(rows, keys, 0.4, shape.seed)
+    parts = [
+        attend_partial(query, k[:, :, a:b], v[:, :, a:b], 0.4, mask=~visible[:, a:b])
+        for a, b in ((0, cuts[0]), (cuts[0], cuts[1]), (cuts[1], keys))
+    ]
+    whole = attend_partial(query, k, v, 0.4)
+    seeing = visible.any(dim=1)
+    want, want_logsumexp, _ = dense_attention(query, k, v, visible, 0.4)
+    for order in (parts, parts[::-1]):
+        out, logsumexp = order[0]
+        for part in order[1:]:
+            # Nothing is promised of the output of a row that has seen no key in either part.
+            out = out.masked_fill(logsumexp.isneginf()[..., None], 0.0)
+        got = out.transpose(1, 2)[:, seeing]
+        assert_close(got, want[:, seeing], what="merged output", tolerance=1e-12)
+        got, expected = logsumexp[:, :, seeing], want_logsumexp[:, :, seeing]
+        assert_close(got, expected, what="merged log-sum-exp", tolerance=1e-12)
+    nothing = torch.full_like(whole[1], float("-inf"))
+    out, logsumexp = merge_partial(torch.zeros_like(whole[0]), nothing, *whole)
+    assert_bit_equal(out, whole[0], what="merged with nothing")
+    assert_bit_equal(logsumexp, whole[1], what="log-sum-exp merged with nothing")
