@@ -8,15 +8,23 @@ All of them follow :class:`DocumentStore`; the format on disk is described in
 ``docs/store-format.md``.
 """
 
+from ifkv.store.disk import DiskStore
 from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
+from ifkv.store.lazy import StoredDocument
 from ifkv.store.memory import MemoryStore
 from ifkv.store.protocol import DocumentStore, StoreStats
+from ifkv.store.remote import RemoteStore
+from ifkv.store.tiered import TieredStore
 
 __all__ = [
     "FORMAT_VERSION",
+    "DiskStore",
     "DocumentStore",
     "MemoryStore",
+    "RemoteStore",
     "StoreStats",
+    "StoredDocument",
+    "TieredStore",
     "document_key",
     "key_for",
     "key_of",

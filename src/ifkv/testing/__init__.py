@@ -16,6 +16,7 @@ library does not depend on hypothesis.
 """
 
 from ifkv.testing.dense import DenseTrace, dense_rows
+from ifkv.testing.documents import random_document
 from ifkv.testing.models import (
     FAMILIES,
     ROPE_TYPES,
@@ -60,6 +61,7 @@ __all__ = [
     "dense_rows",
     "dense_scores",
     "dense_stitched",
+    "random_document",
     "rope_types",
     "shared_tiny_model",
     "tiny_model",

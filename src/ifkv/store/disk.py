@@ -1,0 +1,220 @@
+"""Documents on disk: one file each, an index beside them, a byte budget over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import (
+    DocumentNotFoundError,
+    InvalidInputError,
+    StoreCorruptionError,
+)
+from ifkv.store.codecs import resolve_codec
+from ifkv.store.disk_read import DiskReader, Verify
+from ifkv.store.disk_write import DiskWriter
+from ifkv.store.folder import Folder
+from ifkv.store.index import Entry
+from ifkv.store.keys import check_document, check_key, key_for, prefix_key_of
+from ifkv.store.protocol import StoreStats
+from ifkv.store.recovery import open_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class DiskStore:
+    """Documents in a folder that several threads and processes may use at once.
+
+    Args:
+        path: The folder, on a local disk; made if it is not there.
+        max_bytes: Bytes of files to hold at most, the least recently used being dropped; None for
+            no limit. Each process keeps to its own budget when it puts.
+        verify: When rows are checked against their checksums: ``"always"`` they are read, the
+            ``"first"`` time this object reads them, or ``"never"``. Header, tokens and key are
+            checked always.
+        codec: ``"exact"``, or ``"fp8"`` or ``"int8"`` to store rows in eight bits. Entries of
+            another codec in the same folder are not seen, except exact ones, which all see.
+
+    Raises:
+        StoreError: The folder cannot be used.
+        InvalidInputError: An option is unknown.
+
+    Example:
+        >>> import ifkv, tempfile
+        >>> from ifkv.store import DiskStore
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> with ifkv.patch(model), tempfile.TemporaryDirectory() as folder:
+        ...     with DiskStore(folder) as store:
+        ...         key = store.put(ifkv.prefill_documents(model, [[5, 6, 7]], prefix=[1])[0])
+        ...     with DiskStore(folder) as store:
+        ...         store.key_for(model, [5, 6, 7], [1]) in store, store.get(key).token_ids
+        (True, tensor([5, 6, 7]))
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int | None = None,
+        verify: Verify = "first",
+        codec: str = "exact",
+    ):
+        if max_bytes is not None and max_bytes < 0:
+            raise InvalidInputError(f"max_bytes is {max_bytes}; give None or at least 0.")
+        if verify not in ("always", "first", "never"):
+            raise InvalidInputError(
+                f"verify is {verify!r}; choose 'always', 'first' (use) or 'never'."
+            )
+        self.path = Path(path).expanduser().absolute()
+        self.max_bytes = max_bytes
+        self.codec = resolve_codec(codec)
+        self.folder = Folder(self.path)
+        self.index = open_index(self.folder)
+        self._writer = DiskWriter(self.folder, self.index, self.codec, max_bytes)
+        self._reader = DiskReader(self.folder, self.index, verify)
+        self._hits = self._misses = 0
+
+    def key_for(
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int] | Tensor,
+        prefix: Sequence[int] | Tensor | DocumentCache = (),
+    ) -> str:
+        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        return key_for(model, token_ids, prefix)
+
+    def put(self, document: DocumentCache) -> str:
+        """Store a document and its prefix, for good when this returns.
+
+        Raises:
+            StoreFullError: The budget or the disk has no room; no entry was changed, except that
+                the prefix may have been stored.
+            StoreError: It cannot be written otherwise.
+            InvalidInputError: The document contradicts itself, or the codec cannot hold it.
+        """
+        check_document(document)
+        if document.prefix is not None:
+            self._writer.put(document.prefix, [])
+        prefix_key = prefix_key_of(document)
+        return self._writer.put(document, [prefix_key] if prefix_key else [])
+
+    def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
+        """The document under a key, in host memory, or ``lazy``: read layer by layer when used.
+
+        Raises:
+            DocumentNotFoundError: It is not there, or its prefix is not.
+            StoreCorruptionError: It cannot be trusted, and has been set aside.
+        """
+        entry = self._writer.find(check_key(key))
+        if entry is None:
+            self._misses += 1
+            raise DocumentNotFoundError(
+                f"no document {key} in the store in {self.path}; prefill it and put it."
+            )
+        try:
+            document = self._reader.read(key, lazy=lazy)
+        except DocumentNotFoundError:
+            self._misses += 1
+            raise
+        with self.index.transaction():
+            self.index.touch([name for name in (entry.prefix_key, key) if name])
+        self._hits += 1
+        return document
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            entry = self._writer.find(check_key(key))
+        except DocumentNotFoundError:
+            return False
+        return entry is not None and (entry.prefix_key is None or entry.prefix_key in self)
+
+    def __len__(self) -> int:
+        return self.index.totals()[0]
+
+    def delete(self, key: str) -> None:
+        """Drop an entry, and the documents behind it if it is a prefix."""
+        if not self._writer.delete(check_key(key)):
+            raise DocumentNotFoundError(f"no document {key} to delete in {self.path}.")
+
+    def pin(self, key: str, pinned: bool = True) -> None:
+        """Protect an entry (and so its prefix) from eviction, or stop doing so.
+
+        Raises:
+            DocumentNotFoundError: There is no such entry.
+        """
+        with self.index.transaction():
+            if not self.index.pin(check_key(key), pinned):
+                raise DocumentNotFoundError(f"no document {key} to pin in {self.path}.")
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all entries, least recently used first."""
+        return iter([entry.key for entry in self.entries()])
+
+    def entries(self) -> list[Entry]:
+        """What the index knows of all entries, least recently used first."""
+        return self.index.entries()
+
+    def stats(self) -> StoreStats:
+        """What the store holds and has done."""
+        documents, tokens, nbytes, pinned = self.index.totals()
+        return StoreStats(
+            documents,
+            tokens,
+            nbytes,
+            self.max_bytes,
+            pinned,
+            self._hits,
+            self._misses,
+            self._writer.evictions,
+            self._reader.corrupt,
+        )
+
+    def verify(self, keys: Sequence[str] | None = None) -> list[StoreCorruptionError]:
+        """Check every byte of entries; those found corrupt are set aside.
+
+        Args:
+            keys: Which; all if None.
+
+        Returns:
+            What was found.
+        """
+        found = []
+        for key in self.keys() if keys is None else [check_key(key) for key in keys]:
+            try:
+                self._reader.check(key)
+            except StoreCorruptionError as error:
+                found.append(error)
+            except DocumentNotFoundError:
+                continue  # evicted meanwhile
+        return found
+
+    def prune(self, max_bytes: int | None = None) -> int:
+        """Evict down to a budget, and remove leftovers and what was set aside.
+
+        Args:
+            max_bytes: The budget; the store's own if None.
+
+        Returns:
+            How many entries were evicted.
+
+        Raises:
+            StoreFullError: Pinned entries alone exceed it; nothing was evicted.
+        """
+        return self._writer.prune(self.max_bytes if max_bytes is None else max_bytes)
+
+    def close(self) -> None:
+        """Close the index; lazily read documents stay readable."""
+        self.index.close()
+
+    def __enter__(self) -> DiskStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,183 @@
+"""Reading a disk store's entries: opened, checked, shared, and set aside when found wanting."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Literal, NoReturn
+
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
+from ifkv.store.folder import Folder
+from ifkv.store.format import FormatError
+from ifkv.store.index import Index
+from ifkv.store.keys import document_key
+from ifkv.store.lazy import StoredDocument
+from ifkv.store.reading import DocumentReader, FileSource
+
+Verify = Literal["always", "first", "never"]
+
+
+class DiskReader:
+    """Hands out documents of a folder.
+
+    Attributes:
+        corrupt: Entries set aside so far.
+
+    Args:
+        folder: The files.
+        index: Their index.
+        verify: When rows are checked.
+    """
+
+    def __init__(self, folder: Folder, index: Index, verify: Verify):
+        self._folder = folder
+        self._index = index
+        self._verify = verify
+        self._lock = threading.Lock()
+        # Rows found sound by this object: the file's identity, and layers.
+        self._sound: dict[str, tuple[tuple[int, ...], set[int]]] = {}
+        self._prefixes: weakref.WeakValueDictionary[str, DocumentCache] = (
+            weakref.WeakValueDictionary()
+        )
+        self.corrupt = 0
+
+    def read(self, key: str, *, lazy: bool) -> DocumentCache:
+        """The document of an entry.
+
+        Raises:
+            DocumentNotFoundError: Its file, or its prefix, is not there.
+            StoreCorruptionError: It cannot be trusted, and has been set aside.
+        """
+        with self._lock:
+            shared = self._prefixes.get(key)
+        if shared is not None:
+            return shared
+        source, reader = self._open(key)
+        prefix = self._prefix_of(reader)
+        document = StoredDocument(reader, self._layer_reader(key, source, reader), prefix)
+        if lazy:
+            return document
+        whole = document.whole()
+        source.close()
+        if prefix is None:  # it may be the prefix of others: one object for all who hold it
+            with self._lock:
+                whole = self._prefixes.setdefault(key, whole)
+        return whole
+
+    def check(self, key: str) -> None:
+        """Read an entry and check all of it, whatever was found before.
+
+        Raises:
+            DocumentNotFoundError: Its file is not there.
+            StoreCorruptionError: It cannot be trusted, and has been set aside.
+        """
+        source, reader = self._open(key)
+        try:
+            for layer in range(reader.header.shape[0]):
+                reader.read_layer(layer, verify=True)
+        except (FormatError, OSError) as error:
+            self.distrust(key, source, error)
+        finally:
+            source.close()
+
+    def _open(self, key: str) -> tuple[FileSource, DocumentReader]:
+        try:
+            source = FileSource(self._folder.file_of(key))
+        except FileNotFoundError:
+            with self._index.transaction():
+                if not self._folder.file_of(key).exists():  # lost, so the entry is too
+                    self._index.remove(key)
+            raise DocumentNotFoundError(
+                f"document {key} has just been evicted, or its file was removed; prefill it and "
+                "put it."
+            ) from None
+        except (FormatError, OSError) as error:
+            self.distrust(key, None, error)
+        try:
+            return source, DocumentReader(source, key)
+        except (FormatError, OSError) as error:
+            self.distrust(key, source, error)
+
+    def _prefix_of(self, reader: DocumentReader) -> DocumentCache | None:
+        if len(reader.prefix_ids) == 0:
+            return None
+        header = reader.header
+        key = document_key(header.fingerprint, reader.prefix_ids[:0], reader.prefix_ids)
+        if self._index.find(key) is None:
+            raise DocumentNotFoundError(
+                f"the prefix {key} that document {header.key} was encoded behind is gone; prefill "
+                "the document and put it, which stores the prefix anew."
+            )
+        prefix = self.read(key, lazy=False)
+        layers, kv_heads, _, head_dim = header.shape
+        found = (*prefix.keys.shape[:2], prefix.keys.shape[3])
+        if found != (layers, kv_heads, head_dim) or prefix.keys.dtype != header.dtype:
+            self.distrust(
+                header.key, None, FormatError(f"its rows do not fit those of its prefix {key}")
+            )
+        return prefix
+
+    def _layer_reader(self, key: str, source: FileSource, reader: DocumentReader) -> _LayerReader:
+        with self._lock:
+            identity, layers = self._sound.get(key, (source.identity, set()))
+            if identity != source.identity:
+                layers = set()
+            self._sound[key] = (source.identity, layers)
+        return _LayerReader(self, key, source, reader, self._verify, layers)
+
+    def distrust(self, key: str, source: FileSource | None, error: Exception) -> NoReturn:
+        """Set an entry aside and say so; a file put there since stays.
+
+        Raises:
+            StoreCorruptionError: Always.
+        """
+        path = self._folder.file_of(key)
+        reason = str(error) if isinstance(error, FormatError) else f"it cannot be read: {error}"
+        where = None
+        with self._index.transaction():
+            try:
+                status = path.lstat()
+                same = source is None or source.identity[:2] == (status.st_dev, status.st_ino)
+            except OSError:
+                same = False
+            if same:
+                self._index.remove(key)
+                where = self._folder.quarantine(path, reason)
+        with self._lock:
+            self.corrupt += 1
+            self._sound.pop(key, None)
+        aside = f"It has been set aside as {where}. " if where is not None else ""
+        raise StoreCorruptionError(
+            f"the stored document {key} cannot be trusted: {reason}. {aside}Prefill it again and "
+            "put it.",
+            key=key,
+            reason=reason,
+        ) from error
+
+
+class _LayerReader:
+    """Reads one entry's layers for a :class:`StoredDocument`."""
+
+    def __init__(
+        self,
+        owner: DiskReader,
+        key: str,
+        source: FileSource,
+        reader: DocumentReader,
+        verify: Verify,
+        sound: set[int],
+    ):
+        self._owner, self._key, self._source, self._reader = owner, key, source, reader
+        self._verify, self._sound = verify, sound
+
+    def __call__(self, layer: int, out: Tensor) -> None:
+        check = self._verify == "always" or (self._verify == "first" and layer not in self._sound)
+        try:
+            self._reader.read_layer(layer, verify=check, out=out)
+        except (FormatError, OSError) as error:
+            self._owner.distrust(self._key, self._source, error)
+        if check:
+            self._sound.add(layer)

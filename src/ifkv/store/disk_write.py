@@ -1,0 +1,140 @@
+"""Writing a disk store's entries: data first, then the index, and room made under one lock."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import StoreFullError
+from ifkv.store.codecs import Codec
+from ifkv.store.folder import Folder
+from ifkv.store.index import Entry, Index
+from ifkv.store.keys import key_of, prefix_key_of
+from ifkv.store.writing import DocumentFile
+
+
+class DiskWriter:
+    """Brings documents into a folder and takes them out.
+
+    Attributes:
+        evictions: Entries dropped so far to stay within the budget.
+
+    Args:
+        folder: The files.
+        index: Their index.
+        codec: How rows are stored.
+        max_bytes: The budget, or None.
+    """
+
+    def __init__(self, folder: Folder, index: Index, codec: Codec, max_bytes: int | None):
+        self._folder = folder
+        self._index = index
+        self._codec = codec
+        self._max_bytes = max_bytes
+        self.evictions = 0
+
+    def find(self, key: str) -> Entry | None:
+        """The entry of a key, if this codec lets it be seen and its file is there."""
+        entry = self._index.find(key)
+        if entry is None or entry.codec not in ("exact", self._codec.name):
+            return None
+        return entry if self._folder.file_of(key).is_file() else None
+
+    def put(self, document: DocumentCache, keep: list[str]) -> str:
+        """Store one document, without its prefix.
+
+        Args:
+            document: The document.
+            keep: Entries that must not be evicted for it.
+
+        Returns:
+            Its key.
+
+        Raises:
+            StoreFullError: The budget or the disk has no room.
+            StoreError: It cannot be written otherwise.
+            InvalidInputError: The codec cannot hold it.
+        """
+        key = key_of(document)
+        if self.find(key) is not None:
+            with self._index.transaction():
+                self._index.touch([*keep, key])
+            return key
+        file = DocumentFile(document, self._codec)
+        if self._max_bytes is not None and file.nbytes > self._max_bytes:
+            self._refuse(file.nbytes, file.nbytes - self._max_bytes)
+        entry = Entry(
+            key,
+            prefix_key_of(document),
+            document.fingerprint,
+            self._codec.name,
+            len(document),
+            file.nbytes,
+        )
+        with self._folder.written(file) as temporary, self._index.transaction():
+            if self.find(key) is not None:
+                return key  # another process was faster
+            self._index.add(entry)
+            self._index.touch([*keep, key])
+            victims = self._choose_victims(self._max_bytes, [*keep, key], file.nbytes)
+            with self._folder.full_disk_named(file.nbytes):
+                self._folder.publish(temporary, key)
+            self._discard(victims)
+        return key
+
+    def delete(self, key: str) -> bool:
+        """Drop an entry and what is behind it.
+
+        Returns:
+            Whether there was one.
+        """
+        with self._index.transaction():
+            if self._index.find(key) is None:
+                return False
+            for name in [*(entry.key for entry in self._index.behind(key)), key]:
+                self._index.remove(name)
+                self._folder.discard(name)
+        return True
+
+    def prune(self, budget: int | None) -> int:
+        """Evict down to a budget; remove leftovers and what has been set aside.
+
+        Returns:
+            How many entries were evicted.
+
+        Raises:
+            StoreFullError: Pinned entries alone exceed it; nothing was evicted.
+        """
+        with self._index.transaction():
+            victims = self._choose_victims(budget, [], 0)
+            self._discard(victims)
+            self._folder.clean_temporary()
+            self._folder.clear_quarantine()
+        return len(victims)
+
+    def _choose_victims(self, budget: int | None, keep: list[str], needed: int) -> list[str]:
+        """Remove entries until the rest fits; their files are still there."""
+        victims: list[str] = []
+        if budget is None:
+            return victims
+        excess = self._index.totals()[2] - budget
+        while excess > 0:
+            oldest = self._index.oldest(keep)
+            if oldest is None:
+                self._refuse(needed, excess)
+            self._index.remove(oldest.key)
+            victims.append(oldest.key)
+            excess -= oldest.nbytes
+        return victims
+
+    def _discard(self, victims: list[str]) -> None:
+        for key in victims:
+            self._folder.discard(key)
+        self.evictions += len(victims)
+
+    def _refuse(self, needed: int, excess: int) -> NoReturn:
+        raise StoreFullError(
+            f"a document of {needed} bytes does not fit into the store's budget: {excess} bytes "
+            "too many, all that can be evicted counted. Raise max_bytes, unpin entries, or split "
+            "the document."
+        )

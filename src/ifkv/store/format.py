@@ -1,0 +1,211 @@
+"""The file format: which tensors a document's file holds, where, and how they are vouched for.
+
+A file is a valid safetensors file. Its header is a function of a few facts (shape, dtype, codec),
+so a reader computes what the header must be and refuses any other: no offset, size or shape is
+taken from the file on trust. ``docs/store-format.md`` describes the format for other programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+import xxhash
+
+from ifkv.store.codecs import CODECS, Codec
+from ifkv.store.keys import FORMAT_VERSION, KEY_PATTERN
+
+FORMAT_NAME = "ifkv-document"
+# safetensors' own limit is 100 MB; ours is what ten thousand layers would need.
+MAX_HEADER_BYTES = 16 * 2**20
+ALIGNMENT = 64
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+_ROW_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+class FormatError(Exception):
+    """A file is not what its name and the format say; the message is the reason."""
+
+
+def checksum(data: memoryview | bytes) -> str:
+    """XXH3-128 of bytes: 32 hex digits. Against accidents; it is no signature."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its name, dtype, shape, and bytes ``start:end`` of the data part."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        key: The document's key.
+        fingerprint: Identity of the model that made it.
+        codec: How rows are stored.
+        dtype: The rows' dtype when read.
+        shape: ``(layers, kv_heads, n, head_dim)``.
+        prefix_length: Tokens of the prefix that it was encoded behind.
+        checksums: Per tensor.
+    """
+
+    key: str
+    fingerprint: str
+    codec: Codec
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    prefix_length: int
+    checksums: dict[str, str]
+
+    def tensors(self) -> list[TensorEntry]:
+        """All tensors in file order: ids, scales, then keys and values layer by layer."""
+        layers, kv_heads, length, head_dim = self.shape
+        stored = self.codec.dtype or self.dtype
+        wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+            ("token_ids", torch.int64, (length,)),
+            ("prefix_ids", torch.int64, (self.prefix_length,)),
+        ]
+        if not self.codec.exact:
+            wanted += [
+                (f"scales.{part}", torch.float32, (layers, kv_heads)) for part in ("keys", "values")
+            ]
+        wanted += [
+            (layer_name(layer, part), stored, (kv_heads, length, head_dim))
+            for layer in range(layers)
+            for part in ("keys", "values")
+        ]
+        entries, end = [], 0
+        for name, dtype, shape in wanted:
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            entries.append(TensorEntry(name, dtype, shape, start, end))
+        return entries
+
+    def encode(self) -> bytes:
+        """The file's head: length, JSON, padding."""
+        metadata = {
+            "format": FORMAT_NAME,
+            "version": str(FORMAT_VERSION),
+            "key": self.key,
+            "fingerprint": self.fingerprint,
+            "codec": self.codec.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": json.dumps(list(self.shape)),
+            "prefix_length": str(self.prefix_length),
+            "checksums": json.dumps(self.checksums, sort_keys=True),
+        }
+        metadata["seal"] = _seal(metadata)
+        fields: dict[str, Any] = {"__metadata__": metadata}
+        for entry in self.tensors():
+            fields[entry.name] = {
+                "dtype": DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [entry.start, entry.end],
+            }
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def layer_name(layer: int, part: str) -> str:
+    """Name of a layer's keys or values, such as ``layers.0007.keys``."""
+    return f"layers.{layer:04d}.{part}"
+
+
+def decode_header(text: bytes, data_bytes: int) -> Header:
+    """Read a header's JSON and believe nothing of it that does not fit the rest.
+
+    Args:
+        text: The JSON, padding included.
+        data_bytes: Size of the file behind the header.
+
+    Returns:
+        The header, whose :meth:`Header.tensors` are what the file holds.
+
+    Raises:
+        FormatError: It is no header of this format and version.
+    """
+    try:
+        fields = json.loads(text)
+        metadata = fields["__metadata__"]
+        found = {name: metadata[name] for name in ("format", "version")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"its header is not readable ({type(error).__name__})") from error
+    if found["format"] != FORMAT_NAME:
+        raise FormatError(f"its format is {str(found['format'])[:40]!r}, not {FORMAT_NAME!r}")
+    if found["version"] != str(FORMAT_VERSION):
+        raise FormatError(
+            f"its format version is {str(found['version'])[:20]!r} and this release of ifkv reads "
+            f"version {FORMAT_VERSION}; a newer ifkv may have written it"
+        )
+    try:
+        seal = metadata.pop("seal")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError("its metadata are not strings")
+        if seal != _seal(metadata):
+            raise FormatError("its metadata do not match their checksum")
+        header = _header(metadata)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"its metadata are not readable ({type(error).__name__})") from error
+    # Sizes first, without building the table of tensors: a header may claim billions of layers.
+    layers, kv_heads, length, _ = header.shape
+    width = (header.codec.dtype or header.dtype).itemsize
+    scales = 0 if header.codec.exact else 2 * 4 * layers * kv_heads
+    ids = 8 * (length + header.prefix_length)
+    expected = ids + scales + 2 * math.prod(header.shape) * width
+    if expected != data_bytes:
+        raise FormatError(f"it has {data_bytes} bytes of data and should have {expected}")
+    metadata["seal"] = seal
+    if 2 * layers > len(fields) or json.loads(header.encode()[8:]) != fields:
+        raise FormatError("its header is not the one that its metadata call for")
+    if header.checksums.keys() != {entry.name for entry in header.tensors()}:
+        raise FormatError("its checksums are not one per tensor")
+    return header
+
+
+def _header(metadata: dict[str, str]) -> Header:
+    shape = json.loads(metadata["shape"])
+    sizes = (*shape, int(metadata["prefix_length"]))
+    if len(shape) != 4 or not all(type(size) is int for size in sizes):
+        raise FormatError("its shape is not four integers")
+    if min(shape) < 1 or sizes[4] < 0 or max(sizes) >= 2**40:
+        raise FormatError(f"its shape {str(shape)[:80]} is not possible")
+    checksums = json.loads(metadata["checksums"])
+    if KEY_PATTERN.fullmatch(metadata["key"]) is None or not isinstance(checksums, dict):
+        raise FormatError("its key or checksums are malformed")
+    layers, kv_heads, length, head_dim = shape
+    return Header(
+        metadata["key"],
+        metadata["fingerprint"],
+        CODECS[metadata["codec"]],
+        _ROW_DTYPES[metadata["dtype"]],
+        (layers, kv_heads, length, head_dim),
+        sizes[4],
+        checksums,
+    )
+
+
+def _seal(metadata: dict[str, str]) -> str:
+    return checksum(json.dumps(metadata, sort_keys=True).encode())

@@ -1,0 +1,141 @@
+"""A document that stays where it is stored until its rows are needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.store.reading import DocumentReader
+
+ReadLayer = Callable[[int, Tensor], None]
+
+
+class StoredDocument(DocumentCache):
+    """A document cache whose keys and values are read from a store when they are first used.
+
+    :func:`ifkv.stitch` reads it a layer at a time, ahead of the computation and without keeping
+    what it read; asking for :attr:`keys` or :attr:`values` reads it whole, once.
+
+    Attributes:
+        shape: ``(layers, kv_heads, n, head_dim)``.
+        dtype: Of the rows.
+
+    Args:
+        reader: The file.
+        read_layer: Reads a layer into ``[2, kv_heads, n, head_dim]``, checked as the store checks,
+            and turns what is wrong with the file into the store's errors.
+        prefix: The prefix's rows.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    _read_layer: ReadLayer
+    _lock: threading.Lock
+    _rows: Tensor | None
+    _read: set[int]
+    _then: Callable[[DocumentCache], None] | None
+
+    def __init__(self, reader: DocumentReader, read_layer: ReadLayer, prefix: DocumentCache | None):
+        # The base is frozen; its fields keys and values are properties here.
+        for name, value in (
+            ("token_ids", reader.token_ids),
+            ("prefix_ids", reader.prefix_ids),
+            ("fingerprint", reader.header.fingerprint),
+            ("prefix", prefix),
+            ("shape", reader.header.shape),
+            ("dtype", reader.header.dtype),
+            ("_read_layer", read_layer),
+            ("_lock", threading.Lock()),
+            ("_rows", None),
+            ("_read", set()),
+            ("_then", None),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def keys(self) -> Tensor:
+        """``[layers, kv_heads, n, head_dim]``."""
+        return self._all()[:, 0]
+
+    @property
+    def values(self) -> Tensor:
+        """``[layers, kv_heads, n, head_dim]``."""
+        return self._all()[:, 1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values once they are read."""
+        layers, kv_heads, length, head_dim = self.shape
+        return 2 * layers * kv_heads * length * head_dim * self.dtype.itemsize
+
+    def whole(self) -> DocumentCache:
+        """The same document, in memory and independent of its store."""
+        return DocumentCache(
+            self.token_ids, self.prefix_ids, self.keys, self.values, self.fingerprint, self.prefix
+        )
+
+    def when_read(self, then: Callable[[DocumentCache], None]) -> None:
+        """Keep what is read, and hand the whole document over once all layers have been."""
+        object.__setattr__(self, "_then", then)
+
+    def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
+        """Keys and values of one layer; kept only after :meth:`when_read`.
+
+        Args:
+            layer: Which.
+            pin_memory: Read into page-locked memory.
+
+        Returns:
+            ``[2, kv_heads, n, head_dim]``, on the CPU.
+
+        Raises:
+            StoreCorruptionError: The layer cannot be trusted.
+        """
+        if self._rows is None and self._then is None:
+            out = torch.empty(2, *self.shape[1:], dtype=self.dtype, pin_memory=pin_memory)
+            self._read_layer(layer, out)
+            return out
+        rows = self._room(pin_memory)
+        self._fill(rows, [layer])
+        return rows[layer]
+
+    def _all(self) -> Tensor:
+        rows = self._room(False)
+        self._fill(rows, range(self.shape[0]))
+        return rows
+
+    def _room(self, pin_memory: bool) -> Tensor:
+        with self._lock:
+            if self._rows is None:
+                layers, *rest = self.shape
+                rows = torch.empty(layers, 2, *rest, dtype=self.dtype, pin_memory=pin_memory)
+                object.__setattr__(self, "_rows", rows)
+            rows_there = self._rows
+        assert rows_there is not None
+        return rows_there
+
+    def _fill(self, rows: Tensor, layers: Iterable[int]) -> None:
+        """Read layers that have not been; two threads may read one twice, to the same bytes."""
+        for layer in layers:
+            if layer not in self._read:
+                self._read_layer(layer, rows[layer])
+                with self._lock:
+                    self._read.add(layer)
+        then = None
+        with self._lock:
+            if len(self._read) == self.shape[0]:
+                then = self._then
+                object.__setattr__(self, "_then", None)
+        if then is not None:
+            then(self.whole())
+
+    def __repr__(self) -> str:
+        state = f"{len(self._read)} of {self.shape[0]} layers read"
+        return (
+            f"StoredDocument({len(self)} tokens behind {len(self.prefix_ids)}, "
+            f"{self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.fingerprint[:8]}, {state})"
+        )

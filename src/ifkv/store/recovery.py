@@ -1,0 +1,96 @@
+"""Opening a disk store: what a crash, a lost index or a stranger left behind is put right."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+
+from ifkv.errors import StoreError
+from ifkv.store.folder import Folder
+from ifkv.store.format import FormatError
+from ifkv.store.index import Entry, Index
+from ifkv.store.keys import document_key
+from ifkv.store.reading import DocumentReader, FileSource
+
+INDEX_NAME = "index.sqlite3"
+
+
+def open_index(folder: Folder) -> Index:
+    """Open a folder's index and make index and files agree.
+
+    Files of writers that died before they were done are removed. A complete file without an entry
+    (its writer died just before the entry, or the index was lost) gets one; its rows are checked
+    when they are first used, like all rows. What is no document is set aside. Entries without a
+    file are removed.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The index.
+
+    Raises:
+        StoreError: The index can be neither opened nor made anew.
+    """
+    path = folder.path / INDEX_NAME
+    try:
+        try:
+            index = Index(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise  # locked, or not writable: not damaged
+            # A damaged index is replaceable, the files say all it knew but use and pins.
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    path.with_name(INDEX_NAME + suffix).rename(
+                        folder.quarantined / f"damaged-{INDEX_NAME}{suffix}"
+                    )
+            index = Index(path)
+        with index.transaction():
+            folder.clean_temporary()
+            _reconcile(folder, index)
+    except sqlite3.Error as error:
+        raise StoreError(f"the index {path} cannot be used: {error}.") from error
+    return index
+
+
+def _reconcile(folder: Folder, index: Index) -> None:
+    entries = {entry.key for entry in index.entries()}
+    present = set()
+    for key, path in folder.files():
+        if key is not None and key in entries:
+            present.add(key)
+            continue
+        try:
+            if key is None:
+                raise FormatError("it does not belong among the documents")
+            index.add(describe(key, FileSource(path)))
+            present.add(key)
+        except (FormatError, OSError) as error:
+            folder.quarantine(path, str(error))
+    for key in entries - present:
+        index.remove(key)
+
+
+def describe(key: str, source: FileSource) -> Entry:
+    """The index entry of a file, after checking all of it but its rows.
+
+    Raises:
+        FormatError: It is not a document of this key.
+        OSError: It cannot be read.
+    """
+    try:
+        reader = DocumentReader(source, key)
+    finally:
+        source.close()
+    header, prefix_key = reader.header, None
+    if len(reader.prefix_ids):
+        prefix_key = document_key(header.fingerprint, reader.prefix_ids[:0], reader.prefix_ids)
+    return Entry(
+        key,
+        prefix_key,
+        header.fingerprint,
+        header.codec.name,
+        len(reader.token_ids),
+        source.size,
+    )

@@ -1,0 +1,95 @@
+"""A fast store before a slow one: memory before disk, disk before a far-away store."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ifkv.documents import DocumentCache
+from ifkv.errors import DocumentNotFoundError, StoreFullError
+from ifkv.store.keys import key_for
+from ifkv.store.lazy import StoredDocument
+from ifkv.store.protocol import DocumentStore, StoreStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class TieredStore:
+    """Two stores as one: puts go to both, what is found only in the slow one moves up.
+
+    Tiers nest: ``TieredStore(MemoryStore(...), TieredStore(DiskStore(...), RemoteStore(...)))``.
+
+    Args:
+        fast: Asked first; may hold less than all.
+        slow: Holds everything; its losses are losses.
+    """
+
+    def __init__(self, fast: DocumentStore, slow: DocumentStore):
+        self.fast = fast
+        self.slow = slow
+
+    def key_for(
+        self,
+        model: PreTrainedModel,
+        token_ids: Sequence[int] | Tensor,
+        prefix: Sequence[int] | Tensor | DocumentCache = (),
+    ) -> str:
+        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        return key_for(model, token_ids, prefix)
+
+    def put(self, document: DocumentCache) -> str:
+        """Store a document in both tiers; one too large for the fast tier is in the slow alone."""
+        key = self.slow.put(document)
+        self._promote(document)
+        return key
+
+    def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
+        """The document under a key; from the slow tier it moves up, once all of it was read."""
+        if key in self.fast:
+            with contextlib.suppress(DocumentNotFoundError):  # evicted this instant
+                return self.fast.get(key, lazy=lazy)
+        document = self.slow.get(key, lazy=lazy)
+        if isinstance(document, StoredDocument):
+            document.when_read(self._promote)
+        else:
+            self._promote(document)
+        return document
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.fast or key in self.slow
+
+    def delete(self, key: str) -> None:
+        """Drop an entry from both tiers.
+
+        Raises:
+            DocumentNotFoundError: Neither has it.
+        """
+        found = False
+        for tier in (self.fast, self.slow):
+            with contextlib.suppress(DocumentNotFoundError):
+                tier.delete(key)
+                found = True
+        if not found:
+            raise DocumentNotFoundError(f"no document {key} to delete in either tier.")
+
+    def keys(self) -> Iterator[str]:
+        """Keys of the slow tier, then those that the fast tier alone still has."""
+        slow = list(self.slow.keys())
+        held = set(slow)
+        return iter(slow + [key for key in list(self.fast.keys()) if key not in held])
+
+    def stats(self) -> StoreStats:
+        """The slow tier's numbers, with the hits of both and the misses of the slow."""
+        fast, slow = self.fast.stats(), self.slow.stats()
+        return dataclasses.replace(
+            slow, hits=fast.hits + slow.hits, corrupt=fast.corrupt + slow.corrupt
+        )
+
+    def _promote(self, document: DocumentCache) -> None:
+        with contextlib.suppress(StoreFullError):
+            self.fast.put(document)

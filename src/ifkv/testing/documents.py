@@ -1,0 +1,40 @@
+"""Made-up documents: what a store holds, without a model that made it."""
+
+from __future__ import annotations
+
+import torch
+
+from ifkv.documents import DocumentCache
+
+
+def random_document(
+    seed: int = 0,
+    *,
+    length: int = 5,
+    prefix: DocumentCache | None = None,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    kv_heads: int = 2,
+    head_dim: int = 4,
+    fingerprint: str = "0" * 32,
+) -> DocumentCache:
+    """A document of random tokens and rows; the same seed makes the same document.
+
+    Args:
+        seed: Decides tokens and rows.
+        length: Tokens.
+        prefix: What it claims to have been encoded behind.
+        dtype: Of the rows.
+        layers: Decoder layers.
+        kv_heads: Key and value heads.
+        head_dim: Width of a head.
+        fingerprint: Which model it claims to be of.
+
+    Returns:
+        A document cache that no model can use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(0, 50_000, (length,), generator=generator)
+    rows = torch.randn(2, layers, kv_heads, length, head_dim, generator=generator).to(dtype)
+    prefix_ids = token_ids[:0] if prefix is None else prefix.token_ids
+    return DocumentCache(token_ids, prefix_ids, rows[0], rows[1], fingerprint, prefix)
