@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ifkv.marks import is_stitched
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
+    from ifkv.backends.base import Backend
 
 Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
 
@@ -60,13 +63,14 @@ class AttentionPass(Protocol):
         ...
 
 
-def register(name: str, config: PreTrainedConfig) -> None:
+def register(name: str, config: PreTrainedConfig, backend: Backend | None = None) -> None:
     """Register the attention and mask functions of one patched model.
 
     Args:
         name: The name to register them under.
         config: The config that lies under the overlay: it names the attention to delegate to,
             read at every call so that ``set_attn_implementation`` keeps working while patched.
+        backend: It is offered the decoding steps over stitched caches.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -87,6 +91,10 @@ def register(name: str, config: PreTrainedConfig) -> None:
             scaling = kwargs["scaling"]
             out = current.attend(layer_idx, query, key, value, scaling=scaling, window=window)
             return out, None
+        if backend is not None and _is_decoding(query, key, attention_mask, kwargs):
+            decoded = backend.decode(query, key, value, scaling=kwargs["scaling"])
+            if decoded is not None:
+                return decoded, None
         # "eager" lives in each modeling file, not in the registry.
         eager = sys.modules[type(module).__module__].eager_attention_forward
         usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
@@ -100,6 +108,17 @@ def register(name: str, config: PreTrainedConfig) -> None:
     AttentionInterface.register(name, attention)
     # Without this second registration every padding mask would silently be dropped.
     AttentionMaskInterface.register(name, mask)
+
+
+def _is_decoding(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether this is one row per sequence that sees all of a stitched cache.
+
+    Without a mask nothing is padded: transformers leaves masks out only where they hide nothing.
+    """
+    if mask is not None or query.shape[2] != 1 or not is_stitched(key):
+        return False
+    window = kwargs.get("sliding_window")
+    return "scaling" in kwargs and (window is None or key.shape[2] <= window)
 
 
 def unregister(name: str) -> None:

@@ -60,7 +60,7 @@ class PatchHandle:
         from ifkv.attention import register
 
         config = cast("PreTrainedConfig", model.base_model.config)
-        register(self.name, config)
+        register(self.name, config, self.backend)
         overlay = _overlay(config, self.name)
         for module in model.base_model.modules():
             if getattr(module, "config", None) is config:
@@ -117,7 +117,7 @@ def _unregister(name: str) -> None:
     unregister(name)
 
 
-def patch(model: PreTrainedModel, *, backend: str = "auto") -> PatchHandle:
+def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHandle:
     """Patch a causal language model in place.
 
     Everything is checked before anything changes. Patching a patched model returns the handle it
@@ -125,7 +125,8 @@ def patch(model: PreTrainedModel, *, backend: str = "auto") -> PatchHandle:
 
     Args:
         model: A Llama, Qwen or Mistral model from transformers, in ``eval()`` mode.
-        backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA), or ``"auto"``.
+        backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA), or ``"auto"``;
+            or a backend made by hand, such as ``FlashInferBackend(mask="tiles")``.
 
     Returns:
         The handle; as a context manager it undoes the patch on exit.

@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
+from ifkv.marks import mark_stitched
 from ifkv.patching import PatchHandle, handle_of
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class StitchedLayer(DynamicLayer):
         self.key_buffer[:, :, self.length : end] = key_states
         self.value_buffer[:, :, self.length : end] = value_states
         self.length = end
-        return self.keys, self.values
+        return mark_stitched(self.keys), self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop that many rows (given as a negative number) from the end."""

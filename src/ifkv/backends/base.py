@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Reduction = Literal["l2", "sum"]
 
@@ -79,14 +75,6 @@ class Backend(ABC):
     """
 
     name: str
-
-    def attach(self, model: PreTrainedModel) -> Callable[[], None]:
-        """Prepare a model that is being patched; return what undoes it.
-
-        A backend that also wants to run the model's ordinary steps over a stitched cache, such as
-        decoding in ``generate()``, hooks itself in here. This one does nothing.
-        """
-        return lambda: None
 
     @abstractmethod
     def plan_documents(
@@ -159,6 +147,25 @@ class Backend(ABC):
         Returns:
             ``[1, rows, heads, head_dim]``.
         """
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float
+    ) -> Tensor | None:
+        """One new row per sequence over all of a stitched cache, in an ordinary model call.
+
+        That is a step of ``model.generate()``. Called in every layer, without a plan.
+
+        Args:
+            query: ``[sequences, heads, 1, head_dim]``.
+            keys: ``[sequences, kv_heads, n, head_dim]``, the rows' own last.
+            values: Of the same shape.
+            scaling: Factor on the logits.
+
+        Returns:
+            ``[sequences, 1, heads, head_dim]``; None leaves the row to the attention that the
+            model would have used without ifkv.
+        """
+        return None
 
     def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
         """Plan query tokens over a context.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -83,6 +84,7 @@ class FlashInferBackend(Backend):
         self._module = load() if module is None else module
         self._mask = mask
         self._pool = WrapperPool(self._module, workspace_bytes)
+        self._step = threading.local()
 
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
@@ -239,6 +241,27 @@ class FlashInferBackend(Backend):
             for kind, some in parts.items()
             if some
         }
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float
+    ) -> Tensor | None:
+        """See :meth:`Backend.decode`.
+
+        A plan holds index arrays only, so all layers of a step share the one that this thread
+        made last, whichever cache it was made for.
+        """
+        sequences, _, length, _ = keys.shape
+        key = (sequences, length, query.device)
+        if getattr(self._step, "key", None) != key:
+            self._step.plan = None  # returns its wrapper, for the new plan to take
+            last = torch.tensor([length - 1])
+            self._step.plan = self.plan_requests(
+                [last] * sequences, [length] * sequences, query.device
+            )
+            self._step.key = key
+        rows = query.transpose(0, 2)  # [1, heads, sequences, head_dim]
+        out = self.attend_rows(rows, keys, values, self._step.plan, scaling=scaling, window=None)
+        return out.transpose(0, 1)
 
     def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
         """See :meth:`Backend.plan_query`."""
