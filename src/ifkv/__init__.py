@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ifkv.answer import Answer
     from ifkv.cost import speedup_bound
     from ifkv.documents import DocumentCache, prefill_documents
     from ifkv.errors import IfkvError
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from ifkv.reordering import reorder
     from ifkv.scoring import score
     from ifkv.selection import select
-    from ifkv.session import Answer, Session
+    from ifkv.session import Session
     from ifkv.stitched_cache import StitchedCache
     from ifkv.stitching import stitch
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "session",
+    "Answer": "answer",
     "DocumentCache": "documents",
     "IfkvError": "errors",
     "PatchHandle": "patching",

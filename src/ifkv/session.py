@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.answer import Answer, Prepared
+from ifkv.checks import check_positive, token_tensor
 from ifkv.cost import ModelShape, mean_position, speedup_bound
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import InvalidInputError
 from ifkv.generation import generate
-from ifkv.patching import patch
+from ifkv.patching import handle_of, patch
 from ifkv.recomputation import recompute
 from ifkv.reordering import reorder as reorder_documents
 from ifkv.scoring import default_layers, score
 from ifkv.selection import budget, select
 from ifkv.stitching import stitch
+from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
 if TYPE_CHECKING:
@@ -28,44 +30,6 @@ if TYPE_CHECKING:
 
     from ifkv.stitched_cache import StitchedCache
     from ifkv.store import DocumentStore
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Answer:
-    """An answer and how it came about.
-
-    Attributes:
-        text: The answer, special tokens left out.
-        token_ids: The answer's tokens, long ``[new]``, on the CPU.
-        ttft_seconds: From the question's arrival to the first token's logits.
-        timings: Seconds of each step before that, and of ``decode`` after it.
-        scores: Attention norms ``[T]`` in the cache's order, on the CPU; None if nothing had to be
-            scored (ratio 0 or 1).
-        slots: Slots that were recomputed, ascending, on the CPU.
-        order: For each document of the context, its index among those asked.
-        context_ids: The context's tokens ``[T]``, on the CPU.
-        document_slices: Slots of each document, in the cache's order.
-        prompt_ids: The prompt's tokens, on the CPU.
-        first_logits: Logits of the first answered token, float32 ``[vocabulary]``, on the CPU.
-        speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
-            operations, with the selected rows' actual positions.
-    """
-
-    text: str
-    token_ids: Tensor
-    ttft_seconds: float
-    timings: dict[str, float]
-    scores: Tensor | None
-    slots: Tensor
-    order: list[int]
-    context_ids: Tensor
-    document_slices: list[slice]
-    prompt_ids: Tensor
-    first_logits: Tensor
-    speedup_bound: float
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Session:
@@ -113,7 +77,7 @@ class Session:
         elif isinstance(prefix, str):
             self.prefix_ids = self.format.encode(prefix)
         else:
-            self.prefix_ids = list(prefix)
+            self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
         self.keys: list[str] = []
         self._prefix: DocumentCache | None = None
 
@@ -147,7 +111,7 @@ class Session:
         made = prefill_documents(
             self.model,
             list(missing.values()),
-            prefix=self._prefix or self.prefix_ids,
+            prefix=self._current_prefix() or self.prefix_ids,
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -188,6 +152,25 @@ class Session:
         Raises:
             InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
         """
+        check_positive(max_new_tokens, "max_new_tokens")  # before any work
+        ready = self.prepare(
+            question, documents=documents, ratio=ratio, reorder=reorder, layers=layers
+        )
+        return self.complete(ready, max_new_tokens=max_new_tokens, stream=stream, **generate_kwargs)
+
+    def prepare(
+        self,
+        question: str,
+        *,
+        documents: Sequence[str] | None = None,
+        ratio: float = 0.15,
+        reorder: bool = False,
+        layers: Sequence[int] | None = None,
+    ) -> Prepared:
+        """Everything before the first token: the cache with the prompt in it, and its logits.
+
+        Takes the arguments of :meth:`ask` and raises its errors.
+        """
         started = time.perf_counter()
         budget(1, ratio)  # refuse a bad ratio before any work
         prompt = self.format.prompt_ids(question)
@@ -211,40 +194,78 @@ class Session:
                 slots = select(cache, scores, ratio=ratio)
         with timed("recompute and prompt"):
             logits = recompute(self.model, cache, slots, prompt_ids=prompt)
-        ttft = time.perf_counter() - started
-
-        decoding = time.perf_counter()
-        streamer = _streamer(self.tokenizer, stream)
-        generate_kwargs.setdefault("do_sample", False)
-        sequence = generate(
-            self.model,
-            cache,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=_pad_token_id(self.tokenizer),
-            **generate_kwargs,
-        )
-        timings["decode"] = time.perf_counter() - decoding
-        token_ids = sequence[0, len(prompt) :].cpu()
         assert logits is not None
-        return Answer(
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
-            token_ids=token_ids,
-            ttft_seconds=ttft,
+        return Prepared(
+            cache=cache,
+            prompt_ids=prompt,
+            logits=logits,
+            scores=scores,
+            slots=slots,
             timings=timings,
-            scores=None if scores is None else scores.cpu(),
-            slots=slots.cpu(),
-            order=cache.order,
-            context_ids=cache.token_ids.cpu(),
-            document_slices=cache.document_slices,
-            prompt_ids=torch.tensor(prompt),
-            first_logits=logits.float().cpu(),
+            ttft_seconds=time.perf_counter() - started,
             speedup_bound=self._bound(cache, slots, len(prompt), layers, scores is not None),
         )
 
+    def complete(
+        self,
+        ready: Prepared,
+        *,
+        max_new_tokens: int = 32,
+        stream: bool | Callable[[str], None] = False,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
+        decoding = time.perf_counter()
+        generate_kwargs.setdefault("do_sample", False)
+        sequence = generate(
+            self.model,
+            ready.cache,
+            ready.prompt_ids,
+            max_new_tokens=max_new_tokens,
+            streamer=text_streamer(self.tokenizer, stream),
+            pad_token_id=self.pad_token_id,
+            **generate_kwargs,
+        )
+        token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
+        return Answer(
+            text=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
+            token_ids=token_ids,
+            ttft_seconds=ready.ttft_seconds,
+            timings={**ready.timings, "decode": time.perf_counter() - decoding},
+            scores=None if ready.scores is None else ready.scores.cpu(),
+            slots=ready.slots.cpu(),
+            order=ready.cache.order,
+            context_ids=ready.cache.token_ids.cpu(),
+            document_slices=ready.cache.document_slices,
+            prompt_ids=torch.tensor(ready.prompt_ids),
+            first_logits=ready.logits.float().cpu(),
+            speedup_bound=ready.speedup_bound,
+        )
+
+    def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
+        """Tokens of prefix and documents, long ``[T]``, as they are given to :meth:`ask`."""
+        chosen = self._documents(documents)
+        return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
+        pad: int | None = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _current_prefix(self) -> DocumentCache | None:
+        """The prefix's rows, unless the model's weights have changed since they were made."""
+        identity = handle_of(self.model).fingerprints.of(self.model)
+        if self._prefix is not None and self._prefix.fingerprint != identity:
+            self._prefix = None
+        return self._prefix
+
     def _documents(self, keys: Sequence[str] | None) -> list[DocumentCache]:
         """Documents by key, refused with the remedy if they are not there."""
+        if isinstance(keys, str):
+            raise InvalidInputError(
+                "documents is one string; give a list of keys, for example [key]."
+            )
         wanted = self.keys if keys is None else list(keys)
         if not wanted:
             raise InvalidInputError("there is no document to answer from; call add([...]) first.")
@@ -296,25 +317,3 @@ class _Stopwatch:
         if self._cuda:
             torch.cuda.synchronize()
         self._timings[name] = time.perf_counter() - start
-
-
-def _pad_token_id(tokenizer: Any) -> int | None:
-    value: int | None = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if value is None else value
-
-
-def _streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
-    if stream is False:
-        return None
-    from transformers import TextStreamer
-
-    if stream is True:
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    emit = stream
-
-    class _Callback(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                emit(text)
-
-    return _Callback(tokenizer, skip_prompt=True, skip_special_tokens=True)

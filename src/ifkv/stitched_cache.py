@@ -187,7 +187,9 @@ class StitchedCache(Cache):
             )
         for layer in self.layers:
             layer.crop(tokens_to_remove)
-        self.prompt_ids = None
+        kept = appended + tokens_to_remove
+        if self.prompt_ids is not None and kept != len(self.prompt_ids):
+            self.prompt_ids = None
 
     def clone(self) -> StitchedCache:
         """A cache of its own with the same contents."""

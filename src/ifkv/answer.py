@@ -1,0 +1,74 @@
+"""What a session hands out: an answer, and a question that is ready to be answered."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ifkv.stitched_cache import StitchedCache
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer and how it came about.
+
+    Attributes:
+        text: The answer, special tokens left out.
+        token_ids: The answer's tokens, long ``[new]``, on the CPU.
+        ttft_seconds: From the question's arrival to the first token's logits.
+        timings: Seconds of each step before that, and of ``decode`` after it.
+        scores: Attention norms ``[T]`` in the cache's order, on the CPU; None if nothing had to be
+            scored (ratio 0 or 1).
+        slots: Slots that were recomputed, ascending, on the CPU.
+        order: For each document of the context, its index among those asked.
+        context_ids: The context's tokens ``[T]``, on the CPU.
+        document_slices: Slots of each document, in the cache's order.
+        prompt_ids: The prompt's tokens, on the CPU.
+        first_logits: Logits of the first answered token, float32 ``[vocabulary]``, on the CPU.
+        speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
+            operations, with the selected rows' actual positions.
+    """
+
+    text: str
+    token_ids: Tensor
+    ttft_seconds: float
+    timings: dict[str, float]
+    scores: Tensor | None
+    slots: Tensor
+    order: list[int]
+    context_ids: Tensor
+    document_slices: list[slice]
+    prompt_ids: Tensor
+    first_logits: Tensor
+    speedup_bound: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A question whose first token is decided: what :meth:`Session.prepare` returns.
+
+    Attributes:
+        cache: The stitched, repaired cache, with the prompt's rows behind the context.
+        prompt_ids: The prompt's tokens.
+        logits: Logits of the first answered token, ``[vocabulary]``.
+        scores: As in :class:`Answer`, on the model's device.
+        slots: As in :class:`Answer`, on the model's device.
+        timings: Seconds of each step.
+        ttft_seconds: As in :class:`Answer`.
+        speedup_bound: As in :class:`Answer`.
+    """
+
+    cache: StitchedCache
+    prompt_ids: list[int]
+    logits: Tensor
+    scores: Tensor | None
+    slots: Tensor
+    timings: dict[str, float]
+    ttft_seconds: float
+    speedup_bound: float

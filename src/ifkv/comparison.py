@@ -1,0 +1,136 @@
+"""The same question answered in several ways, side by side: full prefill, stitch only, ifkv."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from ifkv.answer import Answer
+    from ifkv.session import Session
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Way:
+    """One way of answering.
+
+    Attributes:
+        name: ``"full prefill"``, ``"stitch only"`` or ``"ifkv, r = ..."``.
+        ttft_seconds: From the question's arrival to the first token's logits.
+        speedup: Full prefill's TTFT over this one's.
+        bound: S(r), or None for full prefill.
+        kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats.
+        text: The answer.
+        answer: The answer with everything about it; None for full prefill.
+    """
+
+    name: str
+    ttft_seconds: float
+    speedup: float
+    bound: float | None
+    kl: float
+    text: str
+    answer: Answer | None
+
+
+@torch.no_grad()
+def compare(
+    session: Session,
+    question: str,
+    *,
+    documents: Sequence[str] | None = None,
+    ratios: Sequence[float] = (0.0, 0.15),
+    reorder: bool = False,
+    max_new_tokens: int = 24,
+) -> list[Way]:
+    """Answer a question by full prefill and at several recompute ratios.
+
+    Full prefill is the model's own forward over the same token ids, asked for the last row's
+    logits only. Every way decodes greedily.
+
+    Args:
+        session: Where the documents are.
+        question: The question.
+        documents: As in :meth:`Session.ask`.
+        ratios: Recompute ratios; 0 is stitch only.
+        reorder: As in :meth:`Session.ask`; not applied at ratio 0.
+        max_new_tokens: Length of the answers at most.
+
+    Returns:
+        Full prefill first, then one way per ratio.
+    """
+    model: Any = session.model
+    context = session.context_ids(documents)
+    prompt = session.format.prompt_ids(question)
+    ids = torch.cat((context, torch.tensor(prompt)))[None].to(model.device)
+
+    started = time.perf_counter()
+    # A plain cache keeps every key, so that it can be cropped where layers slide.
+    first = model(ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    full_seconds = time.perf_counter() - started
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=session.pad_token_id,
+        past_key_values=_shorter(first.past_key_values),
+    )
+    reply = generated[0, ids.shape[1] :]
+    # generate() left all but the reply's last token in the cache; read the reply's rows anew.
+    first.past_key_values.crop(-(first.past_key_values.get_seq_length() - ids.shape[1]))
+    truth = _reply_logits(model, first.past_key_values, first.logits[0, -1], reply)
+    text = session.tokenizer.decode(reply, skip_special_tokens=True).strip()
+    ways = [Way("full prefill", full_seconds, 1.0, None, 0.0, text, None)]
+    del first
+
+    for ratio in ratios:
+        ready = session.prepare(
+            question, documents=documents, ratio=ratio, reorder=reorder and ratio > 0
+        )
+        logits = _reply_logits(model, ready.cache, ready.logits, reply)
+        ready.cache.crop(-(len(reply) - 1))
+        answer = session.complete(ready, max_new_tokens=max_new_tokens)
+        ways.append(
+            Way(
+                name="stitch only" if ratio == 0 else f"ifkv, r = {ratio:g}",
+                ttft_seconds=ready.ttft_seconds,
+                speedup=full_seconds / ready.ttft_seconds,
+                bound=ready.speedup_bound,
+                kl=_mean_kl(truth, logits),
+                text=answer.text,
+                answer=answer,
+            )
+        )
+    return ways
+
+
+def _shorter(cache: Any) -> Any:
+    """A cache without its last row, which generate() needs to run."""
+    cache.crop(-1)
+    return cache
+
+
+def _reply_logits(model: Any, cache: Any, first: Tensor, reply: Tensor) -> Tensor:
+    """Logits of every token of a reply that follows the cache, ``[reply, vocabulary]``."""
+    if len(reply) == 1:
+        return first[None].double()
+    ids = reply[None, :-1].to(model.device)
+    seen = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
+    rest = model(ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0]
+    return torch.cat((first[None], rest)).double()
+
+
+def _mean_kl(truth: Tensor, logits: Tensor) -> float:
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(dim=-1), truth.log_softmax(dim=-1), log_target=True, reduction="none"
+    )
+    return float(divergence.sum(dim=-1).mean())
