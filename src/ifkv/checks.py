@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,36 @@ from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def check_positive(value: Any, what: str) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        InvalidInputError: It is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InvalidInputError(f"{what} is {value!r} but must be a whole number of at least 1.")
+
+
+def whole_numbers(values: Any, what: str) -> list[int]:
+    """A list of Python integers, from a sequence or a tensor of them.
+
+    Raises:
+        InvalidInputError: It is no sequence, or holds anything else: truth values, say.
+    """
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    try:
+        numbers = list(values)
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{what} is {values!r}, but must be a sequence of whole numbers."
+        ) from error
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise InvalidInputError(f"{what} holds {number!r}, but must hold whole numbers.")
+    return [int(number) for number in numbers]
 
 
 def token_tensor(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ifkv.checks import token_tensor
+from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
 from ifkv.patching import PatchHandle, handle_of
@@ -87,7 +87,8 @@ def prefill_documents(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: A document is empty, longer than the model's positions, or holds an id
-            outside the vocabulary; or ``batch_tokens`` is not positive.
+            outside the vocabulary; ``batch_tokens`` is not positive; or ``prefix`` is a document
+            that was itself encoded behind a prefix.
         FingerprintMismatchError: ``prefix`` was made by another model.
 
     Example:
@@ -102,8 +103,13 @@ def prefill_documents(
     """
     handle = handle_of(model)
     handle.rope.check_frequencies()
-    if batch_tokens is not None and batch_tokens < 1:
-        raise InvalidInputError(f"batch_tokens is {batch_tokens} but must be at least 1.")
+    if batch_tokens is not None:
+        check_positive(batch_tokens, "batch_tokens")
+    if isinstance(documents, str | DocumentCache) or not isinstance(documents, Iterable):
+        raise InvalidInputError(
+            f"documents is a {type(documents).__name__}; a list of documents is wanted, each a "
+            "sequence of token ids."
+        )
     given, wanted = (
         (prefix, prefix.token_ids) if isinstance(prefix, DocumentCache) else (None, prefix)
     )
@@ -112,11 +118,8 @@ def prefill_documents(
     for index, ids in enumerate(tokens):
         handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
     identity = handle.fingerprints.of(model)
-    if given is not None and given.fingerprint != identity:
-        raise FingerprintMismatchError(
-            f"the prefix was made by model {given.fingerprint[:8]}, this one is {identity[:8]}; "
-            "give its token ids instead, to encode it anew."
-        )
+    if given is not None:
+        _check_prefix(given, identity)
     shared = given
     if shared is None and len(prefix_ids) > 0:
         empty = prefix_ids[:0]
@@ -125,6 +128,41 @@ def prefill_documents(
     for batch in _batches(tokens, batch_tokens or DEFAULT_BATCH_TOKENS, progress):
         caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
     return caches
+
+
+def _check_prefix(prefix: DocumentCache, identity: str) -> None:
+    """Refuse rows that are not what the model computes for a prefix."""
+    if prefix.fingerprint != identity:
+        raise FingerprintMismatchError(
+            f"the prefix was made by model {prefix.fingerprint[:8]}, this one is {identity[:8]}; "
+            "give its token ids instead, to encode it anew."
+        )
+    if len(prefix.prefix_ids) or prefix.prefix is not None:
+        raise InvalidInputError(
+            f"the prefix given was itself encoded behind {len(prefix.prefix_ids)} tokens; give a "
+            "document's .prefix, or token ids."
+        )
+    check_rows(prefix, "the prefix")
+
+
+def check_rows(document: DocumentCache, what: str) -> None:
+    """Refuse a document that does not have one row of keys and values for each of its tokens.
+
+    Raises:
+        InvalidInputError: Its shapes or dtypes contradict each other.
+    """
+    keys, values = document.keys, document.values
+    if (
+        keys.ndim != 4
+        or keys.shape != values.shape
+        or keys.dtype != values.dtype
+        or keys.shape[2] != len(document)
+    ):
+        raise InvalidInputError(
+            f"{what} has {len(document)} tokens, keys {keys.dtype} {tuple(keys.shape)} and values "
+            f"{values.dtype} {tuple(values.shape)}, but both must be [layers, kv_heads, tokens, "
+            "head_dim] of one dtype. Use documents as prefill_documents made them."
+        )
 
 
 def _batches(tokens: list[Tensor], budget: int, progress: bool) -> Iterator[list[Tensor]]:

@@ -92,7 +92,11 @@ class FingerprintCache:
 
     def of(self, model: PreTrainedModel) -> str:
         """The model's fingerprint."""
-        key = tuple((p.data_ptr(), p._version) for p in model.base_model.parameters())
+        key = tuple(
+            # Parameters made under torch.inference_mode() are not counted either.
+            (p.data_ptr(), -1 if p.is_inference() else p._version)
+            for p in model.base_model.parameters()
+        )
         if key != self._key:
             self._value = fingerprint(model)
             self._key = key

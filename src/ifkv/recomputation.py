@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
-from ifkv.checks import token_tensor
+from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, last_logits, num_layers, run_attention, run_layers
 from ifkv.patching import PatchHandle
@@ -66,8 +66,8 @@ def recompute(
         handle.rope.check_length(length, "context and prompt")
         rows = torch.cat((rows, torch.arange(cache.context_length, length)))
         ids = torch.cat((ids, prompt))
-    if block_tokens is not None and block_tokens < 1:
-        raise InvalidInputError(f"block_tokens is {block_tokens} but must be at least 1.")
+    if block_tokens is not None:
+        check_positive(block_tokens, "block_tokens")
     if len(rows) == 0:
         return None
 
@@ -89,7 +89,10 @@ def recompute(
 
 def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:
     """Slots as an ascending long tensor on the CPU."""
-    given = torch.as_tensor(slots).detach().cpu()
+    try:
+        given = torch.as_tensor(slots).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"slots is no sequence of whole numbers: {error}.") from error
     if given.ndim != 1 or (
         len(given) and (given.dtype.is_floating_point or given.dtype == torch.bool)
     ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.checks import token_tensor
+from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
 from ifkv.patching import PatchHandle
@@ -92,10 +92,11 @@ def score(
 def _chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
     if layers is None:
         return default_layers(depth)
-    chosen = sorted({layer + depth if layer < 0 else layer for layer in layers})
+    given = whole_numbers(layers, "layers")
+    chosen = sorted({layer + depth if layer < 0 else layer for layer in given})
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise InvalidInputError(
-            f"layers is {list(layers)}, but must name at least one of the model's {depth} layers: "
+            f"layers is {given}, but must name at least one of the model's {depth} layers: "
             f"0 to {depth - 1}, or -{depth} to -1 from the end."
         )
     return chosen

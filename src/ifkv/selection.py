@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def budget(length: int, ratio: float) -> int:
     >>> budget(100, 0.29), budget(5, 0.01), budget(5, 0)
     (29, 1, 0)
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
+    given: Any = ratio  # what callers hand over need not be what was asked for
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1:
         raise InvalidInputError(
             f"ratio is {ratio!r}, but must lie between 0 (recompute nothing) and 1 (everything)."
         )
@@ -59,6 +61,10 @@ def select(
         InvalidInputError: The ratio lies outside [0, 1], or scores are not finite or not ``[T]``.
     """
     length = cache.context_length
+    if not isinstance(scores, Tensor):
+        raise InvalidInputError(
+            f"scores are a {type(scores).__name__}; a tensor is wanted, as ifkv.score returns it."
+        )
     if scores.shape != (length,):
         raise InvalidInputError(
             f"scores have shape {tuple(scores.shape)}, but the cache has {length} slots: give one "

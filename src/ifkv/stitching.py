@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ifkv.documents import DocumentCache
+from ifkv.checks import whole_numbers
+from ifkv.documents import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.positions import layout
@@ -50,9 +51,9 @@ def stitch(
     """
     handle = handle_of(model)
     handle.rope.check_frequencies()
+    _check_documents(model, handle, documents)
     arranged = _arrange(documents, order)
     ordered = [documents[i] for i in arranged]
-    _check_documents(model, handle, documents)
     first = ordered[0]
     parts = ([first.prefix] if first.prefix is not None else []) + ordered
     placed = layout(len(first.prefix_ids), [len(doc) for doc in ordered], geometry)
@@ -87,9 +88,7 @@ def stitch(
 
 
 def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:
-    if not documents:
-        raise InvalidInputError("no documents to stitch; give at least one.")
-    arranged = list(range(len(documents))) if order is None else [int(i) for i in order]
+    arranged = list(range(len(documents))) if order is None else whole_numbers(order, "order")
     if sorted(arranged) != list(range(len(documents))):
         raise InvalidInputError(
             f"order is {arranged}, but must name each of the {len(documents)} documents once, "
@@ -102,6 +101,13 @@ def _check_documents(
     model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
 ) -> None:
     """Refuse documents that do not belong to the model or to one another."""
+    if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
+        raise InvalidInputError(
+            f"documents is a {type(documents).__name__}; a list of what prefill_documents returned "
+            "is wanted."
+        )
+    if not documents:
+        raise InvalidInputError("no documents to stitch; give at least one.")
     identity = handle.fingerprints.of(model)
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
@@ -129,3 +135,20 @@ def _check_documents(
                 f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
                 "prefill_documents made it."
             )
+        check_rows(document, f"document {index}")
+        if held is not None:
+            check_rows(held, f"the prefix of document {index}")
+            if held.fingerprint != identity:
+                raise FingerprintMismatchError(
+                    f"the prefix of document {index} was made by model {held.fingerprint[:8]}, "
+                    f"this one is {identity[:8]}. Prefill the documents again."
+                )
+        first = documents[0].keys
+        for part in [document] if held is None else [document, held]:
+            if part.keys.dtype != first.dtype or part.keys.shape[:2] != first.shape[:2]:
+                raise InvalidInputError(
+                    f"document {index} or its prefix holds {part.keys.dtype} "
+                    f"{tuple(part.keys.shape)}, document 0 {first.dtype} {tuple(first.shape)}; "
+                    "those of one request have the same layers, heads and dtype. Use documents as "
+                    "prefill_documents made them."
+                )

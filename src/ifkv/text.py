@@ -57,12 +57,19 @@ class PromptFormat:
 
     def document_ids(self, text: str) -> list[int]:
         """Token ids of a document: its text, set off by a blank line."""
+        if not isinstance(text, str):
+            raise InvalidInputError(
+                f"a document is a {type(text).__name__}; Session takes texts, and "
+                "ifkv.prefill_documents token ids."
+            )
         if not text.strip():
             raise InvalidInputError("a document is empty or blank; it needs some text.")
         return self.encode(text.rstrip("\n") + "\n\n")
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt that follows the documents."""
-        if not question.strip():
-            raise InvalidInputError("the question is empty; ask something.")
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidInputError(
+                f"the question is {question!r}; it needs to be text with something in it."
+            )
         return self.encode(f"{self._before}{question}{self._after}")
