@@ -7,12 +7,16 @@ every call that carries no ifkv pass to whatever attention the model used before
 ``model(...)`` and ``model.generate(...)`` stay bit for bit the same.
 
 An overlay shares its ``__dict__`` with the config it covers: changes made through either are seen
-through both, and another model built from the same config object is not affected.
+through both, and another model built from the same config object is not affected. Copying and
+pickling see through it: a copy of a patched model is an ordinary, unpatched model.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
+import operator
 import threading
 import weakref
 from types import TracebackType
@@ -52,9 +56,12 @@ class PatchHandle:
         self.name = f"ifkv-{next(_names)}"
         self.fingerprints = FingerprintCache()
         self._model = weakref.ref(model)
+        self._entered = 0
         self._covered: list[tuple[nn.Module, PreTrainedConfig]] = []
-        # A model that is dropped without unpatch() must not leave its functions registered.
-        self._finalizer = weakref.finalize(model, _unregister, self.name)
+        # A model that is dropped without unpatch() must not leave its functions registered, nor
+        # parts of it that live on looking for them.
+        self._restore = weakref.finalize(model, _restore, self.name, self._covered)
+        self._restore.atexit = False
 
     def _attach(self, model: PreTrainedModel) -> None:
         from ifkv.attention import register
@@ -70,15 +77,13 @@ class PatchHandle:
     def unpatch(self) -> None:
         """Restore the model; does nothing if that has been done already."""
         with _lock:
-            for module, config in self._covered:
-                module.config = cast(Any, config)
-            self._covered.clear()
-            self._finalizer()
+            self._restore()
             model = self._model()
             if model is not None and _handles.get(model) is self:
                 del _handles[model]
 
     def __enter__(self) -> PatchHandle:
+        self._entered += 1
         return self
 
     def __exit__(
@@ -87,7 +92,10 @@ class PatchHandle:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.unpatch()
+        # Blocks may nest, in functions that know nothing of each other: the outermost undoes.
+        self._entered -= 1
+        if self._entered == 0:
+            self.unpatch()
 
     def __repr__(self) -> str:
         state = "active" if self._covered else "undone"
@@ -104,16 +112,27 @@ def _overlay(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
         stored.fset(self, value)
 
     overlaid = type(
-        base.__name__, (base,), {"_attn_implementation": property(lambda _: name, setter)}
+        base.__name__,
+        (base,),
+        {
+            "_attn_implementation": property(lambda _: name, setter),
+            # Copies and pickles are of the config below, which the model's head shares.
+            "__copy__": lambda _: copy.copy(config),
+            "__reduce_ex__": lambda *_: (operator.itemgetter(0), ((config,),)),
+        },
     )
     overlay: Any = object.__new__(overlaid)
     object.__setattr__(overlay, "__dict__", config.__dict__)
     return cast("PreTrainedConfig", overlay)
 
 
-def _unregister(name: str) -> None:
+def _restore(name: str, covered: list[tuple[nn.Module, PreTrainedConfig]]) -> None:
+    """Give the covered modules their config back and remove what is registered under the name."""
     from ifkv.attention import unregister
 
+    for module, config in covered:
+        module.config = cast(Any, config)
+    covered.clear()
     unregister(name)
 
 
@@ -121,7 +140,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     """Patch a causal language model in place.
 
     Everything is checked before anything changes. Patching a patched model returns the handle it
-    already has, unless another backend is asked for: then the patch is made anew.
+    already has, with its fingerprint taken anew, unless another backend is asked for: then the
+    patch is made anew. Copies of a patched model (``deepcopy``, pickle) are not patched.
 
     Args:
         model: A Llama, Qwen or Mistral model from transformers, in ``eval()`` mode.
@@ -129,10 +149,12 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
             or a backend made by hand, such as ``FlashInferBackend(mask="tiles")``.
 
     Returns:
-        The handle; as a context manager it undoes the patch on exit.
+        The handle; as a context manager it undoes the patch on exit (of nested blocks over one
+        model, the outermost does).
 
     Raises:
-        UnsupportedModelError: No family covers the model, or it breaks a rule of its family.
+        UnsupportedModelError: No family covers the model, it breaks a rule of its family, or it is
+            in training mode.
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
         BackendUnavailableError: The backend asked for cannot run here.
 
@@ -150,10 +172,12 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     with _lock:
         family = resolve_family(model)
         _check_structure(model, family)
+        _check_mode(model)
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)
         if existing is not None:
             if existing.backend.name == chosen.name:
+                existing.fingerprints = FingerprintCache()
                 return existing
             existing.unpatch()
         handle = PatchHandle(model, family, chosen, Rope(model, family))
@@ -181,17 +205,23 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
         NotPatchedError: The model is not patched.
         UnsupportedModelError: The model is in training mode.
     """
-    handle = _handles.get(model)
+    handle = None
+    with contextlib.suppress(TypeError):  # of what is no model and cannot be referred to weakly
+        handle = _handles.get(model)
     if handle is None:
         raise NotPatchedError(
             f"this {type(model).__name__} is not patched; call ifkv.patch(model) first."
         )
+    _check_mode(model)
+    return handle
+
+
+def _check_mode(model: PreTrainedModel) -> None:
     if model.training:
         raise UnsupportedModelError(
             f"this {type(model).__name__} is in training mode, in which dropout and gradient "
             "checkpointing change what a cache holds; call model.eval() first."
         )
-    return handle
 
 
 def _check_structure(model: PreTrainedModel, family: Family) -> None:
