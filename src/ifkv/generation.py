@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ifkv.checks import token_tensor
+from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_MAX_NEW_TOKENS = 32
+
+_RESERVED = (
+    "attention_mask",
+    "cache_implementation",
+    "input_ids",
+    "inputs",
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+)
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 @torch.no_grad()
@@ -45,7 +58,8 @@ def generate(
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: Bad ids, other rows appended behind the context, or too many tokens.
+        InvalidInputError: Bad ids, other rows appended behind the context, too many tokens, or a
+            keyword that the cache leaves no choice about.
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
@@ -55,11 +69,7 @@ def generate(
     if not ready:
         check_answerable(cache, "generate")
     handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
-    for reserved in ("past_key_values", "input_ids", "inputs", "attention_mask", "inputs_embeds"):
-        if reserved in generate_kwargs:
-            raise InvalidInputError(
-                f"{reserved} cannot be given: ifkv.generate makes it from the cache and the prompt."
-            )
+    _check_kwargs(model, generate_kwargs)
 
     context = cache.context_length
     kwargs = _with_lengths(model, context, generate_kwargs)
@@ -88,16 +98,44 @@ def generate(
     return out
 
 
+def _check_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse what would make generate() answer from something else than the cache."""
+    for key in _RESERVED:
+        if key in kwargs:
+            raise InvalidInputError(
+                f"{key} cannot be given: ifkv.generate makes it from the cache and the prompt."
+            )
+    config = kwargs.get("generation_config", model.generation_config)
+    for key in _ASSISTED:
+        if kwargs.get(key, getattr(config, key, None)) is not None:
+            raise InvalidInputError(
+                f"{key} asks for assisted decoding, which runs the whole context again behind a "
+                "cache that holds it already; leave it out."
+            )
+    if kwargs.get("max_new_tokens") is not None:
+        check_positive(kwargs["max_new_tokens"], "max_new_tokens")
+
+
 def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -> dict[str, Any]:
     """Lengths counted from the prompt's start become lengths counted from the context's."""
     kwargs = dict(given)
+    own = copy.deepcopy(kwargs.get("generation_config"))  # the caller's stays as it is
+    if own is not None:
+        kwargs["generation_config"] = own
     for key in ("max_length", "min_length"):
         if kwargs.get(key) is not None:
             kwargs[key] += context
-    config = kwargs.get("generation_config", model.generation_config)
-    limited = any(kwargs.get(key) is not None for key in ("max_new_tokens", "max_length"))
+        if getattr(own, key, None) is not None:
+            setattr(own, key, getattr(own, key) + context)
+    # A max_length in the model's own config counts the context too, and says nothing here.
+    limited = getattr(own, "max_length", None) is not None or any(
+        kwargs.get(key) is not None for key in ("max_new_tokens", "max_length")
+    )
+    config = own if own is not None else model.generation_config
     if not limited and getattr(config, "max_new_tokens", None) is None:
         kwargs["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+    if getattr(config, "use_cache", None) is False:  # as fine-tuned checkpoints often have it
+        kwargs["use_cache"] = True
     return kwargs
 
 
