@@ -14,6 +14,7 @@ from ifkv.errors import (
     DocumentNotFoundError,
     InvalidInputError,
     StoreCorruptionError,
+    StoreFullError,
 )
 from ifkv.store.codecs import resolve_codec
 from ifkv.store.disk_read import DiskReader, Verify
@@ -26,6 +27,9 @@ from ifkv.store.recovery import open_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# How often a put starts again because another process has evicted its prefix meanwhile.
+_ATTEMPTS = 20
 
 
 class DiskStore:
@@ -100,10 +104,17 @@ class DiskStore:
             InvalidInputError: The document contradicts itself, or the codec cannot hold it.
         """
         check_document(document)
-        if document.prefix is not None:
-            self._writer.put(document.prefix, [])
         prefix_key = prefix_key_of(document)
-        return self._writer.put(document, [prefix_key] if prefix_key else [])
+        for _ in range(_ATTEMPTS):
+            if document.prefix is not None:
+                self._writer.put(document.prefix, None)
+            key = self._writer.put(document, prefix_key)
+            if key is not None:
+                return key
+        raise StoreFullError(
+            f"others have evicted the document's prefix {_ATTEMPTS} times while it was being put; "
+            f"the budget {self.max_bytes} is too small for all who use {self.path}."
+        )
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
         """The document under a key, in host memory, or ``lazy``: read layer by layer when used.

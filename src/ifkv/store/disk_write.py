@@ -9,7 +9,7 @@ from ifkv.errors import StoreFullError
 from ifkv.store.codecs import Codec
 from ifkv.store.folder import Folder
 from ifkv.store.index import Entry, Index
-from ifkv.store.keys import key_of, prefix_key_of
+from ifkv.store.keys import key_of
 from ifkv.store.writing import DocumentFile
 
 
@@ -40,15 +40,15 @@ class DiskWriter:
             return None
         return entry if self._folder.file_of(key).is_file() else None
 
-    def put(self, document: DocumentCache, keep: list[str]) -> str:
-        """Store one document, without its prefix.
+    def put(self, document: DocumentCache, prefix_key: str | None) -> str | None:
+        """Store one document behind a prefix that is stored already.
 
         Args:
             document: The document.
-            keep: Entries that must not be evicted for it.
+            prefix_key: The prefix's key; it is not evicted for the document.
 
         Returns:
-            Its key.
+            Its key; None if the prefix is not there.
 
         Raises:
             StoreFullError: The budget or the disk has no room.
@@ -56,16 +56,17 @@ class DiskWriter:
             InvalidInputError: The codec cannot hold it.
         """
         key = key_of(document)
+        used = [key] if prefix_key is None else [prefix_key, key]
         if self.find(key) is not None:
             with self._index.transaction():
-                self._index.touch([*keep, key])
+                self._index.touch(used)
             return key
         file = DocumentFile(document, self._codec)
         if self._max_bytes is not None and file.nbytes > self._max_bytes:
             self._refuse(file.nbytes, file.nbytes - self._max_bytes)
         entry = Entry(
             key,
-            prefix_key_of(document),
+            prefix_key,
             document.fingerprint,
             self._codec.name,
             len(document),
@@ -74,9 +75,11 @@ class DiskWriter:
         with self._folder.written(file) as temporary, self._index.transaction():
             if self.find(key) is not None:
                 return key  # another process was faster
+            if prefix_key is not None and self.find(prefix_key) is None:
+                return None
             self._index.add(entry)
-            self._index.touch([*keep, key])
-            victims = self._choose_victims(self._max_bytes, [*keep, key], file.nbytes)
+            self._index.touch(used)
+            victims = self._choose_victims(self._max_bytes, used, file.nbytes)
             with self._folder.full_disk_named(file.nbytes):
                 self._folder.publish(temporary, key)
             self._discard(victims)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -64,37 +63,47 @@ class MemoryStore:
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache) -> str:
-        """Store a document and its prefix; see :class:`ifkv.store.DocumentStore`."""
+        """Store a document and its prefix.
+
+        Raises:
+            StoreFullError: It does not fit into the budget; the prefix may have been stored.
+            InvalidInputError: The document contradicts itself.
+        """
         check_document(document)
+        while document.prefix is not None:
+            prefix = self._put_one(document.prefix, None)
+            if self._put_one(document, prefix) is not None:
+                return key_of(document)
+            # Another thread's put has evicted the prefix meanwhile: once more.
+        self._put_one(document, None)
+        return key_of(document)
+
+    def _put_one(
+        self, document: DocumentCache, prefix: DocumentCache | None
+    ) -> DocumentCache | None:
+        """Hold a document; its prefix must be held already.
+
+        Returns:
+            What is held; None if the prefix is not.
+        """
         key, prefix_key = key_of(document), prefix_key_of(document)
-        with self._lock:
-            if key in self:
-                self._touch(key)
-                return key
-        # Copies to the host are made outside the lock; other threads go on meanwhile.
-        prefix = document.prefix
-        if prefix is not None and prefix_key is not None:
-            with self._lock:
-                held = self._entries.get(prefix_key)
-            prefix = held if held is not None else self._to_host(prefix, None)
-        placed = self._to_host(document, prefix)
         with self._lock:
             if key in self._entries:
                 self._touch(key)
-                return key
-            new = {key: placed}
-            if prefix is not None and prefix_key is not None and prefix_key not in self._entries:
-                new = {prefix_key: prefix, **new}
-            elif prefix_key is not None:  # another thread put the prefix meanwhile
-                new[key] = dataclasses.replace(placed, prefix=self._entries[prefix_key])
-            self._make_room(sum(doc.nbytes for doc in new.values()), {key, prefix_key})
-            for name, doc in new.items():
-                self._entries[name] = doc
-                self._nbytes += doc.nbytes
-            if prefix_key is not None:
-                self._behind[prefix_key] += 1
+                return self._entries[key]
+        # The copy to the host is made outside the lock; other threads go on meanwhile.
+        placed = self._to_host(document, prefix)
+        with self._lock:
+            if key not in self._entries:
+                if prefix_key is not None and self._entries.get(prefix_key) is not prefix:
+                    return None
+                self._make_room(placed.nbytes, {key, prefix_key})
+                self._entries[key] = placed
+                self._nbytes += placed.nbytes
+                if prefix_key is not None:
+                    self._behind[prefix_key] += 1
             self._touch(key)
-        return key
+            return self._entries[key]
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
         """The document under a key; ``lazy`` makes no difference to what is in memory."""
@@ -171,19 +180,18 @@ class MemoryStore:
         if self.max_bytes is None:
             return
         excess = self._nbytes + needed - self.max_bytes
-        behind, victims = Counter(self._behind), []
-        # Twice: a prefix can go once the documents behind it have.
-        for _ in range(2):
-            for key, document in self._entries.items():
-                if excess <= 0:
-                    break
-                if key in keep or key in self._pinned or behind[key] or key in victims:
-                    continue
-                victims.append(key)
-                excess -= document.nbytes
-                prefix_key = prefix_key_of(document)
-                if prefix_key is not None:
-                    behind[prefix_key] -= 1
+        behind, victims = Counter(self._behind), set[str]()
+        while excess > 0 and needed <= self.max_bytes:
+            spare = victims | keep | self._pinned
+            oldest = next((k for k in self._entries if k not in spare and not behind[k]), None)
+            if oldest is None:
+                break
+            victims.add(oldest)
+            document = self._entries[oldest]
+            excess -= document.nbytes
+            prefix_key = prefix_key_of(document)
+            if prefix_key is not None:
+                behind[prefix_key] -= 1
         if excess > 0:
             raise StoreFullError(
                 f"a document of {needed} bytes does not fit into the budget of {self.max_bytes}: "

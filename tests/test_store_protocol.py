@@ -1,0 +1,365 @@
+"""What every store promises, and a property-based comparison with a dict that has a budget."""
+
+import dataclasses
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import ifkv
+from ifkv.errors import (
+    DocumentNotFoundError,
+    InvalidInputError,
+    NotPatchedError,
+    StoreFullError,
+)
+from ifkv.store import (
+    DiskStore,
+    DocumentStore,
+    MemoryStore,
+    RemoteStore,
+    StoredDocument,
+    TieredStore,
+    document_key,
+    key_for,
+    key_of,
+)
+from ifkv.testing import assert_bit_equal, random_document, tiny_model
+
+PREFIX = random_document(1000, length=3)
+
+
+def same(found: ifkv.DocumentCache, wanted: ifkv.DocumentCache) -> None:
+    """Equal in everything, bit for bit, and of the same prefix."""
+    assert_bit_equal(found.token_ids, wanted.token_ids, what="tokens")
+    assert_bit_equal(found.prefix_ids, wanted.prefix_ids, what="prefix")
+    assert_bit_equal(found.keys, wanted.keys, what="keys")
+    assert_bit_equal(found.values, wanted.values, what="values")
+    assert found.fingerprint == wanted.fingerprint
+    assert (found.prefix is None) == (wanted.prefix is None)
+    if found.prefix is not None and wanted.prefix is not None:
+        same(found.prefix, wanted.prefix)
+
+
+MAKERS: dict[str, Callable[[Path], DocumentStore]] = {
+    "memory": lambda _: MemoryStore(),
+    "disk": lambda path: DiskStore(path),
+    "tiered": lambda path: TieredStore(MemoryStore(), DiskStore(path)),
+    "remote-local": lambda path: RemoteStore(path.as_uri()),
+    "remote-memory": lambda path: RemoteStore(f"memory://{path}"),
+    "three-tiers": lambda path: TieredStore(
+        MemoryStore(200), TieredStore(DiskStore(path / "disk"), RemoteStore(f"memory://{path}"))
+    ),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DocumentStore]:
+    made = MAKERS[request.param](tmp_path)
+    yield made
+    if isinstance(made, DiskStore):
+        made.close()
+
+
+def test_round_trip(store: DocumentStore) -> None:
+    assert isinstance(store, DocumentStore)
+    documents = [random_document(i, prefix=PREFIX, length=2 + i) for i in range(3)]
+    documents.append(random_document(9, dtype=torch.bfloat16))
+    keys = [store.put(document) for document in documents]
+    assert keys == [key_of(document) for document in documents]
+    for lazy in (False, True):
+        for key, document in zip(keys, documents, strict=True):
+            assert key in store
+            same(store.get(key, lazy=lazy), document)
+    assert sorted(store.keys()) == sorted([*keys, key_of(PREFIX)])
+    assert store.stats().documents == 5
+    assert store.stats().hits >= 8
+
+
+def test_the_prefix_is_one_object_for_all_who_hold_it(store: DocumentStore) -> None:
+    if isinstance(store, TieredStore):
+        store = store.slow
+    keys = [store.put(random_document(i, prefix=PREFIX)) for i in range(2)]
+    first, second = store.get(keys[0]), store.get(keys[1], lazy=True)
+    assert first.prefix is not None
+    assert first.prefix is second.prefix
+    assert store.get(key_of(PREFIX)) is first.prefix
+
+
+def test_the_same_document_is_stored_once(store: DocumentStore) -> None:
+    document = random_document(0, prefix=PREFIX)
+    assert store.put(document) == store.put(random_document(0, prefix=PREFIX))
+    assert store.stats().documents == 2
+
+
+def test_absent(store: DocumentStore) -> None:
+    key = key_of(random_document(0))
+    assert key not in store
+    with pytest.raises(KeyError, match=f"^no document {key}.*prefill it"):
+        store.get(key)
+    with pytest.raises(DocumentNotFoundError):
+        store.delete(key)
+    assert store.stats().misses == 1
+
+
+@pytest.mark.parametrize("key", ["", "../../etc/passwd", "0" * 63, "0" * 64 + "\n", "A" * 64, 7])
+def test_what_is_no_key_is_in_no_store(store: DocumentStore, key: Any) -> None:
+    assert key not in store
+    for operation in (store.get, store.delete):
+        with pytest.raises(DocumentNotFoundError):
+            operation(key)
+
+
+def test_delete(store: DocumentStore) -> None:
+    keys = [store.put(random_document(i, prefix=PREFIX)) for i in range(2)]
+    store.delete(keys[0])
+    assert keys[0] not in store
+    same(store.get(keys[1]), random_document(1, prefix=PREFIX))
+    store.delete(key_of(PREFIX))
+    with pytest.raises(DocumentNotFoundError):
+        store.get(keys[1])
+    store.put(random_document(1, prefix=PREFIX))
+    same(store.get(keys[1]), random_document(1, prefix=PREFIX))
+
+
+def test_contradictory_documents_are_refused(store: DocumentStore) -> None:
+    good = random_document(0, prefix=PREFIX)
+    other = random_document(1001, length=3)
+    for bad in (
+        dataclasses.replace(good, prefix=None),
+        dataclasses.replace(good, prefix=other),
+        dataclasses.replace(good, prefix=good),
+        dataclasses.replace(good, prefix=dataclasses.replace(PREFIX, fingerprint="1" * 32)),
+        dataclasses.replace(good, prefix=dataclasses.replace(PREFIX, keys=PREFIX.keys[:1])),
+        dataclasses.replace(good, keys=good.keys[:, :, :-1]),
+        dataclasses.replace(good, values=good.values.double()),
+        dataclasses.replace(good, token_ids=good.token_ids[:0]),
+        good.keys,
+    ):
+        with pytest.raises(InvalidInputError):
+            store.put(bad)  # type: ignore[arg-type]
+    assert store.stats().documents == 0
+
+
+def test_threads_share_a_store(store: DocumentStore) -> None:
+    documents = [random_document(i % 6, prefix=PREFIX) for i in range(24)]
+    errors: list[BaseException] = []
+
+    def work(start: int) -> None:
+        try:
+            for document in documents[start:] + documents[:start]:
+                same(store.get(store.put(document)), document)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert store.stats().documents == 7
+
+
+def test_key_covers_all_that_decides_rows_and_nothing_else() -> None:
+    ids, none = torch.tensor([1, 2, 3]), torch.tensor([], dtype=torch.long)
+    keys = {
+        document_key("a", none, ids),
+        document_key("b", none, ids),
+        document_key("a", ids[:1], ids[1:]),
+        document_key("a", ids[:2], ids[2:]),
+        document_key("a", ids, ids),
+        document_key("a", none, ids[:2]),
+    }
+    assert len(keys) == 6
+    model = tiny_model("llama", num_layers=1)
+    with pytest.raises(NotPatchedError):
+        key_for(model, [1, 2])
+    with ifkv.patch(model):
+        document = ifkv.prefill_documents(model, [[5, 6]], prefix=[1])[0]
+        assert key_for(model, [5, 6], [1]) == key_of(document)
+        assert key_for(model, torch.tensor([5, 6]), document.prefix or ()) == key_of(document)
+
+
+def test_memory_store_drops_the_least_recently_used() -> None:
+    size = random_document(0).nbytes
+    store = MemoryStore(3 * size)
+    keys = [store.put(random_document(i)) for i in range(3)]
+    store.get(keys[0])
+    store.pin(keys[1])
+    store.put(random_document(3))
+    assert [key in store for key in keys] == [True, True, False]
+    assert store.stats().evictions == 1
+    assert store.stats().pinned == 1
+    with pytest.raises(StoreFullError, match="Raise max_bytes"):
+        store.put(random_document(4, length=20))
+    with pytest.raises(InvalidInputError, match="max_bytes is -1"):
+        MemoryStore(-1)
+
+
+def test_tiers_promote_and_survive_a_small_fast_tier(tmp_path: Path) -> None:
+    slow, fast = DiskStore(tmp_path), MemoryStore()
+    key = slow.put(random_document(0, prefix=PREFIX))
+    store = TieredStore(fast, slow)
+    store.get(key)
+    assert key in fast
+    fast.delete(key)
+    document = store.get(key, lazy=True)
+    assert isinstance(document, StoredDocument)
+    document.layer(0)
+    assert key not in fast  # until all of it has been read
+    document.layer(1)
+    assert key in fast
+    same(fast.get(key), random_document(0, prefix=PREFIX))
+    tiny = TieredStore(MemoryStore(1), slow)
+    same(tiny.get(tiny.put(random_document(1))), random_document(1))
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A store with a budget against a list in order of use."""
+
+    def make(self, budget: int | None) -> MemoryStore | DiskStore:
+        raise NotImplementedError
+
+    @initialize(budget=st.sampled_from([None, 3, 6, 9]))
+    def begin(self, budget: int | None) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        prefixes = [None, random_document(100, length=2), random_document(101, length=3)]
+        self.documents = [
+            random_document(i, length=2 + i, prefix=prefixes[i % 3]) for i in range(7)
+        ]
+        self.sizes = self.measure()
+        unit = max(self.sizes.values())
+        self.budget = None if budget is None else budget * unit // 2
+        self.order: list[str] = []  # least recently used first
+        self.pinned: set[str] = set()
+        self.behind = {key_of(d): key_of(d.prefix) for d in self.documents if d.prefix is not None}
+        self.store = self.make(self.budget)
+
+    def measure(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def use(self, key: str) -> None:
+        for name in (self.behind.get(key), key):
+            if name is not None:
+                if name in self.order:
+                    self.order.remove(name)
+                self.order.append(name)
+
+    def model_put(self, key: str) -> bool:
+        """One entry into the model; whether it fits."""
+        if key not in self.order:
+            keep = {key, self.behind.get(key)}
+            order = list(self.order)
+            while self.budget is not None and (
+                sum(self.sizes[k] for k in order) + self.sizes[key] > self.budget
+            ):
+                needed = {self.behind.get(k) for k in order}
+                free = [k for k in order if k not in keep | needed | self.pinned]
+                if not free or self.sizes[key] > self.budget:
+                    return False
+                order.remove(free[0])
+            self.order = order
+        self.use(key)
+        return True
+
+    @rule(i=st.integers(0, 6))
+    def put(self, i: int) -> None:
+        document = self.documents[i]
+        parts = [part for part in (document.prefix, document) if part is not None]
+        fits = all(self.model_put(key_of(part)) for part in parts)
+        if fits:
+            assert self.store.put(document) == key_of(document)
+        else:
+            with pytest.raises(StoreFullError):
+                self.store.put(document)
+
+    @rule(i=st.integers(0, 6), lazy=st.booleans())
+    def get(self, i: int, lazy: bool) -> None:
+        key = key_of(self.documents[i])
+        if key in self.order:
+            same(self.store.get(key, lazy=lazy), self.documents[i])
+            self.use(key)
+        else:
+            with pytest.raises(DocumentNotFoundError):
+                self.store.get(key)
+
+    @rule(i=st.integers(0, 8))
+    def delete(self, i: int) -> None:
+        prefixes = sorted(set(self.behind.values()))
+        key = key_of(self.documents[i]) if i < 7 else prefixes[i - 7]
+        if key not in self.order:
+            with pytest.raises(DocumentNotFoundError):
+                self.store.delete(key)
+            return
+        self.store.delete(key)
+        gone = {key} | {k for k in self.order if self.behind.get(k) == key}
+        self.order = [k for k in self.order if k not in gone]
+        self.pinned -= gone
+
+    @rule(i=st.integers(0, 6), pinned=st.booleans())
+    def pin(self, i: int, pinned: bool) -> None:
+        key = key_of(self.documents[i])
+        if key not in self.order:
+            with pytest.raises(DocumentNotFoundError):
+                self.store.pin(key, pinned)
+            return
+        self.store.pin(key, pinned)
+        (self.pinned.add if pinned else self.pinned.discard)(key)
+
+    @rule()
+    def reopen(self) -> None:
+        if isinstance(self.store, DiskStore):
+            self.store.close()
+            self.store = self.make(self.budget)
+
+    @invariant()
+    def agrees(self) -> None:
+        assert list(self.store.keys()) == self.order
+        stats = self.store.stats()
+        assert stats.nbytes == sum(self.sizes[key] for key in self.order)
+        assert stats.pinned == len(self.pinned)
+        assert self.budget is None or stats.nbytes <= self.budget
+        for document in self.documents:
+            assert (key_of(document) in self.store) == (key_of(document) in self.order)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            if isinstance(self.store, DiskStore):
+                self.store.close()
+            shutil.rmtree(self.folder)
+
+
+class MemoryMachine(StoreMachine):
+    def make(self, budget: int | None) -> MemoryStore:
+        return MemoryStore(budget)
+
+    def measure(self) -> dict[str, int]:
+        parts = [*self.documents, *(d.prefix for d in self.documents if d.prefix is not None)]
+        return {key_of(part): part.nbytes for part in parts}
+
+
+class DiskMachine(StoreMachine):
+    def make(self, budget: int | None) -> DiskStore:
+        return DiskStore(self.folder, max_bytes=budget)
+
+    def measure(self) -> dict[str, int]:
+        with tempfile.TemporaryDirectory() as folder, DiskStore(folder) as store:
+            for document in self.documents:
+                store.put(document)
+            return {entry.key: entry.nbytes for entry in store.entries()}
+
+
+# Steps, not examples, are what costs: a step on disk is a few files and transactions.
+TestMemoryStoreIsADictWithABudget = MemoryMachine.TestCase
+TestMemoryStoreIsADictWithABudget.settings = settings(stateful_step_count=30)
+TestDiskStoreIsADictWithABudget = DiskMachine.TestCase
+TestDiskStoreIsADictWithABudget.settings = settings(stateful_step_count=20)
