@@ -31,7 +31,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "repetition penalty": dict(repetition_penalty=1.9, do_sample=False, max_new_tokens=8),
     "no repeated pairs": dict(no_repeat_ngram_size=2, do_sample=False, max_new_tokens=8),
     "top k": dict(do_sample=True, top_k=5, top_p=0.9, max_new_tokens=8),
-    "prompt lookup": dict(prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=8),
     "an end token": dict(eos_token_id=list(range(0, 97, 2)), pad_token_id=0, max_new_tokens=8),
     "a config": dict(generation_config=GenerationConfig(max_new_tokens=5, num_beams=2)),
 }
@@ -136,6 +135,14 @@ def test_lengths_count_from_the_prompts_start(length: int, expected: int) -> Non
         assert ids.shape == (1, expected)
         assert config.max_length == length
         assert ifkv.generate(bench.model, cache, REQUEST.prompt).shape == (1, 3 + 32)
+
+
+def test_assisted_decoding_is_refused() -> None:
+    """Upstream's loses tokens behind any cache that holds a context already."""
+    with prepared(shared_tiny_model("llama"), REQUEST) as bench:
+        for assistant in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=bench.model)):
+            with pytest.raises(ifkv.IfkvError, match="assist"):
+                ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, **assistant)
 
 
 def answer_logits(model: PreTrainedModel, cache: ifkv.StitchedCache, ids: list[int]) -> Tensor:
