@@ -7,6 +7,8 @@ must hold all heads of a row; blocks are cut along the keys.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,32 @@ def blocked_attention_norm(
         attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
         norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
     return torch.cat(norms) if norms else logsumexp.new_zeros(0)
+
+
+def attention_norm(
+    query: Tensor,
+    context_keys: Tensor,
+    logsumexp: Tensor,
+    plan: QueryPlan,
+    *,
+    scaling: float,
+    reduction: Reduction,
+    window: int | None,
+) -> Tensor:
+    """The same, by the Triton kernel on CUDA wherever Triton is installed (torch brings it)."""
+    compute = blocked_attention_norm
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        with contextlib.suppress(ImportError):
+            from ifkv.backends.norms_triton import triton_attention_norm as compute
+    return compute(
+        query,
+        context_keys,
+        logsumexp,
+        plan,
+        scaling=scaling,
+        reduction=reduction,
+        window=window,
+    )
 
 
 def hidden_by_window(rows: Tensor, keys: Tensor, window: int | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from ifkv.backends.flashinfer.documents import DocumentCall
 from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages
 from ifkv.backends.flashinfer.tiles import MaskForm, Part, parts_of_rows
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
-from ifkv.backends.norms import blocked_attention_norm
+from ifkv.backends.norms import attention_norm
 
 _T = TypeVar("_T")
 
@@ -333,7 +333,7 @@ class FlashInferBackend(Backend):
         window: int | None,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
-        return blocked_attention_norm(
+        return attention_norm(
             query,
             context_keys,
             logsumexp,

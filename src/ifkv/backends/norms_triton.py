@@ -1,0 +1,143 @@
+"""Attention norms in one Triton kernel, for CUDA; equal to :mod:`ifkv.backends.norms`.
+
+A program owns a block of keys and walks over rows and heads, so that the mean over all heads of a
+row is there before it is squared, and nothing of the attention is ever stored. Up to 64 rows every
+key is read once.
+
+Loops count by ``while``: Triton's interpreter, which runs the kernel on the CPU in the tests, has
+no ``range`` over run-time numbers with numpy 2.4 and newer.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+from torch import Tensor
+
+from ifkv.backends.base import QueryPlan, Reduction
+
+ROWS = 64
+KEYS = 64
+
+
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    query,
+    keys,
+    logsumexp,
+    row_positions,
+    key_positions,
+    out,
+    rows,
+    length,
+    heads,
+    group,
+    scaling,
+    window,
+    query_head_stride,
+    query_row_stride,
+    key_head_stride,
+    key_stride,
+    lse_head_stride,
+    lse_row_stride,
+    head_dim: tl.constexpr,
+    dim_block: tl.constexpr,
+    row_block: tl.constexpr,
+    key_block: tl.constexpr,
+    squared: tl.constexpr,
+    windowed: tl.constexpr,
+):
+    key = tl.program_id(0) * key_block + tl.arange(0, key_block)
+    dim = tl.arange(0, dim_block)
+    key_used = key < length
+    key_mask = key_used[:, None] & (dim < head_dim)[None, :]
+    total = tl.zeros((key_block,), dtype=tl.float32)
+    start = 0
+    while start < rows:
+        row = start + tl.arange(0, row_block)
+        row_used = row < rows
+        row_mask = row_used[:, None] & (dim < head_dim)[None, :]
+        attention = tl.zeros((row_block, key_block), dtype=tl.float32)
+        head = 0
+        while head < heads:
+            q = tl.load(
+                query + head * query_head_stride + row[:, None] * query_row_stride + dim[None, :],
+                mask=row_mask,
+                other=0.0,
+            )
+            k = tl.load(
+                keys
+                + (head // group) * key_head_stride
+                + key[:, None].to(tl.int64) * key_stride
+                + dim[None, :],
+                mask=key_mask,
+                other=0.0,
+            )
+            lse = tl.load(
+                logsumexp + head * lse_head_stride + row * lse_row_stride, mask=row_used, other=0.0
+            )
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+            attention += tl.exp(logits - lse[:, None])
+            head += 1
+        seen = row_used[:, None] & key_used[None, :]
+        if windowed:
+            at = tl.load(row_positions + row, mask=row_used, other=0)
+            key_at = tl.load(key_positions + key, mask=key_used, other=0)
+            distance = at[:, None] - key_at[None, :]
+            seen = seen & (distance >= 0) & (distance < window)
+        mean = tl.where(seen, attention / heads, 0.0)
+        total += tl.sum(mean * mean if squared else mean, axis=0)
+        start += row_block
+    tl.store(out + key, tl.sqrt(total) if squared else total, mask=key_used)
+
+
+_compiled = triton.jit(_norm_kernel)
+
+
+def triton_attention_norm(
+    query: Tensor,
+    context_keys: Tensor,
+    logsumexp: Tensor,
+    plan: QueryPlan,
+    *,
+    scaling: float,
+    reduction: Reduction,
+    window: int | None,
+) -> Tensor:
+    """See :meth:`ifkv.backends.base.Backend.attention_norm`; float16, bfloat16 or float32."""
+    _, heads, rows, head_dim = query.shape
+    length = context_keys.shape[2]
+    out = torch.empty(length, dtype=torch.float32, device=query.device)
+    if length == 0:
+        return out
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    if context_keys.stride(-1) != 1:
+        context_keys = context_keys.contiguous()
+    _compiled[(triton.cdiv(length, KEYS),)](
+        query,
+        context_keys,
+        logsumexp,
+        plan.query_positions,
+        plan.context_positions,
+        out,
+        rows,
+        length,
+        heads,
+        heads // context_keys.shape[1],
+        scaling,
+        0 if window is None else window,
+        query.stride(1),
+        query.stride(2),
+        context_keys.stride(1),
+        context_keys.stride(2),
+        logsumexp.stride(1),
+        logsumexp.stride(2),
+        head_dim=head_dim,
+        dim_block=max(16, triton.next_power_of_2(head_dim)),
+        row_block=ROWS,
+        key_block=KEYS,
+        squared=reduction == "l2",
+        windowed=window is not None,
+    )
+    return out
