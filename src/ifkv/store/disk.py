@@ -134,8 +134,7 @@ class DiskStore:
         except DocumentNotFoundError:
             self._misses += 1
             raise
-        with self.index.transaction():
-            self.index.touch([name for name in (entry.prefix_key, key) if name])
+        self.index.note_use([name for name in (entry.prefix_key, key) if name])
         self._hits += 1
         return document
 

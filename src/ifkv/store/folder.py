@@ -97,7 +97,11 @@ class Folder:
             target.parent.mkdir(exist_ok=True)
             _sync(self.documents)
         os.replace(temporary, target)
-        _sync(target.parent)
+        try:
+            _sync(target.parent)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
 
     def discard(self, key: str) -> None:
         """Remove a key's file, if it is there. Only while the index's lock is held."""
@@ -138,7 +142,7 @@ class Folder:
 
     def _forget_quarantined(self, keep: int) -> None:
         files = self.quarantine_files()
-        for path in files[: len(files) - keep]:
+        for path in files[: max(0, len(files) - keep)]:
             with contextlib.suppress(OSError):
                 path.unlink()
                 path.with_name(path.name + ".reason.txt").unlink(missing_ok=True)

@@ -18,6 +18,8 @@ from ifkv.errors import StoreError, StoreFullError
 _abandoned: list[sqlite3.Connection] = []
 # How long to wait for another process that is writing.
 BUSY_SECONDS = 60.0
+# Uses to remember while others keep the database busy.
+_MAX_NOTED = 1000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS documents (
@@ -82,6 +84,7 @@ class Index:
         self._path = path
         self._lock = threading.RLock()
         self._process = 0
+        self._noted: list[str] = []
         self._connection: sqlite3.Connection | None = None
         (state,) = self._open().execute("PRAGMA quick_check(1)").fetchone()
         if state != "ok":
@@ -171,6 +174,27 @@ class Index:
         """Mark entries as used, in order."""
         for key in keys:
             self._run(f"UPDATE documents SET used = {_NEXT} WHERE key = ?", (key,))
+
+    def note_use(self, keys: Collection[str]) -> None:
+        """Mark entries as used, without waiting for whoever is writing: later, if need be."""
+        with self._lock:
+            self._noted += keys
+            connection = self._open()
+            connection.execute("PRAGMA busy_timeout = 0")
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                del self._noted[:-_MAX_NOTED]
+                return
+            finally:
+                connection.execute(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+            noted, self._noted = self._noted, []
+            try:
+                self.touch(noted)
+                self._run("COMMIT")
+            except StoreError:  # a read must not fail because its use cannot be written down
+                with contextlib.suppress(StoreError):
+                    self._run("ROLLBACK")
 
     def remove(self, key: str) -> None:
         """Remove an entry, if it is there."""
