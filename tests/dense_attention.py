@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+often = settings(max_examples=max(100, settings.default.max_examples))
+"""For properties that take a millisecond and have many branches to hit."""
 
 
 @dataclass(frozen=True)

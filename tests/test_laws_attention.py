@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dense_attention import Heads, dense_attention, heads, visible_rows
+from dense_attention import Heads, dense_attention, heads, often, visible_rows
 from ifkv.backends import norms, partial
 from ifkv.backends.partial import attend_partial, merge_partial
 from ifkv.backends.reference import ReferenceBackend
@@ -31,6 +31,7 @@ def random_mask(rows: int, keys: int, share: float, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@often
 @given(
     shape=heads(),
     queries=st.integers(1, 8),
@@ -98,6 +99,7 @@ def test_norms_of_no_context_are_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@often
 @given(
     shape=heads(),
     rows=lengths,
@@ -131,6 +133,7 @@ def test_masked_attention_on_both_paths_equals_the_definition(
         )
 
 
+@often
 @given(shape=heads(), rows=lengths, keys=lengths, causal=st.booleans())
 def test_unmasked_and_causal_attention_on_both_paths(
     shape: Heads, rows: int, keys: int, causal: bool
@@ -147,6 +150,7 @@ def test_unmasked_and_causal_attention_on_both_paths(
         assert_close(logsumexp, want_logsumexp, what="log-sum-exp", tolerance=1e-12)
 
 
+@often
 @given(shape=heads(), rows=lengths, keys=lengths, share=st.sampled_from([0.0, 0.5]))
 def test_half_precision_on_both_paths(shape: Heads, rows: int, keys: int, share: float) -> None:
     """Log-sum-exps stay float32; outputs are rounded to bfloat16."""
@@ -164,6 +168,7 @@ def test_half_precision_on_both_paths(shape: Heads, rows: int, keys: int, share:
         assert_close(got, expected, what="log-sum-exp", tolerance=1e-3)
 
 
+@often
 @given(shape=heads(), rows=lengths, keys=lengths, data=st.data())
 def test_merged_parts_equal_the_whole(
     shape: Heads, rows: int, keys: int, data: st.DataObject

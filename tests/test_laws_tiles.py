@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ifkv
-from dense_attention import Heads, dense_attention, heads, scattered_slots, visible_rows
+from dense_attention import Heads, dense_attention, heads, often, scattered_slots, visible_rows
 from ifkv.backends import reference
 from ifkv.backends.reference import ReferenceBackend, cut_into_tiles
 from ifkv.testing import assert_bit_equal, assert_close, dense_recompute, dense_stitched
@@ -42,6 +42,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-12 if dtype == torch.float64 else 1e-5
 
 
+@often
 @given(slots=scattered_slots(), size=sizes)
 def test_tiles_cover_every_row_once_within_their_bounds(
     slots: list[int], size: tuple[int, int, int]
@@ -84,6 +85,7 @@ def test_tiles_of_the_sizes_in_use() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@often
 @given(
     slots=scattered_slots(),
     size=sizes,
@@ -114,6 +116,7 @@ def test_scattered_rows_equal_a_dense_mask(
     assert_close(got, expected, what="rows", tolerance=tolerance(dtype))
 
 
+@often
 @given(slots=scattered_slots(), size=sizes, shape=heads(), window=windows)
 def test_bfloat16_rows_are_rounded_and_no_more(
     slots: list[int], size: tuple[int, int, int], shape: Heads, window: int | None
@@ -132,6 +135,7 @@ def test_bfloat16_rows_are_rounded_and_no_more(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@often
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
     prefix=st.integers(0, 6),
