@@ -1,0 +1,419 @@
+"""Time to first token on a CUDA card against full prefill, with random weights in real shapes.
+
+    python benchmarks/gpu_ttft.py [--minutes 9] [--lengths 8192,32768,131072] [--repeats 5]
+
+Shapes are those of Llama-3.1-8B and Qwen3-8B, in bfloat16. Weights are random: speed does not
+depend on them, answers are meaningless. The baseline is the faster of two full prefills by
+transformers itself, one with SDPA and one with FlashInfer attention, on the unpatched model. Ours
+is everything from the question's arrival: stitch, score, select, and the fused forward of selected
+rows and prompt; documents lie in the card's memory. Times are between CUDA events, so waiting for
+the host counts; medians of repeats after one that is not counted.
+
+Settings run in order of importance and none begins after the minutes given. Kernels that FlashInfer
+has never compiled on this machine are compiled in the uncounted round. Writes gpu_ttft.json and
+gpu_ttft.md into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import ifkv
+from ifkv.cost import ModelShape, mean_position, speedup_bound
+from ifkv.scoring import default_layers
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = (32768, 8192, 131072)  # the target's first
+RATIOS = (0.15, 0.05, 0.30)
+DOCUMENT = 512
+PREFIX = 16
+PROMPT = 64
+NEW_TOKENS = 32
+TARGET = 0.85  # of S(r), at 32k tokens
+
+_COMMON = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-3.1-8B": (
+        "LlamaConfig",
+        _COMMON
+        | {
+            "num_hidden_layers": 32,
+            "intermediate_size": 14336,
+            "vocab_size": 128256,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "Qwen3-8B": (
+        "Qwen3Config",
+        _COMMON
+        | {
+            "num_hidden_layers": 36,
+            "intermediate_size": 12288,
+            "vocab_size": 151936,
+            "rope_parameters": {
+                "rope_type": "yarn",  # as its makers advise beyond 32k tokens
+                "rope_theta": 1000000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+            },
+        },
+    ),
+}
+
+
+class Clock:
+    """Marks in time: CUDA events on a card, the processor's clock elsewhere (for the tests)."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Now."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, marks: list[Any]) -> list[float]:
+        """Seconds between marks that follow one another."""
+        pairs = itertools.pairwise(marks)
+        if not self._cuda:
+            return [b - a for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in pairs]
+
+
+@dataclasses.dataclass
+class Workload:
+    """One context of random tokens, and what is measured on it."""
+
+    model: Any
+    backend: Any
+    length: int
+    clock: Clock
+    prompt: list[int] = dataclasses.field(init=False)
+    prefix: list[int] = dataclasses.field(init=False)
+    documents: list[list[int]] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.length)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        # Prompt and answer fit into the length, too.
+        size = self.length - NEW_TOKENS
+        ids = torch.randint(1, vocabulary, (size,), generator=generator).tolist()
+        self.prefix, rest, self.prompt = ids[:PREFIX], ids[PREFIX:-PROMPT], ids[-PROMPT:]
+        self.documents = [rest[at : at + DOCUMENT] for at in range(0, len(rest), DOCUMENT)]
+
+    @property
+    def context(self) -> int:
+        """Tokens of prefix and documents."""
+        return len(self.prefix) + sum(map(len, self.documents))
+
+    @torch.no_grad()
+    def full_prefill(self) -> float:
+        """Seconds of a plain forward over everything, for the last row's logits."""
+        tokens = itertools.chain(self.prefix, *self.documents, self.prompt)
+        ids = torch.tensor([list(tokens)]).to(self.model.device)
+        marks = [self.clock.mark()]
+        self.model(ids, use_cache=True, logits_to_keep=1)
+        marks.append(self.clock.mark())
+        return self.clock.seconds(marks)[0]
+
+    def request(self, caches: list[Any], ratio: float) -> dict[str, Any]:
+        """Stitch, score, select, recompute with the prompt; then decode."""
+        marks = [self.clock.mark()]
+        cache = ifkv.stitch(self.model, caches)
+        marks.append(self.clock.mark())
+        scores = ifkv.score(self.model, cache, self.prompt)
+        marks.append(self.clock.mark())
+        slots = ifkv.select(cache, scores, ratio=ratio)
+        marks.append(self.clock.mark())
+        ifkv.recompute(self.model, cache, slots, prompt_ids=self.prompt)
+        marks.append(self.clock.mark())
+        steps = dict(
+            zip(("stitch", "score", "select", "recompute"), self.clock.seconds(marks), strict=True)
+        )
+        marks = [self.clock.mark()]
+        ifkv.generate(
+            self.model,
+            cache,
+            self.prompt,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        marks.append(self.clock.mark())
+        decode = NEW_TOKENS / self.clock.seconds(marks)[0]
+        return {"steps": steps, "slots": slots.cpu(), "decode_tokens_per_second": decode}
+
+
+def register_flashinfer_attention(module: Any) -> str:
+    """Give transformers FlashInfer's causal prefill under a name; the second baseline."""
+    from transformers import AttentionInterface
+
+    wrappers: dict[Any, Any] = {}
+
+    def attention(
+        layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        shape = (len(q), len(k), q.shape[1], k.shape[1], q.shape[2], kwargs["scaling"])
+        if shape not in wrappers:
+            wrappers.clear()
+            workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=q.device)
+            wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(workspace, kv_layout="NHD")
+            wrapper.plan(
+                qo_indptr=torch.tensor([0, len(q)], dtype=torch.int32),
+                kv_indptr=torch.tensor([0, len(k)], dtype=torch.int32),
+                num_qo_heads=q.shape[1],
+                num_kv_heads=k.shape[1],
+                head_dim_qk=q.shape[2],
+                causal=True,
+                sm_scale=kwargs["scaling"],
+                q_data_type=q.dtype,
+                kv_data_type=k.dtype,
+            )
+            wrappers[shape] = wrapper
+        return wrappers[shape].run(q, k, v)[None], None
+
+    # No mask function beside it: transformers then builds no mask. And no "flash" in the name,
+    # which it would take for one of its own.
+    AttentionInterface.register("bench_ragged", attention)
+    return "bench_ragged"
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Gigabytes at most since the last call; None without a card."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def median_after_first(run: Callable[[], Any], repeats: int) -> list[Any]:
+    """Results of all runs but the first."""
+    return [run() for _ in range(repeats + 1)][1:]
+
+
+def measure(
+    model: Any,
+    backend: Any,
+    name: str,
+    length: int,
+    repeats: int,
+    out_of_time: Callable[[], bool],
+) -> Iterator[dict[str, Any]]:
+    """Records of one model and length: baselines and every ratio."""
+    device = model.device
+    work = Workload(model, backend, length, Clock(device))
+    peak_memory(device)
+    baselines = {}
+    before = model.config._attn_implementation
+    for label, attention in (
+        ("sdpa", "sdpa"),
+        ("flashinfer", register_flashinfer_attention(backend._module)),
+    ):
+        model.set_attn_implementation(attention)
+        baselines[label] = statistics.median(median_after_first(work.full_prefill, repeats))
+    model.set_attn_implementation(before)
+    full_memory = peak_memory(device)
+    shape = ModelShape.of(model)
+    depth = default_layers(shape.num_layers)[-1] + 1
+    with ifkv.patch(model, backend=backend):
+        caches = ifkv.prefill_documents(model, work.documents, prefix=work.prefix)
+        peak_memory(device)
+        for ratio in RATIOS:
+            if out_of_time():
+                return
+            runs = median_after_first(lambda r=ratio: work.request(caches, r), repeats)
+            slots = runs[-1]["slots"]
+            yield record(name, work, ratio, baselines, runs) | {
+                "bound": speedup_bound(
+                    shape,
+                    context_length=work.context,
+                    query_length=PROMPT,
+                    ratio=len(slots) / work.context,
+                    scoring_layers=depth,
+                    position=mean_position(slots, work.context),
+                ),
+                "full_prefill_peak_gb": full_memory,
+                "peak_gb": peak_memory(device),
+            }
+
+
+def record(
+    name: str, work: Workload, ratio: float, baselines: dict[str, float], runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Medians of one setting."""
+    return {
+        "model": name,
+        "length": work.length,
+        "context": work.context,
+        "prompt": PROMPT,
+        "ratio": ratio,
+        "rows": len(runs[-1]["slots"]),
+        "full_prefill_seconds": baselines,
+        "ttft_seconds": statistics.median(sum(run["steps"].values()) for run in runs),
+        "steps": {
+            step: statistics.median(run["steps"][step] for run in runs) for step in runs[0]["steps"]
+        },
+        "decode_tokens_per_second": statistics.median(
+            run["decode_tokens_per_second"] for run in runs
+        ),
+    }
+
+
+def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each record its speed-up over the better baseline, and the share of S(r)."""
+    done = []
+    for row in rows:
+        speedup = min(row["full_prefill_seconds"].values()) / row["ttft_seconds"]
+        done.append(row | {"speedup": speedup, "share_of_bound": speedup / row["bound"]})
+    return done
+
+
+def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table, with what it was measured on above it."""
+    lines = [
+        "# Time to first token on a card",
+        "",
+        "Made by `python benchmarks/gpu_ttft.py`: random weights in real shapes, bfloat16, medians "
+        f"of {about['repeats']} after one that is not counted.",
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+        "",
+        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | score | select "
+        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory | decode |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        steps = [f"{row['steps'][s] * 1e3:.1f}" for s in ("stitch", "score", "select", "recompute")]
+        full = row["full_prefill_seconds"]
+        peak = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f} GB"
+        lines.append(
+            f"| {row['model']} | {row['length']} | {row['ratio']:.2f} "
+            f"| {full['sdpa'] * 1e3:.0f} / {full['flashinfer'] * 1e3:.0f} ms "
+            f"| {' | '.join(f'{s} ms' for s in steps)} | {row['ttft_seconds'] * 1e3:.0f} ms "
+            f"| {row['speedup']:.2f}× | {row['bound']:.2f}× | {row['share_of_bound']:.0%} "
+            f"| {peak} | {row['decode_tokens_per_second']:.1f} tokens/s |"
+        )
+    judged = [row for row in rows if row["length"] == 32768]
+    if judged:
+        reached = sum(row["share_of_bound"] >= TARGET for row in judged)
+        lines += [
+            "",
+            f"Target: at least {TARGET:.0%} of S(r) at 32768 tokens; reached in {reached} of "
+            f"{len(judged)} settings.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Write both files; returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"about": about, "rows": rows}, indent=1)
+    (folder / "gpu_ttft.json").write_text(text + "\n")
+    table = as_markdown(about, rows)
+    (folder / "gpu_ttft.md").write_text(table)
+    return table
+
+
+def describe(repeats: int) -> dict[str, Any]:
+    """Card, driver and versions."""
+    import flashinfer
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "card": torch.cuda.get_device_name(),
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "flashinfer": flashinfer.__version__,
+        "ifkv": ifkv.__version__,
+        "python": platform.python_version(),
+        "repeats": repeats,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--mask", default="split", choices=("split", "tiles", "positions"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "gpu_ttft.py needs a CUDA device, and torch sees none here. "
+            "benchmarks/ttft.py measures on the CPU."
+        )
+    deadline = time.monotonic() + 60 * arguments.minutes
+
+    def out_of_time() -> bool:
+        return time.monotonic() > deadline
+
+    from ifkv.backends.flashinfer import FlashInferBackend
+
+    backend = FlashInferBackend(mask=arguments.mask)
+    about = describe(arguments.repeats) | {"mask": arguments.mask}
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for name in arguments.models.split(","):
+        kind, sizes = MODELS[name]
+        config = getattr(transformers, kind)(**sizes)
+        with torch.device("cuda"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.eval()
+        for length in map(int, arguments.lengths.split(",")):
+            if out_of_time():
+                skipped.append(f"{name} at {length}")
+                continue
+            repeats = arguments.repeats if length <= 32768 else 1
+            for row in measure(model, backend, name, length, repeats, out_of_time):
+                rows += with_shares([row])
+                write(RESULTS, about, rows)  # what has been measured is not lost
+        del model
+        torch.cuda.empty_cache()
+    if skipped:
+        about["left out for want of time"] = ", ".join(skipped)
+    print(write(RESULTS, about, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The GPU benchmark's arithmetic, its files, and its whole course on a tiny model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from flashinfer_standin import FlashInferStandIn
+from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.testing import tiny_model
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_ttft.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("gpu_ttft", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_ttft"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["gpu_ttft"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_what_is_missing():
+    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.strip().startswith("gpu_ttft.py needs a CUDA device")
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B"])
+def test_shapes_are_eight_billion_parameters_and_reach_128k(bench, name):
+    kind, sizes = bench.MODELS[name]
+    config = getattr(transformers, kind)(**sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.1e9, rel=0.02)
+    assert config.max_position_embeddings >= max(bench.LENGTHS)
+
+
+def test_it_measures_a_tiny_model_from_end_to_end(bench, monkeypatch, tmp_path):
+    for name, value in {"DOCUMENT": 20, "PREFIX": 2, "PROMPT": 5, "NEW_TOKENS": 3}.items():
+        monkeypatch.setattr(bench, name, value)
+    backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
+    model = tiny_model("qwen3")
+    rows = bench.with_shares(list(bench.measure(model, backend, "tiny", 100, 2, lambda: False)))
+    assert [row["ratio"] for row in rows] == list(bench.RATIOS)
+    assert rows[0]["context"] == 92
+    assert rows[0]["rows"] == 13
+    assert set(rows[0]["full_prefill_seconds"]) == {"sdpa", "flashinfer"}
+    table = bench.write(tmp_path, {"card": "none", "repeats": 2}, rows)
+    assert json.loads((tmp_path / "gpu_ttft.json").read_text())["rows"][0]["rows"] == 13
+    assert (tmp_path / "gpu_ttft.md").read_text() == table
+    assert table.count("\n| tiny | 100 |") == 3
+
+
+def test_no_setting_begins_when_time_is_up(bench):
+    backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
+    assert list(bench.measure(tiny_model("qwen3"), backend, "tiny", 200, 1, lambda: True)) == []
+
+
+def test_both_baselines_compute_the_same(bench):
+    model = tiny_model("llama")
+    ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        want = model(ids).logits
+        model.set_attn_implementation(
+            bench.register_flashinfer_attention(FlashInferStandIn(relaxed=True))
+        )
+        got = model(ids).logits
+    torch.testing.assert_close(got, want)
+
+
+def test_shares_are_of_the_better_baseline(bench):
+    row = {
+        "full_prefill_seconds": {"sdpa": 3.0, "flashinfer": 2.0},
+        "ttft_seconds": 0.5,
+        "bound": 5.0,
+    }
+    (done,) = bench.with_shares([row])
+    assert done["speedup"] == 4.0
+    assert done["share_of_bound"] == 0.8
+
+
+def test_the_table_says_whether_the_target_is_reached(bench):
+    row = {
+        "model": "m",
+        "length": 32768,
+        "ratio": 0.15,
+        "full_prefill_seconds": {"sdpa": 3.0, "flashinfer": 2.0},
+        "steps": {"stitch": 0.001, "score": 0.02, "select": 0.0001, "recompute": 0.4},
+        "ttft_seconds": 0.42,
+        "peak_gb": 30.0,
+        "decode_tokens_per_second": 40.0,
+        "speedup": 4.76,
+        "bound": 5.0,
+        "share_of_bound": 0.95,
+    }
+    table = bench.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
+    assert "reached in 1 of 2 settings" in table
+    assert "| 3000 / 2000 ms | 1.0 ms | 20.0 ms | 0.1 ms | 400.0 ms | 420 ms |" in table
