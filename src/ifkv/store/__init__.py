@@ -9,8 +9,10 @@ All of them follow :class:`DocumentStore`; the format on disk is described in
 """
 
 from ifkv.store.disk import DiskStore
+from ifkv.store.encoding import Encoded, encode_documents
 from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
 from ifkv.store.lazy import StoredDocument
+from ifkv.store.location import default_store_path, open_store
 from ifkv.store.memory import MemoryStore
 from ifkv.store.protocol import DocumentStore, StoreStats
 from ifkv.store.remote import RemoteStore
@@ -20,12 +22,16 @@ __all__ = [
     "FORMAT_VERSION",
     "DiskStore",
     "DocumentStore",
+    "Encoded",
     "MemoryStore",
     "RemoteStore",
     "StoreStats",
     "StoredDocument",
     "TieredStore",
+    "default_store_path",
     "document_key",
+    "encode_documents",
     "key_for",
     "key_of",
+    "open_store",
 ]

@@ -1,0 +1,134 @@
+"""``ifkv store``: look into a store of documents and keep it in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from ifkv.store import DiskStore
+
+store_app = typer.Typer(
+    name="store",
+    help="Look into a store of prefilled documents and keep it in order.",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[
+    Path | None,
+    typer.Option("--store", "-s", help="The store's folder; the user's cache folder if not given."),
+]
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes, such as ``500M``, ``2GiB`` or ``1000``.
+
+    Raises:
+        InvalidInputError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
+    if match is None:
+        raise InvalidInputError(f"{text!r} is no size; write 500M, 2GiB or a number of bytes.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _open(folder: Path | None) -> DiskStore:
+    """An existing store: a mistyped path must not make an empty one."""
+    from ifkv.store import DiskStore, default_store_path
+
+    path = default_store_path() if folder is None else folder
+    if not (path / "documents").is_dir():
+        raise InvalidInputError(
+            f"there is no store in {path}; name one with --store, or make one with ifkv encode."
+        )
+    return DiskStore(path)
+
+
+def _size(nbytes: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(nbytes)
+
+
+@store_app.command("ls")
+def list_entries(folder: Folder = None) -> None:
+    """List entries, the most recently used first."""
+    with _open(folder) as store:
+        typer.echo("key               tokens  size      codec  prefix            model     pinned")
+        for entry in reversed(store.entries()):
+            typer.echo(
+                f"{entry.key[:16]}  {entry.tokens:>6}  {_size(entry.nbytes):<8}  "
+                f"{entry.codec:<5}  {(entry.prefix_key or '-')[:16]:<16}  {entry.fingerprint[:8]}  "
+                f"{'yes' if entry.pinned else ''}".rstrip()
+            )
+
+
+@store_app.command()
+def stats(folder: Folder = None) -> None:
+    """Say how much there is, and of how many models."""
+    with _open(folder) as store:
+        entries, found = store.entries(), store.stats()
+        prefixes = {entry.prefix_key for entry in entries if entry.prefix_key}
+        for name, value in (
+            ("folder", str(store.path)),
+            ("documents", str(found.documents - len(prefixes))),
+            ("prefixes", str(len(prefixes))),
+            ("models", str(len({entry.fingerprint for entry in entries}))),
+            ("tokens", str(found.tokens)),
+            ("size", _size(found.nbytes)),
+            ("pinned", str(found.pinned)),
+            ("quarantined", str(len(store.folder.quarantine_files()))),
+        ):
+            typer.echo(f"{name:<12} {value}")
+
+
+@store_app.command()
+def prune(
+    folder: Folder = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Evict the least recently used beyond this, such as 2GiB.")
+    ] = None,
+) -> None:
+    """Evict down to a size; remove leftovers and what was set aside."""
+    budget = None if max_bytes is None else parse_bytes(max_bytes)
+    with _open(folder) as store:
+        evicted = store.prune(budget)
+        typer.echo(f"evicted {evicted} entries; {_size(store.stats().nbytes)} remain")
+
+
+@store_app.command()
+def verify(folder: Folder = None) -> None:
+    """Check every byte of every entry; exit with 1 if any cannot be trusted."""
+    with _open(folder) as store:
+        checked = len(store)
+        found = store.verify()
+        for error in found:
+            typer.echo(f"corrupt: {error.key}: {error.reason}", err=True)
+        typer.echo(f"{checked} entries checked, {len(found)} set aside")
+    if found:
+        raise typer.Exit(1)
+
+
+@store_app.command()
+def rm(
+    keys: Annotated[list[str], typer.Argument(help="Keys, or what they begin with.")],
+    folder: Folder = None,
+) -> None:
+    """Remove entries; a prefix takes the documents behind it along."""
+    with _open(folder) as store:
+        for start in keys:
+            matching = [key for key in list(store.keys()) if key.startswith(start)]
+            if len(matching) != 1 or not start:
+                raise InvalidInputError(
+                    f"{start!r} begins {len(matching)} keys of this store; give enough digits to "
+                    "mean one. ifkv store ls lists them."
+                )
+            store.delete(matching[0])
+            typer.echo(f"removed {matching[0]}")
