@@ -535,7 +535,12 @@ def check_threads(engine: Engine) -> None:
 
 def check_eight_bit_values(engine: Engine) -> None:
     """Keys and values in e4m3 with a scale each; the oracle is given what they stand for."""
-    backend, dim = engine.backend(), engine.head_dim
+    for mask in ("split", "tiles"):
+        eight_bit(engine, mask)
+
+
+def eight_bit(engine: Engine, mask: str) -> None:
+    backend, dim = engine.backend(mask), engine.head_dim
     slots = [3, 4, 9, 40, 50]
     query = engine.random(1, 4, len(slots), dim, seed=1)
     wide = [engine.random(1, 2, 64, dim, seed=s) for s in (2, 3)]

@@ -221,7 +221,8 @@ class _Wrapper:
         head = torch.arange(heads)
         grouped = holds("heads are grouped in order")
         key_head = head // (heads // kv_heads) if grouped else head % kv_heads
-        scale = state["sm_scale"] if holds("sm_scale counts") else None
+        scale = state["sm_scale"] if self.jit_args is None else extra[2]
+        scale = scale if holds("sm_scale counts") else None
         scale = head_dim**-0.5 if scale is None else scale
         done = 0
         for request, (keys, values) in enumerate(sequences):
@@ -347,7 +348,9 @@ class _PagedWrapper(_Wrapper):
         holds, state = self.standin.holds, self.state
         k, v = (x.to(q.dtype) for x in (k, v))
         if holds("k_scale and v_scale count"):
-            k, v = k * (k_scale or 1.0), v * (v_scale or 1.0)
+            # A kernel of one's own is told its scale by the caller, k_scale included or not.
+            k = k if self.jit_args is not None else k * (k_scale or 1.0)
+            v = v * (v_scale or 1.0)
         if self.layout == "HND" and holds("pages are HND"):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         if k.shape[1] != state["page_size"] or k.shape[2] != state["num_kv_heads"]:

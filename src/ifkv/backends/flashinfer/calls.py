@@ -126,18 +126,13 @@ class Call:
         for part in parts:
             counts.append(counts[-1] + part.stop - part.start)
         mask: dict[str, Tensor] = {}
-        self._extra: tuple[Any, ...] = ()
+        self._by_position: tuple[Tensor, Tensor] | None = None
+        self._geometry = geometry
         if by_position:
             # The kernel has to be told that it masks at all; this byte is never read.
             mask["packed_custom_mask"] = torch.zeros(1, dtype=torch.uint8, device=device)
             begins = torch.tensor([part.begin for part in parts], dtype=torch.int32)
-            window = -1 if geometry.window is None else geometry.window
-            self._extra = (
-                self.rows.take(row_positions).to(torch.int32),
-                begins.to(device),
-                geometry.scaling,
-                window,
-            )
+            self._by_position = (self.rows.take(row_positions).to(torch.int32), begins.to(device))
         elif kind == "masked":
             size = sum((part.stop - part.start) * (part.end - part.begin) for part in parts)
             if size >= MASK_LIMIT:
@@ -170,10 +165,16 @@ class Call:
         Returns:
             ``[rows of the call, heads, head_dim]`` and base-2 log-sum-exp ``[rows, heads]``.
         """
+        extra: tuple[Any, ...] = ()
+        if self._by_position is not None:
+            # Our kernel is given its scale by us, so FlashInfer cannot work k_scale into it.
+            scaling = self._geometry.scaling * scales.get("k_scale", 1.0)
+            window = self._geometry.window
+            extra = (*self._by_position, scaling, -1 if window is None else window)
         out, logsumexp = self._wrapper.run(
             self.rows.take(query),
             (buffers.keys, buffers.values),
-            *self._extra,
+            *extra,
             return_lse=True,
             **scales,
         )
