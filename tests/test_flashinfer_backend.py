@@ -26,6 +26,7 @@ from flashinfer_checks import (
 )
 from flashinfer_standin import RULES, FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.backends.flashinfer.tiles import parts_of_rows
 
 HALF = 0.03  # of 1 + |value|: three of bfloat16's roundings
 
@@ -136,6 +137,20 @@ def test_the_backend_depends_on_every_rule_of_the_arithmetic(rule):
         except (AssertionError, ValueError, RuntimeError, IndexError):
             return
     pytest.fail(f"the backend's results do not depend on the rule that {rule}")
+
+
+@pytest.mark.parametrize(("form", "mask_entries"), [("split", 2e6), ("tiles", 82e6)])
+def test_tiles_read_little_more_than_their_rows_see(form, mask_entries):
+    """15 % of 32k slots and a prompt, four query heads to a key head."""
+    length = 32768
+    chosen = torch.randperm(length, generator=torch.Generator().manual_seed(0))[
+        : length * 15 // 100
+    ]
+    slots = torch.cat((chosen.sort().values, torch.arange(length, length + 64)))
+    parts = parts_of_rows([slots], 4, 64, None, form)
+    read = {k: sum((p.stop - p.start) * (p.end - p.begin) for p in v) for k, v in parts.items()}
+    assert sum(read.values()) < 1.01 * int((slots + 1).sum())
+    assert read["masked"] < mask_entries
 
 
 def test_eight_bit_values_in_our_own_kernel():
