@@ -64,8 +64,9 @@ def test_rotate_is_bit_equal_to_the_familys_own(family: str, dtype: torch.dtype)
         assert_bit_equal(out, expected, what=f"{rope}: rotated into place")
 
 
-@given(s=scenarios(), geometry=GEOMETRIES)
-def test_layouts_of_the_four_geometries(s: Scenario, geometry: str) -> None:
+@pytest.mark.parametrize("geometry", positions.GEOMETRIES)
+@given(s=scenarios())
+def test_layouts_of_the_four_geometries(geometry: str, s: Scenario) -> None:
     """Against the table of the method, slot by slot."""
     with prepared(s.model, s.request) as bench:
         cache = bench.stitch(s.order, geometry)
