@@ -6,56 +6,23 @@ is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
 from ifkv.backends.flashinfer.availability import load
-from ifkv.backends.flashinfer.calls import Call, Geometry
+from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
 from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages
-from ifkv.backends.flashinfer.tiles import MaskForm, Part, parts_of_rows
+from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
+from ifkv.backends.flashinfer.tiles import MaskForm, Part
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
 from ifkv.backends.norms import attention_norm
-
-_T = TypeVar("_T")
-
-
-class Planned:
-    """Calls of one forward, planned when the first layer shows its geometry, then looked up."""
-
-    def __init__(self) -> None:
-        self._calls: dict[Any, Any] = {}
-
-    def once(self, key: Any, make: Callable[[], _T]) -> _T:
-        """What ``make`` returned for this key."""
-        if key not in self._calls:
-            self._calls[key] = make()
-        found: _T = self._calls[key]
-        return found
-
-
-@dataclasses.dataclass(frozen=True)
-class RowDetail:
-    """What a row plan of this backend holds.
-
-    Attributes:
-        slots: Slots of each sequence's rows, long on the CPU.
-        kv_lengths: Slots in use of each sequence.
-        tables: Pages of each sequence, where they are not simply those of its buffer.
-        planned: Calls planned so far.
-    """
-
-    slots: tuple[Tensor, ...]
-    kv_lengths: tuple[int, ...]
-    tables: tuple[Tensor, ...] | None
-    planned: Planned
 
 
 class FlashInferBackend(Backend):
@@ -179,68 +146,14 @@ class FlashInferBackend(Backend):
         """The same over pages, in whatever order the plan's page tables name them."""
         geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
         detail: RowDetail = plan.detail
-        calls: dict[str, Call] = detail.planned.once(
-            (geometry, buffers.first_pages),
-            lambda: self._plan_row_calls(plan, geometry, buffers.first_pages),
+        first_pages = buffers.first_pages
+        calls = detail.planned.once(
+            (geometry, first_pages),
+            lambda: RowCalls(
+                self._module, self._pool, detail, plan.slots, geometry, first_pages, self._mask
+            ),
         )
-        rows = query[0].transpose(0, 1)  # [rows, heads, head_dim]
-        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        if "causal" in calls:
-            calls["causal"].rows.put(out, calls["causal"].run(rows, buffers, **scales)[0])
-        if "masked" in calls:
-            part, logsumexp = calls["masked"].run(rows, buffers, **scales)
-            calls["masked"].rows.put(out, part)
-            if "full" in calls:
-                self._merge_full(calls, out, logsumexp, rows, buffers, scales)
-        return out[None]
-
-    def _merge_full(
-        self,
-        calls: dict[str, Call],
-        out: Tensor,
-        logsumexp: Tensor,
-        rows: Tensor,
-        buffers: PagedBuffers,
-        scales: dict[str, float],
-    ) -> None:
-        """Merge into ``out`` what its masked rows see besides."""
-        full = calls["full"]
-        part, its_logsumexp = full.run(rows, buffers, **scales)
-        everywhere = logsumexp.new_empty(len(out), logsumexp.shape[1])
-        calls["masked"].rows.put(everywhere, logsumexp)
-        merged, _ = self._module.merge_state(
-            full.rows.take(out).contiguous(), full.rows.take(everywhere), part, its_logsumexp
-        )
-        full.rows.put(out, merged)
-
-    def _plan_row_calls(
-        self, plan: RowPlan, geometry: Geometry, first_pages: tuple[int, ...]
-    ) -> dict[str, Call]:
-        detail: RowDetail = plan.detail
-        tables = detail.tables
-        if tables is None:
-            pages = [-(-length // geometry.page_size) for length in detail.kv_lengths]
-            tables = tuple(
-                torch.arange(first, first + count, dtype=torch.int32)
-                for first, count in zip(first_pages, pages, strict=True)
-            )
-        parts = parts_of_rows(
-            detail.slots, geometry.group, geometry.page_size, geometry.window, self._mask
-        )
-        by_position = self._mask == "positions"
-        return {
-            kind: Call(
-                self._pool,
-                kind,
-                some,
-                tables,
-                geometry,
-                plan.slots,
-                by_position=by_position and kind == "masked",
-            )
-            for kind, some in parts.items()
-            if some
-        }
+        return calls.run(query[0].transpose(0, 1), buffers, scales)[None]
 
     def decode(
         self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float

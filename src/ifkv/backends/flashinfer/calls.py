@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from ifkv.backends.flashinfer.tiles import CallKind, Part, mask_of_parts
 from ifkv.backends.flashinfer.variant import position_variant
 from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
 from ifkv.errors import InvalidInputError
+
+_T = TypeVar("_T")
 
 # Offsets into a mask are int32, and FlashInfer does not check them.
 MASK_LIMIT = 2**31
@@ -49,6 +51,20 @@ class Geometry:
             "q_data_type": self.q_dtype,  # float16 if left out
             "kv_data_type": self.kv_dtype,
         }
+
+
+class Planned:
+    """Calls of one forward, planned when the first layer shows its geometry, then looked up."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What ``make`` returned for this key."""
+        if key not in self._calls:
+            self._calls[key] = make()
+        found: _T = self._calls[key]
+        return found
 
 
 class Rows:

@@ -6,8 +6,8 @@ Rows of one tile read the same keys, so a tile should hold neighbours: sorted ro
 them are a request whose causal mask FlashInfer knows by itself, since it is right-aligned: rows a
 to b are the last of b + 1. Other tiles are read in two parts, merged by their log-sum-exps: whole
 pages before the tile's first row, which all its rows see, without a mask; and the fringe around the
-rows themselves with one. For 15 % of 32k rows that reads 1.006 times the keys the rows see, and 99 %
-of it without a mask; masks over all of a tile's keys would take 80 MB and slow all of it down.
+rows themselves with one. For 15 % of 32k rows that reads 1.006 times the keys the rows see,
+99 % of them without a mask; masks over all of a tile's keys would take 80 MB and slow it all down.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""Position-causal rows of one forward: which calls they take, and what those return together."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
+from ifkv.backends.flashinfer.pages import PagedBuffers
+from ifkv.backends.flashinfer.tiles import MaskForm, parts_of_rows
+from ifkv.backends.flashinfer.wrappers import WrapperPool
+
+
+@dataclasses.dataclass(frozen=True)
+class RowDetail:
+    """What a row plan of this backend holds.
+
+    Attributes:
+        slots: Slots of each sequence's rows, long on the CPU.
+        kv_lengths: Slots in use of each sequence.
+        tables: Pages of each sequence, where they are not simply those of its buffer.
+        planned: Calls planned so far.
+    """
+
+    slots: tuple[Tensor, ...]
+    kv_lengths: tuple[int, ...]
+    tables: tuple[Tensor, ...] | None
+    planned: Planned
+
+    def pages_of(self, first_pages: tuple[int, ...], page_size: int) -> tuple[Tensor, ...]:
+        """Pages of each sequence in order, int32 on the CPU."""
+        if self.tables is not None:
+            return self.tables
+        return tuple(
+            torch.arange(first, first + -(-length // page_size), dtype=torch.int32)
+            for first, length in zip(first_pages, self.kv_lengths, strict=True)
+        )
+
+
+class RowCalls:
+    """The planned calls of one forward's rows.
+
+    Args:
+        module: FlashInfer.
+        pool: Where to get wrappers.
+        detail: Slots and pages of the rows.
+        row_slots: Long ``[rows]``, on the compute device.
+        geometry: Heads, dtypes and so on.
+        first_pages: Of each sequence, as in :class:`PagedBuffers`.
+        form: How rows without a common causal mask are run.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        pool: WrapperPool,
+        detail: RowDetail,
+        row_slots: Tensor,
+        geometry: Geometry,
+        first_pages: tuple[int, ...],
+        form: MaskForm,
+    ):
+        self._module = module
+        tables = detail.pages_of(first_pages, geometry.page_size)
+        parts = parts_of_rows(
+            detail.slots, geometry.group, geometry.page_size, geometry.window, form
+        )
+        self._calls = {
+            kind: Call(
+                pool,
+                kind,
+                some,
+                tables,
+                geometry,
+                row_slots,
+                by_position=form == "positions" and kind == "masked",
+            )
+            for kind, some in parts.items()
+            if some
+        }
+
+    def run(self, rows: Tensor, buffers: PagedBuffers, scales: dict[str, float]) -> Tensor:
+        """Attention of all rows, ``[rows, heads, head_dim]``.
+
+        Args:
+            rows: Queries, of the same shape.
+            buffers: Keys and values of the layer.
+            scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+        """
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        causal, masked, full = (self._calls.get(kind) for kind in ("causal", "masked", "full"))
+        if causal is not None:
+            causal.rows.put(out, causal.run(rows, buffers, **scales)[0])
+        if masked is None:
+            return out
+        part, logsumexp = masked.run(rows, buffers, **scales)
+        masked.rows.put(out, part)
+        if full is None:
+            return out
+        # What some of the masked rows see besides, merged into what is there already.
+        everywhere = logsumexp.new_empty(len(out), logsumexp.shape[1])
+        masked.rows.put(everywhere, logsumexp)
+        before, its_logsumexp = full.run(rows, buffers, **scales)
+        merged, _ = self._module.merge_state(
+            full.rows.take(out), full.rows.take(everywhere), before, its_logsumexp
+        )
+        full.rows.put(out, merged)
+        return out
