@@ -1,0 +1,39 @@
+"""The command line: ``ifkv demo | ask | verify | encode | store``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ifkv.cli.ask import ask
+from ifkv.cli.demo import demo
+from ifkv.cli.encode import encode
+from ifkv.cli.store import store_app
+from ifkv.cli.verify import verify
+from ifkv.errors import IfkvError
+
+app = typer.Typer(
+    name="ifkv",
+    help="Answer over documents that were prefilled once. Start with: ifkv demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+app.command()(ask)
+app.command()(encode)
+app.command()(verify)
+app.add_typer(store_app, name="store")
+
+
+def main() -> None:
+    """Run the command line; an error of ours is a sentence, not a traceback."""
+    try:
+        app()
+    except IfkvError as error:
+        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,74 @@
+"""``ifkv ask``: your model, your text files, your question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    files: Annotated[list[Path], typer.Argument(help="Text or Markdown files, one document each.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Folder or hub id of the model.", show_default=False),
+    ],
+    ratio: Annotated[
+        float, typer.Option(help="Recompute ratio: share of the context recomputed.", min=0, max=1)
+    ] = 0.15,
+    reorder: Annotated[
+        bool, typer.Option("--reorder", help="Put the documents that matter most last.")
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
+    ] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    html: Annotated[
+        Path | None,
+        typer.Option(help="With --compare: also write a picture of the attention norms here."),
+    ] = None,
+) -> None:
+    """Ask your own model a question over your own files.
+
+    Example: ifkv ask "When was it built?" notes/*.md --model path/to/model
+    """
+    from rich.console import Console
+
+    from ifkv.cli.asking import answer_questions, stream_answer
+    from ifkv.cli.loading import load_model, load_tokenizer, read_texts
+    from ifkv.session import Session
+
+    console = Console()
+    texts = read_texts(files)
+    tokenizer = load_tokenizer(model)
+    with console.status(f"loading {model}"):
+        loaded = load_model(model, dtype=dtype, device=device)
+    session = Session(loaded, tokenizer)
+    if not compare:
+        session.add(texts, progress=True)
+        stream_answer(
+            console,
+            session,
+            question,
+            ratio=ratio,
+            reorder=reorder,
+            max_new_tokens=max_new_tokens,
+        )
+        return
+    answer_questions(
+        console,
+        session,
+        texts=texts,
+        titles=[file.name for file in files],
+        questions=[question],
+        expected=None,
+        ratio=ratio,
+        reorder=reorder,
+        max_new_tokens=max_new_tokens,
+        html=html,
+    )

@@ -1,0 +1,125 @@
+"""What ``ifkv demo`` and ``ifkv ask`` share: encode, ask in several ways, show."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ifkv.comparison import Way, compare
+from ifkv.report import AnswerRow, Heatmap, Report, comparison_table, write_html
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ifkv.session import Session
+
+
+def answer_questions(
+    console: Console,
+    session: Session,
+    *,
+    texts: Sequence[str],
+    titles: Sequence[str],
+    questions: Sequence[str],
+    expected: Sequence[str] | None,
+    ratio: float,
+    reorder: bool,
+    max_new_tokens: int,
+    html: Path | None,
+) -> None:
+    """Prefill documents, answer questions by full prefill, stitching alone and ifkv, and show it.
+
+    Args:
+        console: Where to print.
+        session: A session over the model.
+        texts: The documents.
+        titles: Their titles, for the picture.
+        questions: The questions.
+        expected: Words that a right answer holds, one per question, if known.
+        ratio: Recompute ratio.
+        reorder: Whether to reorder documents.
+        max_new_tokens: Length of an answer.
+        html: Where to write the picture, if anywhere.
+    """
+    started = time.perf_counter()
+    session.add(texts, progress=True)
+    tokens = len(session.context_ids())
+    console.print(
+        f"{len(texts)} documents, {tokens} tokens with their prefix, prefilled once in "
+        f"{time.perf_counter() - started:.1f} s; that is done offline and not counted below."
+    )
+    # The first forward of each kind pays for threads and buffers; let no way pay for another.
+    compare(session, questions[0], documents=session.keys[:1], max_new_tokens=1)
+
+    reports: list[Report] = []
+    ratios = (0.0, ratio) if ratio > 0 else (0.0,)
+    for index, question in enumerate(questions):
+        with console.status(f"question {index + 1} of {len(questions)}: {question}"):
+            ways = compare(
+                session, question, ratios=ratios, reorder=reorder, max_new_tokens=max_new_tokens
+            )
+        reports.append(_report(session, question, ways, titles))
+        hint = f"  (expected: {expected[index]})" if expected else ""
+        console.print()
+        console.print(comparison_table(reports[-1].rows, title=question + hint))
+    if len(reports) > 1:
+        console.print(_summary(reports))
+    console.print()
+    console.print(Heatmap(reports[0], documents=2))
+    if html is not None:
+        note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio:g}"
+        console.print(f"\nThe same as a page: {write_html(html, reports, note=note)}")
+
+
+def _report(session: Session, question: str, ways: Sequence[Way], titles: Sequence[str]) -> Report:
+    """What is shown of one question; the picture is that of the last way, ifkv's."""
+    rows = [
+        AnswerRow(
+            way=way.name,
+            ttft_seconds=way.ttft_seconds,
+            answer=way.text,
+            speedup=way.speedup,
+            bound=way.bound,
+            kl=way.kl,
+        )
+        for way in ways
+    ]
+    answer = ways[-1].answer
+    assert answer is not None
+    return Report.from_answer(session.tokenizer, question, answer, rows=rows, titles=titles)
+
+
+def _summary(reports: Sequence[Report]) -> str:
+    """One line: the median speed-up and divergence of each way over all questions."""
+    parts = []
+    for rows in zip(*(report.rows[1:] for report in reports), strict=True):
+        speedup = statistics.median(row.speedup or 0.0 for row in rows)
+        kl = statistics.median(row.kl or 0.0 for row in rows)
+        parts.append(f"{rows[0].way}: {speedup:.2f}× sooner, KL {kl:.3f}")
+    return f"\nMedians over {len(reports)} questions. " + "; ".join(parts) + "."
+
+
+def stream_answer(
+    console: Console,
+    session: Session,
+    question: str,
+    *,
+    ratio: float,
+    reorder: bool,
+    max_new_tokens: int,
+) -> None:
+    """Print one answer as it comes, and its time to first token."""
+    answer = session.ask(
+        question,
+        ratio=ratio,
+        reorder=reorder,
+        max_new_tokens=max_new_tokens,
+        stream=lambda piece: console.print(piece, end="", markup=False, highlight=False),
+    )
+    console.print(
+        f"\n[dim]first token after {answer.ttft_seconds:.2f} s, {len(answer.slots)} of "
+        f"{len(answer.context_ids)} tokens recomputed[/]"
+    )

@@ -1,0 +1,72 @@
+"""Load the models and texts that command lines name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """A causal language model by folder or hub id, in ``eval()`` mode.
+
+    Raises:
+        InvalidInputError: The dtype is unknown, or there is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    loaded: PreTrainedModel = model.eval().to(device)
+    return loaded
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        InvalidInputError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{name!r} has no tokenizer that can be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_texts(files: Sequence[Path]) -> list[str]:
+    """One document per text file.
+
+    Raises:
+        InvalidInputError: A file is missing, blank, or not UTF-8 text.
+    """
+    texts = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInputError(
+                f"{file} cannot be read as UTF-8 text ({error}); give plain text or Markdown files."
+            ) from error
+        if not text.strip():
+            raise InvalidInputError(f"{file} is blank; leave it out or give it some text.")
+        texts.append(text)
+    return texts
