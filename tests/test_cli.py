@@ -1,0 +1,123 @@
+"""The command line, on a tiny model saved to a folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ifkv.recomputation
+from ifkv.cli import app
+from ifkv.errors import InvalidInputError
+from ifkv.testing import tiny_model, tiny_tokenizer
+
+TEXTS = {"lamp.txt": "The lamp is red.", "door.md": "The door is green and old.", "r.txt": "Rain."}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(
+        "llama",
+        dtype=torch.float32,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=2048,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    for name, text in TEXTS.items():
+        (tmp_path / name).write_text(text)
+    return [str(tmp_path / name) for name in TEXTS]
+
+
+def test_verify_passes_on_a_sound_model(model_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(model_folder), "--length", "16"])
+    assert result.exit_code == 0, result.output
+    assert "All laws hold" in result.output
+    assert "BROKEN" not in result.output
+
+
+def test_verify_fails_when_a_law_is_broken(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows are written into the cache only after the layer has attended: stale keys are read.
+    def forgetful(self, keys, values, layer_idx):
+        layer = self._cache.layers[layer_idx]
+        stale = layer.key_buffer.clone(), layer.value_buffer.clone()
+        layer.write(self._plan.slots, keys, values)
+        return stale
+
+    monkeypatch.setattr(ifkv.recomputation.RowsPass, "update", forgetful)
+    result = CliRunner().invoke(app, ["verify", str(model_folder), "--length", "16"])
+    assert result.exit_code == 1
+    assert "BROKEN" in result.output
+
+
+def test_ask_compares_three_ways_and_draws(
+    model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder)]
+    options = ["--ratio", "0.3", "--max-new-tokens", "3", "--html", str(page)]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    for expected in ("full prefill", "stitch only", "ifkv, r = 0.3", "lamp.txt"):
+        assert expected in result.output
+    assert "Which colour?" in page.read_text()
+
+
+def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), "--no-compare"]
+    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert "first token after" in result.output
+    assert "full prefill" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "no/such/model"], "neither a folder with a model"),
+        (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt cannot be read"),
+        (["ask", " ", "FILE", "--model", "MODEL"], "the question is"),
+        (["verify", "MODEL", "--dtype", "int8"], "dtype 'int8' is unknown"),
+    ],
+)
+def test_bad_input_is_named(
+    model_folder: Path, texts: list[str], arguments: list[str], message: str
+) -> None:
+    named = {"MODEL": str(model_folder), "FILE": texts[0]}
+    result = CliRunner().invoke(app, [named.get(word, word) for word in arguments])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, InvalidInputError)
+    assert message in str(result.exception)
+
+
+def test_an_error_is_a_sentence_and_not_a_traceback() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "from ifkv.cli import main; main()", "verify", "no/such/model"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith("InvalidInputError: 'no/such/model'")
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "ask", "verify", "encode", "store"])
+def test_help_teaches(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output) > 300

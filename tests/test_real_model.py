@@ -1,0 +1,60 @@
+"""The demo's real model, end to end: exact where it must be, near where it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ifkv
+from ifkv.comparison import Way, compare
+from ifkv.demo.corpus import load_corpus
+from ifkv.demo.model import load_demo_model
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def session() -> ifkv.Session:
+    model, tokenizer = load_demo_model()
+    session = ifkv.Session(model, tokenizer)
+    # The passage that answers the question stands last but one, behind three others.
+    corpus = load_corpus()
+    about = corpus.questions[0].passage
+    others = [i for i in range(len(corpus.passages)) if i != about]
+    session.add([corpus.passages[i].text for i in (*others[:3], about, others[3])])
+    return session
+
+
+@pytest.fixture(scope="module")
+def ways(session: ifkv.Session) -> dict[str, Way]:
+    question = load_corpus().questions[0].text
+    compared = compare(session, question, ratios=(0.0, 0.15, 1.0), max_new_tokens=20)
+    return {way.name: way for way in compared}
+
+
+def test_everything_recomputed_is_full_prefill(ways: dict[str, Way]) -> None:
+    whole = ways["ifkv, r = 1"]
+    assert whole.text == ways["full prefill"].text
+    assert whole.kl < 1e-6
+
+
+def test_full_prefill_answers_the_question(ways: dict[str, Way]) -> None:
+    assert load_corpus().questions[0].answered_by(ways["full prefill"].text)
+
+
+def test_recomputing_a_sixth_comes_nearer_than_stitching_alone(ways: dict[str, Way]) -> None:
+    assert ways["ifkv, r = 0.15"].kl < ways["stitch only"].kl
+
+
+def test_generate_by_hand_continues_a_stitched_cache(session: ifkv.Session) -> None:
+    model: Any = session.model
+    ready = session.prepare(load_corpus().questions[0].text, ratio=0.15)
+    answer = session.complete(ready, max_new_tokens=4)
+    # The cache ends with its context again, with the selected rows repaired.
+    ids = torch.cat((ready.cache.token_ids, torch.tensor(ready.prompt_ids)))[None]
+    by_hand = model.generate(
+        ids, past_key_values=ready.cache, max_new_tokens=4, do_sample=False, pad_token_id=2
+    )
+    assert torch.equal(by_hand[0, ids.shape[1] :], answer.token_ids)
