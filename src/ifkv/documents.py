@@ -51,6 +51,30 @@ class DocumentCache:
         """Bytes of the document's own keys and values, without the prefix's."""
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(layers, kv_heads, n, head_dim)``."""
+        return tuple(self.keys.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys.dtype
+
+    @property
+    def lazy(self) -> bool:
+        """Whether rows are read from a store when they are used (:mod:`ifkv.store.lazy`)."""
+        return False
+
+    def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
+        """Keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
+
+        Args:
+            layer: Which.
+            pin_memory: Where a store reads it first: into page-locked memory.
+        """
+        return torch.stack((self.keys[layer], self.values[layer]))
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -151,6 +175,8 @@ def check_rows(document: DocumentCache, what: str) -> None:
     Raises:
         InvalidInputError: Its shapes or dtypes contradict each other.
     """
+    if document.lazy:
+        return  # its store has checked it against its header
     keys, values = document.keys, document.values
     if (
         keys.ndim != 4

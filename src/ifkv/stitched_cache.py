@@ -14,8 +14,11 @@ from ifkv.marks import mark_stitched
 from ifkv.patching import PatchHandle, handle_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
+    from ifkv.layer_loading import LayerLoader
     from ifkv.positions import Layout
 
 # Slots kept free behind the context for prompt and answer, and what capacity is rounded up to.
@@ -34,17 +37,50 @@ class StitchedLayer(DynamicLayer):
     Attributes:
         keys: ``[1, kv_heads, length, head_dim]``, after the rotation; a view of :attr:`key_buffer`.
         values: As keys.
+        settle: Fills the buffers, where they are being loaded; called before their first use.
     """
 
     def __init__(self, key_buffer: Tensor, value_buffer: Tensor, length: int, refusal: str = ""):
-        self.key_buffer: Tensor = key_buffer
-        self.value_buffer: Tensor = value_buffer
+        self._key_buffer = key_buffer
+        self._value_buffer = value_buffer
+        self.settle: Callable[[], None] | None = None
         self.length = length
         self.limit: int | None = None
         self._refusal = refusal
         cast(Any, super()).__init__()
         self.dtype, self.device = key_buffer.dtype, key_buffer.device
         self.is_initialized = True
+
+    @property
+    def key_buffer(self) -> Tensor:
+        """Keys with the room behind them, ``[1, kv_heads, capacity, head_dim]``."""
+        self._settled()
+        return self._key_buffer
+
+    @key_buffer.setter
+    def key_buffer(self, buffer: Tensor) -> None:
+        self._settled()
+        self._key_buffer = buffer
+
+    @property
+    def value_buffer(self) -> Tensor:
+        """As :attr:`key_buffer`."""
+        self._settled()
+        return self._value_buffer
+
+    @value_buffer.setter
+    def value_buffer(self, buffer: Tensor) -> None:
+        self._settled()
+        self._value_buffer = buffer
+
+    def _settled(self) -> None:
+        if self.settle is not None:
+            self.settle()
+            self.settle = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settled()  # copies, as pickles, are of rows that are there
+        return self.__dict__.copy()
 
     @property
     def keys(self) -> Tensor:
@@ -69,7 +105,7 @@ class StitchedLayer(DynamicLayer):
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` slots; buffers that have it already stay where they are."""
-        capacity = self.key_buffer.shape[2]
+        capacity = self._key_buffer.shape[2]  # known before the rows are there
         if length <= capacity:
             return
         capacity = -(-max(length, capacity + capacity // 2) // PAGE) * PAGE
@@ -139,8 +175,10 @@ class StitchedCache(Cache):
         fingerprint: Identity of the model that it belongs to.
         prompt_ids: Tokens whose rows a fused :func:`ifkv.recompute` has appended, or None.
         layers: One :class:`StitchedLayer` per decoder layer.
+        loader: What reads the documents, if a store does so lazily; None otherwise.
     """
 
+    loader: LayerLoader | None = None
     layers: list[StitchedLayer]  # type: ignore[assignment]  # of one kind, unlike the base's
 
     def __init__(
@@ -196,6 +234,11 @@ class StitchedCache(Cache):
         twin = copy.copy(self)
         twin.layers = [layer.clone() for layer in self.layers]
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        for layer in self.layers:  # all first: their buffers share one storage
+            layer._settled()
+        return self.__dict__ | {"loader": None}
 
     def __repr__(self) -> str:
         appended = self.get_seq_length() - self.context_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 from ifkv.checks import whole_numbers
 from ifkv.documents import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.layer_loading import LayerLoader
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.positions import layout
 from ifkv.rope import rotate
@@ -30,7 +32,9 @@ def stitch(
     """Concatenate documents behind their prefix and rotate their keys to the geometry's positions.
 
     Keys are rotated once, from before the rotation, in the model's own arithmetic; values are
-    copied. In the ``global`` geometry layer 0 is bit-equal to a full prefill.
+    copied. In the ``global`` geometry layer 0 is bit-equal to a full prefill. Documents that a
+    store reads lazily are brought in by background threads, layer by layer, while the cache is in
+    use; the first use of a layer waits for it.
 
     Args:
         model: A patched model.
@@ -60,19 +64,23 @@ def stitch(
     length = len(placed.positions)
     handle.rope.check_length(length, "the stitched context")
 
-    depth, kv_heads, _, head_dim = first.keys.shape
+    depth, kv_heads, _, head_dim = first.shape
     capacity = capacity_for(length)
-    dtype, device = first.keys.dtype, model.device
+    dtype, device = first.dtype, model.device
     keys = torch.empty(depth, 1, kv_heads, capacity, head_dim, dtype=dtype, device=device)
     values = torch.empty_like(keys)
     cos, sin = handle.rope.cos_sin(placed.positions.to(device), dtype)
-    slot = 0
-    for part in parts:
-        rows = slice(slot, slot + len(part))
-        slot += len(part)
-        moved = part.keys.to(device, non_blocking=True)
-        rotate(moved, cos[rows], sin[rows], out=keys[:, 0, :, rows])
-        values[:, 0, :, rows] = part.values.to(device, non_blocking=True)
+    loader = None
+    if any(part.lazy for part in parts):
+        loader = LayerLoader(parts, keys, values, cos, sin)
+    else:
+        slot = 0
+        for part in parts:
+            rows = slice(slot, slot + len(part))
+            slot += len(part)
+            moved = part.keys.to(device, non_blocking=True)
+            rotate(moved, cos[rows], sin[rows], out=keys[:, 0, :, rows])
+            values[:, 0, :, rows] = part.values.to(device, non_blocking=True)
     refusal = ""
     if placed.geometry != "global":
         refusal = (
@@ -83,8 +91,13 @@ def stitch(
     if handle.rope.rope_type == "longrope":
         for layer in layers:
             layer.limit = handle.rope.limit
+    if loader is not None:
+        for index, layer in enumerate(layers):
+            layer.settle = functools.partial(loader.ensure, index)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
-    return StitchedCache(layers, token_ids, placed, arranged, first.fingerprint)
+    cache = StitchedCache(layers, token_ids, placed, arranged, first.fingerprint)
+    cache.loader = loader
+    return cache
 
 
 def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:
@@ -143,12 +156,12 @@ def _check_documents(
                     f"the prefix of document {index} was made by model {held.fingerprint[:8]}, "
                     f"this one is {identity[:8]}. Prefill the documents again."
                 )
-        first = documents[0].keys
+        first = documents[0]
         for part in [document] if held is None else [document, held]:
-            if part.keys.dtype != first.dtype or part.keys.shape[:2] != first.shape[:2]:
+            if part.dtype != first.dtype or part.shape[:2] != first.shape[:2]:
                 raise InvalidInputError(
-                    f"document {index} or its prefix holds {part.keys.dtype} "
-                    f"{tuple(part.keys.shape)}, document 0 {first.dtype} {tuple(first.shape)}; "
+                    f"document {index} or its prefix holds {part.dtype} "
+                    f"{part.shape}, document 0 {first.dtype} {first.shape}; "
                     "those of one request have the same layers, heads and dtype. Use documents as "
                     "prefill_documents made them."
                 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.documents import DocumentCache
+from ifkv.store.format import Header
 from ifkv.store.reading import DocumentReader
 
 ReadLayer = Callable[[int, Tensor], None]
@@ -20,10 +21,6 @@ class StoredDocument(DocumentCache):
     :func:`ifkv.stitch` reads it a layer at a time, ahead of the computation and without keeping
     what it read; asking for :attr:`keys` or :attr:`values` reads it whole, once.
 
-    Attributes:
-        shape: ``(layers, kv_heads, n, head_dim)``.
-        dtype: Of the rows.
-
     Args:
         reader: The file.
         read_layer: Reads a layer into ``[2, kv_heads, n, head_dim]``, checked as the store checks,
@@ -31,8 +28,7 @@ class StoredDocument(DocumentCache):
         prefix: The prefix's rows.
     """
 
-    shape: tuple[int, int, int, int]
-    dtype: torch.dtype
+    _header: Header
     _read_layer: ReadLayer
     _lock: threading.Lock
     _rows: Tensor | None
@@ -46,8 +42,7 @@ class StoredDocument(DocumentCache):
             ("prefix_ids", reader.prefix_ids),
             ("fingerprint", reader.header.fingerprint),
             ("prefix", prefix),
-            ("shape", reader.header.shape),
-            ("dtype", reader.header.dtype),
+            ("_header", reader.header),
             ("_read_layer", read_layer),
             ("_lock", threading.Lock()),
             ("_rows", None),
@@ -55,6 +50,16 @@ class StoredDocument(DocumentCache):
             ("_then", None),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(layers, kv_heads, n, head_dim)``."""
+        return self._header.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._header.dtype
 
     @property
     def keys(self) -> Tensor:
@@ -71,6 +76,11 @@ class StoredDocument(DocumentCache):
         """Bytes of keys and values once they are read."""
         layers, kv_heads, length, head_dim = self.shape
         return 2 * layers * kv_heads * length * head_dim * self.dtype.itemsize
+
+    @property
+    def lazy(self) -> bool:
+        """Whether layers are still to be read."""
+        return len(self._read) < self.shape[0]
 
     def whole(self) -> DocumentCache:
         """The same document, in memory and independent of its store."""
