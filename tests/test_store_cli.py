@@ -1,5 +1,6 @@
 """``ifkv store`` and ``ifkv encode``, and filling a store from a corpus."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def test_where_stores_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(open_store(), DiskStore)
     assert isinstance(open_store("memory://there"), RemoteStore)
     monkeypatch.delenv("IFKV_STORE")
+    monkeypatch.setenv("IFKV_CACHE", str(tmp_path / "all"))
+    assert default_store_path() == tmp_path / "all" / "store"
+    monkeypatch.delenv("IFKV_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert "ifkv" in default_store_path().parts
 
@@ -155,8 +159,9 @@ def test_encode_builds_a_store_that_a_session_uses(
 ) -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    monkeypatch.setattr("ifkv.cli.encode.load_model", lambda *_, **__: model)
-    monkeypatch.setattr("ifkv.cli.encode.load_tokenizer", lambda _: tokenizer)
+    module = importlib.import_module("ifkv.cli.encode")
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
     texts = ["The lamp is red.", "The door is green."]
     (tmp_path / "a.txt").write_text(texts[0])
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": texts[1]}))

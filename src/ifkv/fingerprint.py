@@ -3,10 +3,12 @@
 Two models with one fingerprint compute the same cache from the same tokens. It covers the
 architecture and rope parameters, the dtype, and the weights that keys and values depend on.
 
-Weights are sampled, not read whole: from every parameter of the embeddings and decoder layers,
-``SAMPLES`` elements spread evenly. A fine-tune or a merged LoRA moves nearly every element of the
-matrices it touches and is caught; editing single weights by hand may not be. The cost is a few
-milliseconds, whatever the model's size.
+Weights are sampled, not read whole: ``SAMPLES`` elements of every parameter and buffer of the
+embeddings and decoder layers, one from each of as many equal strata, at a place within the stratum
+that spreads them over rows and columns, compared exactly. A fine-tune or a merged LoRA moves nearly
+every element of the matrices it touches, and is caught; so is the edit of one matrix. An edit of a
+few single weights may not be. The cost does not grow with the model's width: for 8 billion weights
+in 291 tensors it is 300,000 elements, 2.4 MB.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
-SAMPLES = 256
+VERSION = 2
+SAMPLES = 1024
+# Elements of every parameter that are looked at again before a fingerprint is reused.
+GLANCE = 4
 
 # What a config says beyond the computation of keys and values.
 _IRRELEVANT = {
@@ -67,37 +72,86 @@ def fingerprint(model: PreTrainedModel) -> str:
     longrope = getattr(rotary, "rope_type", "default") == "longrope"
     inv_freq = rotary.original_inv_freq if longrope else rotary.inv_freq
     digest.update(inv_freq.detach().double().cpu().numpy().tobytes())
+    digest.update(repr(getattr(rotary, "attention_scaling", 1.0)).encode())
     samples: list[Tensor] = []
-    for name, parameter in base.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        samples.append(flat[::step][: SAMPLES + 1].to(torch.float32))
-    # One transfer for all parameters, not one each.
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    places: dict[tuple[int, torch.device], Tensor] = {}
+    weights = [*base.named_parameters(), *base.named_buffers()]
+    for name, tensor in weights:
+        if "rotary_emb" in name:
+            continue  # told above, and what a module keeps beside them changes with use
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().reshape(-1)
+        if flat.numel() > SAMPLES:
+            at = (flat.numel(), flat.device)
+            if at not in places:
+                places[at] = torch.from_numpy(_places(flat.numel())).to(flat.device)
+            flat = flat[places[at]]
+        samples.append(flat.to(torch.float64))  # exact, of whatever dtype
+    # One transfer per device, not one per parameter.
+    for device in dict.fromkeys(sample.device for sample in samples):
+        held = [sample for sample in samples if sample.device == device]
+        digest.update(torch.cat(held).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _places(numel: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where to look into ``numel`` elements: one place in each of ``SAMPLES`` equal strata."""
+    edges = np.arange(SAMPLES + 1, dtype=np.int64) * numel // SAMPLES
+    # Multiples of the golden ratio, modulo 1: even steps would all fall into one column.
+    fraction = np.arange(SAMPLES, dtype=np.int64) * 2654435769 % 2**32
+    places: np.ndarray[tuple[int], np.dtype[np.int64]] = edges[:-1] + (
+        fraction * np.diff(edges) >> 32
+    )
+    return places
 
 
 class FingerprintCache:
     """A model's fingerprint, made again only when its weights may have changed.
 
-    torch counts in-place changes of every parameter; those counts, with the addresses, are the
-    key. Changes made behind torch's back through ``parameter.data`` are not counted: after such a
-    merge call :func:`ifkv.patch` anew.
+    torch counts in-place changes of every parameter; those counts and the addresses tell of most
+    changes. Merging a LoRA writes through ``parameter.data``, which is not counted: so a few
+    elements of every parameter are looked at, too, each time.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[int, int], ...] | None = None
+        self._counts: tuple[tuple[int, int], ...] | None = None
+        self._seen = b""
         self._value = ""
 
-    def of(self, model: PreTrainedModel) -> str:
-        """The model's fingerprint."""
-        key = tuple(
+    def of(self, model: PreTrainedModel, *, glance: bool = True) -> str:
+        """The model's fingerprint.
+
+        Args:
+            model: The model.
+            glance: Whether to look at those elements; steps within one request need not do so
+                again.
+        """
+        parameters = list(model.base_model.parameters())
+        counts = tuple(
             # Parameters made under torch.inference_mode() are not counted either.
             (p.data_ptr(), -1 if p.is_inference() else p._version)
-            for p in model.base_model.parameters()
+            for p in parameters
         )
-        if key != self._key:
+        seen = _glance(parameters) if glance or counts != self._counts else self._seen
+        if (counts, seen) != (self._counts, self._seen):
             self._value = fingerprint(model)
-            self._key = key
+            self._counts, self._seen = counts, seen
         return self._value
+
+
+@torch.no_grad()
+def _glance(parameters: list[torch.nn.Parameter]) -> bytes:
+    """A few elements of every parameter, without a copy of any: views, and one transfer."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        numel = parameter.numel()
+        step = numel // GLANCE - 1 | 1  # odd: not all in one column
+        if numel < 2 * GLANCE or not parameter.is_contiguous():
+            view = parameter.reshape(-1)
+        else:
+            start = parameter.storage_offset() + step // 2
+            view = parameter.as_strided((GLANCE,), (step,), start)
+        by_kind.setdefault((parameter.device, parameter.dtype), []).append(view)
+    return b"".join(
+        torch.cat(views).to(torch.float64).cpu().numpy().tobytes() for views in by_kind.values()
+    )

@@ -264,7 +264,7 @@ def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
         raise InvalidInputError(
             f"a {type(cache).__name__} was given as cache; make one with ifkv.stitch."
         )
-    identity = handle.fingerprints.of(model)
+    identity = handle.fingerprints.of(model, glance=False)  # stitch has done so
     if cache.fingerprint != identity:
         raise FingerprintMismatchError(
             f"the cache belongs to model {cache.fingerprint[:8]}, this one is {identity[:8]}. "

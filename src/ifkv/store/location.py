@@ -9,15 +9,15 @@ from ifkv.store.disk import DiskStore
 from ifkv.store.protocol import DocumentStore
 from ifkv.store.remote import RemoteStore
 
-VARIABLE = "IFKV_STORE"
-
 
 def default_store_path() -> Path:
-    """The store in the platform's user cache folder, or where ``IFKV_STORE`` points."""
+    """Where ``IFKV_STORE`` points; else ``store`` in ``IFKV_CACHE`` or the user's cache folder."""
     import platformdirs
 
-    given = os.environ.get(VARIABLE)
-    return Path(given) if given else platformdirs.user_cache_path("ifkv") / "store"
+    if given := os.environ.get("IFKV_STORE"):
+        return Path(given).expanduser().absolute()
+    cache = os.environ.get("IFKV_CACHE") or platformdirs.user_cache_path("ifkv")
+    return Path(cache).expanduser().absolute() / "store"
 
 
 def open_store(
