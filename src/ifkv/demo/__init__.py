@@ -1,0 +1,1 @@
+"""What the demo needs: a small real model and texts of its own."""

@@ -1,0 +1,17 @@
+"""Showing what a request did: a table, a heat map for the terminal, a page for the browser."""
+
+from ifkv.report.data import AnswerRow, Report
+from ifkv.report.heatmap import Heatmap
+from ifkv.report.html import render_html, write_html
+from ifkv.report.pieces import token_pieces
+from ifkv.report.table import comparison_table
+
+__all__ = [
+    "AnswerRow",
+    "Heatmap",
+    "Report",
+    "comparison_table",
+    "render_html",
+    "token_pieces",
+    "write_html",
+]

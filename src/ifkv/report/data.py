@@ -1,0 +1,134 @@
+"""What is shown of one question: its context's tokens, their scores, and the ways compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any
+
+from ifkv.errors import InvalidInputError
+from ifkv.report.pieces import token_pieces
+
+if TYPE_CHECKING:
+    from ifkv.answer import Answer
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerRow:
+    """One way of answering the question, measured.
+
+    Attributes:
+        way: Its name, as "full prefill".
+        ttft_seconds: From the question's arrival to the first token's logits.
+        answer: The answer's text.
+        speedup: Full prefill's time over this way's; None where there is nothing to compare with.
+        bound: S(r), the speed-up that the count of operations allows; None where it says nothing.
+        kl: Mean KL divergence to full prefill over the answer, in nats; None if not measured.
+    """
+
+    way: str
+    ttft_seconds: float
+    answer: str
+    speedup: float | None = None
+    bound: float | None = None
+    kl: float | None = None
+
+    @property
+    def share_of_bound(self) -> float | None:
+        """The measured speed-up as a share of S(r)."""
+        if self.speedup is None or not self.bound:
+            return None
+        return self.speedup / self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One question over its stitched context, ready to be shown.
+
+    Attributes:
+        question: The question.
+        token_texts: Text of each slot ``[T]``; together they are the decoded context.
+        scores: Attention norm of each slot ``[T]``.
+        recomputed: Slots that were recomputed.
+        document_slices: Slots of each document, in the cache's order.
+        prefix_length: Slots before the first document, P.
+        order: For each document of the cache, its index among those asked.
+        rows: The ways compared, in the order they are shown.
+        titles: Names of the documents in the cache's order; the opening words where empty.
+    """
+
+    question: str
+    token_texts: Sequence[str]
+    scores: Sequence[float]
+    recomputed: AbstractSet[int]
+    document_slices: Sequence[slice]
+    prefix_length: int
+    order: Sequence[int]
+    rows: Sequence[AnswerRow] = ()
+    titles: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        length = len(self.token_texts)
+        if len(self.scores) != length:
+            raise InvalidInputError(
+                f"{length} token texts but {len(self.scores)} scores; each slot has one of each."
+            )
+        for name, found in (("order", self.order), ("titles", self.titles)):
+            if found and len(found) != len(self.document_slices):
+                raise InvalidInputError(
+                    f"{name} has {len(found)} entries for {len(self.document_slices)} documents; "
+                    "give one for each."
+                )
+        # Slices are walked as they stand, so each must begin where the one before it ended.
+        stop = self.prefix_length
+        for part in self.document_slices:
+            if part.start != stop or part.stop < stop or part.step not in (None, 1):
+                raise InvalidInputError(
+                    f"document slice {part} should begin at slot {stop}: documents follow the "
+                    "prefix and one another without a gap."
+                )
+            stop = part.stop
+        if stop != length:
+            raise InvalidInputError(f"the documents end at slot {stop}, the context at {length}.")
+        if outside := sorted(slot for slot in self.recomputed if not 0 <= slot < length):
+            raise InvalidInputError(f"recomputed slot {outside[0]} is outside [0, {length}).")
+
+    @classmethod
+    def from_answer(
+        cls,
+        tokenizer: Any,
+        question: str,
+        answer: Answer,
+        *,
+        rows: Sequence[AnswerRow] = (),
+        titles: Sequence[str] = (),
+    ) -> Report:
+        """Build the report of an answer that :meth:`ifkv.Session.ask` gave.
+
+        Args:
+            tokenizer: The session's tokenizer.
+            question: The question.
+            answer: The answer. Without scores (ratio 0 or 1) every token counts the same.
+            rows: The ways compared.
+            titles: Names of the documents, in the order they were asked.
+        """
+        ids = answer.context_ids.tolist()
+        slices = list(answer.document_slices)
+        prefix_length = slices[0].start if slices else len(ids)
+        texts: list[str] = []
+        # Piece by piece: a character cut at the end of one document is none of the next one's.
+        for part in (slice(0, prefix_length), *slices):
+            texts += token_pieces(tokenizer, ids[part])
+        scores = [1.0] * len(ids) if answer.scores is None else answer.scores.tolist()
+        return cls(
+            question=question,
+            token_texts=texts,
+            scores=scores,
+            recomputed=frozenset(answer.slots.tolist()),
+            document_slices=slices,
+            prefix_length=prefix_length,
+            order=list(answer.order),
+            rows=tuple(rows),
+            titles=[titles[index] for index in answer.order] if titles else [],
+        )

@@ -1,0 +1,148 @@
+"""A page for the browser: one file that needs nothing else, no script and no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ifkv.errors import InvalidInputError
+from ifkv.report.data import AnswerRow, Report
+from ifkv.report.shading import STEPS, Run, document_shares, richest, runs, visible
+from ifkv.report.table import nats, one_line, percent, seconds, times
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+# Documents whose text is unfolded when the page opens; all others are one click away.
+OPEN_DOCUMENTS = 3
+
+
+def render_html(
+    reports: Sequence[Report], *, title: str = "Where questions look", note: str = ""
+) -> str:
+    """Render questions, the ways of answering them compared, and the shaded documents.
+
+    Args:
+        reports: One for each question; at least one.
+        title: Of the page.
+        note: A sentence below it, as which model was asked and how.
+
+    Returns:
+        A complete HTML document.
+
+    Raises:
+        InvalidInputError: ``reports`` is empty.
+    """
+    if not reports:
+        raise InvalidInputError("there is no report to render; give at least one question's.")
+    return _template().render(
+        title=visible(title),
+        note=visible(note),
+        steps=STEPS,
+        sections=[_section(report, opened=index == 0) for index, report in enumerate(reports)],
+    )
+
+
+def write_html(
+    path: str | os.PathLike[str],
+    reports: Sequence[Report],
+    *,
+    title: str = "Where questions look",
+    note: str = "",
+) -> Path:
+    """Render to a file, replacing one that is there only when the new one is complete.
+
+    Args:
+        path: Where to; its folder is made if need be.
+        reports: As for :func:`render_html`.
+        title: As for :func:`render_html`.
+        note: As for :func:`render_html`.
+
+    Returns:
+        The file's absolute path.
+    """
+    target = Path(path).absolute()
+    page = render_html(reports, title=title, note=note)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        # mkstemp makes files for the user alone; a page is meant to be handed on.
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return target
+
+
+def _section(report: Report, *, opened: bool) -> dict[str, Any]:
+    """What the template needs to know of one question."""
+    shares = document_shares(report)
+    unfolded = richest(shares, OPEN_DOCUMENTS) if opened else []
+    largest = max((share.mass for share in shares), default=0.0) or 1.0
+    slowest = max((row.ttft_seconds for row in report.rows), default=0.0) or 1.0
+    documents = [
+        {
+            "share": share,
+            "open": index in unfolded,
+            "percent": f"{share.mass:.1%}",
+            "width": f"{share.mass / largest:.1%}",
+            "runs": _without_end(runs(report, share.slots)),
+        }
+        for index, share in enumerate(shares)
+    ]
+    return {
+        "question": visible(report.question),
+        "context": len(report.token_texts),
+        "prefix": report.prefix_length,
+        "recomputed": len(report.recomputed),
+        "recomputed_share": percent(len(report.recomputed) / max(1, len(report.token_texts))),
+        "documents": documents,
+        "rows": [_row(row, slowest) for row in report.rows],
+    }
+
+
+def _without_end(found: list[Run]) -> list[Run]:
+    """Runs without the blank lines at the document's end."""
+    while found and not found[-1].text.strip():
+        found = found[:-1]
+    if found:
+        found = [*found[:-1], dataclasses.replace(found[-1], text=found[-1].text.rstrip())]
+    return found
+
+
+def _row(row: AnswerRow, slowest: float) -> dict[str, str]:
+    """One way of answering, as texts."""
+    return {
+        "way": visible(row.way),
+        "ttft": seconds(row.ttft_seconds),
+        "width": f"{row.ttft_seconds / slowest:.1%}",
+        "speedup": times(row.speedup),
+        "bound": times(row.bound),
+        "share": percent(row.share_of_bound),
+        "kl": nats(row.kl),
+        "answer": one_line(row.answer),
+    }
+
+
+@cache
+def _template() -> Template:
+    """The page's template; every text put into it is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ifkv.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["visible"] = visible
+    return environment.get_template("page.html")

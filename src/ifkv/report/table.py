@@ -1,0 +1,73 @@
+"""The ways of answering a question, side by side in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from ifkv.report.data import AnswerRow
+from ifkv.report.shading import visible
+
+
+def comparison_table(rows: Sequence[AnswerRow], *, title: str | None = None) -> Table:
+    """Lay out the ways compared.
+
+    Args:
+        rows: The ways, one a row.
+        title: Above the table, as the question.
+
+    Returns:
+        A table for a rich console.
+    """
+    table = Table(
+        title=None if title is None else Text(visible(title)),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+    )
+    table.add_column("way", no_wrap=True)
+    for name in ("TTFT", "speed-up", "of S(r)", "KL"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("answer", ratio=1, min_width=16)
+    for row in rows:
+        table.add_row(
+            Text(visible(row.way)),
+            seconds(row.ttft_seconds),
+            times(row.speedup),
+            percent(row.share_of_bound),
+            nats(row.kl),
+            Text(one_line(row.answer)),
+        )
+    return table
+
+
+def seconds(value: float) -> str:
+    """A duration, in milliseconds below a second."""
+    return f"{value * 1e3:.0f} ms" if value < 0.9995 else f"{value:.2f} s"
+
+
+def times(value: float | None) -> str:
+    """A factor, to three digits."""
+    if value is None:
+        return "–"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}×"
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return "–" if value is None else f"{value:.0%}"
+
+
+def nats(value: float | None) -> str:
+    """A divergence; one that is rounding error only is shown as its power of ten."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if value == 0 or value >= 5e-5 else f"{value:.0e}"
+
+
+def one_line(text: str) -> str:
+    """Text with its line breaks shown as a sign, so that a row stays a row."""
+    return visible(text.strip()).replace("\n", " ⏎ ")
