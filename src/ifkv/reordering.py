@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ifkv.documents import DocumentCache
 from ifkv.scoring import score
-from ifkv.selection import select
+from ifkv.selection import budget, select
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def reorder(
         InvalidInputError: As of :func:`ifkv.stitch`, :func:`ifkv.score` and :func:`ifkv.select`.
         FingerprintMismatchError: A document was made by another model.
     """
+    budget(1, ratio)  # refuse a bad ratio before any work
     cache = stitch(model, documents, geometry="hl-tp")
     scores = score(model, cache, query_ids, layers=layers)
     # No document is first yet, so none is protected; the prefix stays in front and has no order.

@@ -98,8 +98,8 @@ class Rope:
         """
         if length > self.limit:
             raise InvalidInputError(
-                f"{what} needs {length} positions, but {self.limit_reason}. Use fewer or shorter "
-                "documents."
+                f"{length} positions are needed for {what}, but {self.limit_reason}. Use fewer or "
+                "shorter documents, or ask for fewer tokens."
             )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from ifkv.stitched_cache import StitchedCache
+from ifkv.stitched_cache import StitchedCache, check_stitched
 
 
 def budget(length: int, ratio: float) -> int:
@@ -60,6 +58,7 @@ def select(
     Raises:
         InvalidInputError: The ratio lies outside [0, 1], or scores are not finite or not ``[T]``.
     """
+    check_stitched(cache)
     length = cache.context_length
     if not isinstance(scores, Tensor):
         raise InvalidInputError(

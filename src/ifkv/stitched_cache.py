@@ -223,9 +223,10 @@ class StitchedCache(Cache):
                 f"crop({tokens_to_remove}) is not possible: give a negative number of slots, at "
                 f"most the {appended} that were appended behind the context."
             )
-        for layer in self.layers:
-            layer.crop(tokens_to_remove)
         kept = appended + tokens_to_remove
+        for layer in self.layers:
+            # A forward that failed half-way has not appended in every layer.
+            layer.length = min(layer.length, self.context_length + kept)
         if self.prompt_ids is not None and kept != len(self.prompt_ids):
             self.prompt_ids = None
 
@@ -248,6 +249,18 @@ class StitchedCache(Cache):
         )
 
 
+def check_stitched(cache: object) -> None:
+    """Refuse what is no stitched cache.
+
+    Raises:
+        InvalidInputError: It is something else.
+    """
+    if not isinstance(cache, StitchedCache):
+        raise InvalidInputError(
+            f"a {type(cache).__name__} was given as cache; make one with ifkv.stitch."
+        )
+
+
 def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
     """Refuse a cache that does not belong to the model.
 
@@ -260,10 +273,7 @@ def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
         FingerprintMismatchError: It belongs to another model.
     """
     handle = handle_of(model)
-    if not isinstance(cache, StitchedCache):
-        raise InvalidInputError(
-            f"a {type(cache).__name__} was given as cache; make one with ifkv.stitch."
-        )
+    check_stitched(cache)
     identity = handle.fingerprints.of(model, glance=False)  # stitch has done so
     if cache.fingerprint != identity:
         raise FingerprintMismatchError(
