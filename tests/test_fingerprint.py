@@ -131,3 +131,19 @@ def test_a_reused_fingerprint_costs_little_and_is_reused(monkeypatch: pytest.Mon
         first = handle.fingerprints.of(model)
         monkeypatch.setattr("ifkv.fingerprint.fingerprint", lambda _: pytest.fail("made again"))
         assert handle.fingerprints.of(model) == first
+
+
+def test_the_head_does_not_count_unless_it_is_tied_to_the_embeddings() -> None:
+    """Keys and values do not depend on it: documents outlive a head that is trained."""
+    for tied in (False, True):
+        model = tiny_model("llama", tie_word_embeddings=tied)
+        with ifkv.patch(model):
+            document = ifkv.prefill_documents(model, [[1, 2, 3]])[0]
+            before = fingerprint(model)
+            model.get_output_embeddings().weight.mul_(1.5)
+            assert (fingerprint(model) == before) == (not tied)
+            if tied:
+                with pytest.raises(FingerprintMismatchError):
+                    ifkv.stitch(model, [document])
+            else:
+                assert ifkv.stitch(model, [document]).context_length == 3

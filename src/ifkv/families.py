@@ -78,9 +78,13 @@ def parse_family(text: str, name: str) -> Family:
         The family.
 
     Raises:
-        UnsupportedModelError: A key is unknown, missing, or has a value of the wrong kind.
+        UnsupportedModelError: The text is not TOML, or a key is unknown, missing, or has a value
+            of the wrong kind.
     """
-    found: dict[str, Any] = tomllib.loads(text)
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UnsupportedModelError(f"patches/{name}.toml is not TOML: {error}.") from error
     fields = {f.name: f for f in dataclasses.fields(Family) if f.name != "name"}
     if unknown := sorted(set(found) - set(fields)):
         raise UnsupportedModelError(
@@ -99,9 +103,9 @@ def parse_family(text: str, name: str) -> Family:
         ok = {
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
-            "tuple[str, ...]": isinstance(value, list) and all(isinstance(v, str) for v in value),
+            "tuple[str, ...]": _are_strings(value),
             "dict[str, tuple[str, ...]]": isinstance(value, dict)
-            and all(isinstance(v, list) for v in value.values()),
+            and all(_are_strings(v) for v in value.values()),
         }[kind]
         if not ok or (key in _CHOICES and value not in _CHOICES[key]):
             rule = f"one of {_CHOICES[key]}" if key in _CHOICES else kind
@@ -114,6 +118,10 @@ def parse_family(text: str, name: str) -> Family:
             value = {path: tuple(hashes) for path, hashes in value.items()}
         values[key] = value
     return Family(name=name, **values)
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _folder() -> Traversable:
