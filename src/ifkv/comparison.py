@@ -74,7 +74,7 @@ def compare(
     # A plain cache keeps every key, so that it can be cropped where layers slide.
     first = model(ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.device)
     full_seconds = time.perf_counter() - started
     generated = model.generate(
         ids,

@@ -145,7 +145,7 @@ def prefill_documents(
     if given is not None:
         _check_prefix(given, identity)
     shared = given
-    if shared is None and len(prefix_ids) > 0:
+    if shared is None and tokens and len(prefix_ids) > 0:
         empty = prefix_ids[:0]
         shared = _prefill_batch(model, handle, [prefix_ids], empty, None, identity)[0]
     caches: list[DocumentCache] = []

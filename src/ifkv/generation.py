@@ -65,7 +65,12 @@ def generate(
     """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
-    ready = cache.prompt_ids is not None and torch.equal(cache.prompt_ids, prompt)
+    appended = cache.get_seq_length() - cache.context_length
+    ready = (
+        cache.prompt_ids is not None
+        and appended == len(prompt)
+        and torch.equal(cache.prompt_ids, prompt)
+    )
     if not ready:
         check_answerable(cache, "generate")
     handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
@@ -105,7 +110,7 @@ def _check_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise InvalidInputError(
                 f"{key} cannot be given: ifkv.generate makes it from the cache and the prompt."
             )
-    config = kwargs.get("generation_config", model.generation_config)
+    config = kwargs.get("generation_config") or model.generation_config
     for key in _ASSISTED:
         if kwargs.get(key, getattr(config, key, None)) is not None:
             raise InvalidInputError(
@@ -141,7 +146,7 @@ def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -
 
 def _sequences(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
     """How many rows generate() will expand the batch to, and the cache must have."""
-    config = kwargs.get("generation_config", model.generation_config)
+    config = kwargs.get("generation_config") or model.generation_config
 
     def setting(name: str) -> int:
         value = kwargs.get(name)

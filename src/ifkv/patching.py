@@ -83,8 +83,15 @@ class PatchHandle:
                 del _handles[model]
 
     def __enter__(self) -> PatchHandle:
-        self._entered += 1
-        return self
+        with _lock:
+            model = self._model()
+            if model is not None and _handles.get(model) is not self:
+                raise NotPatchedError(
+                    "this patch has been undone, here or in another thread; call "
+                    "ifkv.patch(model) again."
+                )
+            self._entered += 1
+            return self
 
     def __exit__(
         self,
@@ -93,9 +100,10 @@ class PatchHandle:
         traceback: TracebackType | None,
     ) -> None:
         # Blocks may nest, in functions that know nothing of each other: the outermost undoes.
-        self._entered -= 1
-        if self._entered == 0:
-            self.unpatch()
+        with _lock:
+            self._entered -= 1
+            if self._entered == 0:
+                self.unpatch()
 
     def __repr__(self) -> str:
         state = "active" if self._covered else "undone"
@@ -144,7 +152,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     patch is made anew. Copies of a patched model (``deepcopy``, pickle) are not patched.
 
     Args:
-        model: A Llama, Qwen or Mistral model from transformers, in ``eval()`` mode.
+        model: A Llama, Qwen, Mistral or Phi-3 model from transformers, in ``eval()`` mode.
         backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA), or ``"auto"``;
             or a backend made by hand, such as ``FlashInferBackend(mask="tiles")``.
 
@@ -176,7 +184,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)
         if existing is not None:
-            if existing.backend.name == chosen.name:
+            named = isinstance(backend, str) and existing.backend.name == chosen.name
+            if backend == "auto" or named or existing.backend is chosen:
                 existing.fingerprints = FingerprintCache()
                 return existing
             existing.unpatch()

@@ -36,7 +36,7 @@ class Session:
     """Documents of one model and one prefix, and the questions asked over them.
 
     Args:
-        model: A Llama, Qwen or Mistral model; it is patched if it is not.
+        model: A Llama, Qwen, Mistral or Phi-3 model; it is patched if it is not.
         tokenizer: Its tokenizer.
         store: Where documents are kept; in memory, for this session alone, if None.
         prefix: Text or token ids that every document is encoded behind; by default what the
@@ -153,6 +153,7 @@ class Session:
             InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
         """
         check_positive(max_new_tokens, "max_new_tokens")  # before any work
+        _check_kwargs(generate_kwargs)
         ready = self.prepare(
             question, documents=documents, ratio=ratio, reorder=reorder, layers=layers
         )
@@ -203,7 +204,9 @@ class Session:
             slots=slots,
             timings=timings,
             ttft_seconds=time.perf_counter() - started,
-            speedup_bound=self._bound(cache, slots, len(prompt), layers, scores is not None),
+            speedup_bound=self._bound(
+                cache, slots, len(prompt), layers, (scores is not None) + reorder
+            ),
         )
 
     def complete(
@@ -215,15 +218,16 @@ class Session:
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
+        _check_kwargs(generate_kwargs)
         decoding = time.perf_counter()
         generate_kwargs.setdefault("do_sample", False)
+        generate_kwargs.setdefault("pad_token_id", self.pad_token_id)
         sequence = generate(
             self.model,
             ready.cache,
             ready.prompt_ids,
             max_new_tokens=max_new_tokens,
             streamer=text_streamer(self.tokenizer, stream),
-            pad_token_id=self.pad_token_id,
             **generate_kwargs,
         )
         token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
@@ -286,11 +290,11 @@ class Session:
         slots: Tensor,
         query_length: int,
         layers: Sequence[int] | None,
-        scored: bool,
+        passes: int,
     ) -> float:
         shape = ModelShape.of(self.model)
         deepest = 0
-        if scored:
+        if passes:
             chosen = default_layers(shape.num_layers) if layers is None else layers
             deepest = max(layer % shape.num_layers for layer in chosen) + 1
         return speedup_bound(
@@ -298,9 +302,19 @@ class Session:
             context_length=cache.context_length,
             query_length=query_length,
             ratio=len(slots) / cache.context_length,
-            scoring_layers=deepest,
+            scoring_layers=deepest * passes,
             position=mean_position(slots, cache.context_length),
         )
+
+
+def _check_kwargs(generate_kwargs: dict[str, Any]) -> None:
+    """Refuse, before any work, what one answer has no place for."""
+    for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
+        if key in generate_kwargs:
+            raise InvalidInputError(
+                f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
+                "use ifkv.generate for it (and stream= for streaming)."
+            )
 
 
 class _Stopwatch:
@@ -308,12 +322,12 @@ class _Stopwatch:
 
     def __init__(self, timings: dict[str, float], model: PreTrainedModel):
         self._timings = timings
-        self._cuda = model.device.type == "cuda"
+        self._device = model.device
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._timings[name] = time.perf_counter() - start

@@ -32,7 +32,8 @@ def stitch(
     """Concatenate documents behind their prefix and rotate their keys to the geometry's positions.
 
     Keys are rotated once, from before the rotation, in the model's own arithmetic; values are
-    copied. In the ``global`` geometry layer 0 is bit-equal to a full prefill. Documents that a
+    copied. In the ``global`` geometry layer 0 equals a full prefill's, but for the
+    rounding of projections that run over another number of rows. Documents that a
     store reads lazily are brought in by background threads, layer by layer, while the cache is in
     use; the first use of a layer waits for it.
 

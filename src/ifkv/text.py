@@ -40,8 +40,8 @@ class PromptFormat:
         if rendered.count(_MARK) != 1 or rendered.count(_QUESTION) != 1:
             raise InvalidInputError(
                 "the tokenizer's chat template does not repeat the user's message once and word "
-                "for word, so documents cannot be cut out of it. Give Session a prefix= and ask "
-                "with prompt_ids, or set tokenizer.chat_template = None."
+                "for word, so documents cannot be cut out of it. Set tokenizer.chat_template = "
+                "None, or use ifkv.prefill_documents and the steps after it with token ids."
             )
         self.prefix_text, rest = rendered.split(_MARK)
         self._before, self._after = rest.split(_QUESTION)

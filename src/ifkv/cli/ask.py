@@ -38,6 +38,7 @@ def ask(
     Example: ifkv ask "When was it built?" notes/*.md --model path/to/model
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from ifkv.cli.asking import answer_questions, stream_answer
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
@@ -46,7 +47,7 @@ def ask(
     console = Console()
     texts = read_texts(files)
     tokenizer = load_tokenizer(model)
-    with console.status(f"loading {model}"):
+    with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=dtype, device=device)
     session = Session(loaded, tokenizer)
     if not compare:

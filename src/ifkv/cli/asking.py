@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from ifkv.comparison import Way, compare
 from ifkv.report import AnswerRow, Heatmap, Report, comparison_table, write_html
 
@@ -45,10 +47,15 @@ def answer_questions(
         html: Where to write the picture, if anywhere.
     """
     started = time.perf_counter()
-    session.add(texts, progress=True)
+    keys = session.add(texts, progress=True)
+    # Equal texts are one document, under its first title.
+    named: dict[str, str] = {}
+    for key, title in zip(keys, titles, strict=True):
+        named.setdefault(key, title)
+    titles = list(named.values())
     tokens = len(session.context_ids())
     console.print(
-        f"{len(texts)} documents, {tokens} tokens with their prefix, prefilled once in "
+        f"{len(titles)} documents, {tokens} tokens with their prefix, prefilled once in "
         f"{time.perf_counter() - started:.1f} s; that is done offline and not counted below."
     )
     # The first forward of each kind pays for threads and buffers; let no way pay for another.
@@ -57,7 +64,7 @@ def answer_questions(
     reports: list[Report] = []
     ratios = (0.0, ratio) if ratio > 0 else (0.0,)
     for index, question in enumerate(questions):
-        with console.status(f"question {index + 1} of {len(questions)}: {question}"):
+        with console.status(f"question {index + 1} of {len(questions)}: {escape(question)}"):
             ways = compare(
                 session, question, ratios=ratios, reorder=reorder, max_new_tokens=max_new_tokens
             )

@@ -18,7 +18,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
     """A causal language model by folder or hub id, in ``eval()`` mode.
 
     Raises:
-        InvalidInputError: The dtype is unknown, or there is no such model.
+        InvalidInputError: The dtype is unknown, there is no such model, or no such device.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -32,7 +32,13 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    loaded: PreTrainedModel = model.eval().to(device)
+    try:
+        loaded: PreTrainedModel = model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(
+            f"device {device!r} cannot be used here ({error}); give cpu, or install a build of "
+            "torch that supports it."
+        ) from error
     return loaded
 
 

@@ -21,15 +21,16 @@ def verify(
     full prefill, untouched slots must keep their bits, and so on. Exits with 1 if a law is broken.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ifkv.cli.loading import load_model
     from ifkv.verification import verify as check
 
     console = Console()
-    with console.status(f"loading {model_path}"):
+    with console.status(f"loading {escape(model_path)}"):
         model = load_model(model_path, dtype=dtype, device=device)
-    table = Table("law", "error", "allowed", "", title=f"{model_path}, {dtype}, {device}")
+    table = Table("law", "error", "allowed", "", title=escape(f"{model_path}, {dtype}, {device}"))
     broken = 0
     with console.status("checking") as status:
         for result in check(model, length=length):

@@ -1,0 +1,57 @@
+"""The bound on speed, against operations counted one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ifkv.cost import ModelShape, mean_position, speedup_bound
+from ifkv.testing import tiny_model
+
+
+def test_bound_is_the_ratio_of_counted_operations() -> None:
+    # Sizes of Qwen3-8B; the numbers of operations are added up row by row.
+    hidden, heads, kv_heads, head_dim, mlp, layers = 4096, 32, 8, 128, 12288, 36
+    parameters = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * mlp
+    width = heads * head_dim
+    context, query, scoring = 2048, 64, 26
+    selected = range(3, context, 7)
+
+    def row(position: float) -> float:
+        return 2 * parameters + 4 * position * width
+
+    full = sum(row(position + 0.5) for position in range(context))
+    rows = sum(row(slot + 0.5) for slot in selected)
+    asked = query * row(context) * (1 + scoring / layers)
+    counted = full / (rows + asked)
+    bound = speedup_bound(
+        ModelShape(parameters, width, layers),
+        context_length=context,
+        query_length=query,
+        ratio=len(selected) / context,
+        scoring_layers=scoring,
+        position=mean_position(torch.tensor(list(selected)), context),
+    )
+    assert bound == pytest.approx(counted, rel=2e-3)
+
+
+def test_late_rows_cost_more() -> None:
+    shape = ModelShape(1000, 64, 4)
+    common = {"context_length": 4096, "query_length": 1, "ratio": 0.1, "scoring_layers": 2}
+    early = speedup_bound(shape, position=0.2, **common)
+    late = speedup_bound(shape, position=0.9, **common)
+    assert late < early
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_shape_is_read_from_the_weights(family: str) -> None:
+    model = tiny_model(family, hidden_size=32, intermediate_size=48, num_heads=4, num_kv_heads=2)
+    shape = ModelShape.of(model)
+    width, kv_width = 4 * 8, 2 * 8
+    assert shape.layer_parameters == 2 * 32 * width + 2 * 32 * kv_width + 3 * 32 * 48
+    assert shape.attention_width == width
+    assert shape.num_layers == 3
+
+
+def test_no_rows_lie_in_the_middle() -> None:
+    assert mean_position(torch.zeros(0, dtype=torch.long), 10) == 0.5

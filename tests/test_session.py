@@ -1,0 +1,206 @@
+"""Session: text in, answers out, by the same token ids as a full prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ifkv
+from ifkv.backends.reference import ReferenceBackend
+from ifkv.errors import InvalidInputError, NotPatchedError
+from ifkv.selection import budget
+from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
+
+TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
+QUESTION = "Which colour is the door?"
+
+
+def make_session(**options: Any) -> ifkv.Session:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048
+    )
+    return ifkv.Session(model, tokenizer, **options)
+
+
+@pytest.fixture
+def session() -> ifkv.Session:
+    session = make_session()
+    session.add(TEXTS)
+    return session
+
+
+def full_logits(session: ifkv.Session) -> torch.Tensor:
+    prompt = torch.tensor(session.format.prompt_ids(QUESTION))
+    ids = torch.cat((session.context_ids(), prompt))[None]
+    model: Any = session.model
+    with torch.no_grad():
+        return model(ids).logits[0, -1]
+
+
+def test_ratio_one_gives_the_logits_of_a_full_prefill(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, ratio=1)
+    assert_close(ready.logits, full_logits(session), what="first logits", tolerance=1e-10)
+
+
+def test_ratio_zero_and_between_are_approximations(session: ifkv.Session) -> None:
+    truth = full_logits(session)
+    for ratio, rows in ((0, 0), (0.15, budget(len(session.context_ids()), 0.15))):
+        ready = session.prepare(QUESTION, ratio=ratio)
+        assert len(ready.slots) == rows
+        assert (ready.logits - truth).abs().max() > 1e-3
+
+
+def test_parts_are_what_the_template_renders(session: ifkv.Session) -> None:
+    context = session.tokenizer.decode(session.context_ids())
+    prompt = session.tokenizer.decode(session.format.prompt_ids(QUESTION))
+    for text in TEXTS:
+        assert text in context
+    assert context.startswith(session.tokenizer.bos_token)
+    assert QUESTION in prompt
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_streamed_pieces_are_the_answer(session: ifkv.Session) -> None:
+    pieces: list[str] = []
+    answer = session.ask(QUESTION, max_new_tokens=8, stream=pieces.append)
+    assert "".join(pieces).strip() == answer.text
+    assert len(answer.token_ids) <= 8
+
+
+def test_documents_by_key_and_in_the_order_asked(session: ifkv.Session) -> None:
+    keys = session.keys
+    answer = session.ask(QUESTION, documents=[keys[2], keys[0]], max_new_tokens=1)
+    text = session.tokenizer.decode(answer.context_ids)
+    assert text.index(TEXTS[2]) < text.index(TEXTS[0])
+    assert TEXTS[1] not in text
+    with pytest.raises(InvalidInputError, match="not in the store"):
+        session.ask(QUESTION, documents=["0" * 64])
+
+
+def test_what_the_store_holds_is_not_computed_again(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ifkv.documents
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a forward was run")
+
+    monkeypatch.setattr(ifkv.documents, "run_layers", refuse)
+    assert session.add(TEXTS) == session.keys
+    again = ifkv.Session(session.model, session.tokenizer, store=session.store)
+    assert again.add(TEXTS[:2]) == session.keys[:2]
+
+
+def test_reordering_counts_in_the_bound(session: ifkv.Session) -> None:
+    plain = session.prepare(QUESTION, ratio=0.2)
+    ordered = session.prepare(QUESTION, ratio=0.2, reorder=True)
+    assert sorted(ordered.cache.order) == [0, 1, 2]
+    assert "reorder" in ordered.timings
+    assert ordered.speedup_bound != plain.speedup_bound
+
+
+def test_a_session_keeps_the_backend_that_was_chosen() -> None:
+    class Mine(ReferenceBackend):
+        name = "mine"
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    handle = ifkv.patch(model, backend=Mine())
+    ifkv.Session(model, tokenizer)
+    assert ifkv.patch(model) is handle
+    assert handle.backend.name == "mine"
+
+
+def test_a_block_on_an_undone_patch_is_refused() -> None:
+    model = tiny_model()
+    first, second = ifkv.patch(model), ifkv.patch(model)
+    with first:
+        pass
+    with pytest.raises(NotPatchedError, match="undone"), second:
+        pass
+
+
+def test_without_a_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    session = ifkv.Session(model, tokenizer)
+    session.add(TEXTS)
+    assert session.tokenizer.decode(session.format.prompt_ids(QUESTION)).endswith("Answer:")
+    assert len(session.ask(QUESTION, max_new_tokens=2).token_ids) <= 2
+
+
+def test_a_template_that_changes_the_message_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper | replace('QUESTION', '') }}"
+    with pytest.raises(InvalidInputError, match="word for word"):
+        ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ratio": 1.5}, "1.5"),
+        ({"ratio": -0.1}, "-0.1"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], message: str
+) -> None:
+    import ifkv.session
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(ifkv.session, "stitch", refuse)
+    with pytest.raises(InvalidInputError, match=message):
+        session.ask(QUESTION, **kwargs)
+
+
+def test_nothing_to_answer_from_and_blank_texts_are_refused() -> None:
+    session = make_session()
+    with pytest.raises(InvalidInputError, match="no document"):
+        session.ask(QUESTION)
+    with pytest.raises(InvalidInputError, match="one string"):
+        session.add("a text")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="document"):
+        session.add(["  \n"])
+
+
+def test_a_generate_that_fails_half_way_leaves_the_cache_whole() -> None:
+    model = tiny_model("llama")
+    ifkv.patch(model)
+    documents = ifkv.prefill_documents(model, [[5, 6, 7, 8], [9, 10, 11]], prefix=[1])
+    cache = ifkv.stitch(model, documents)
+    expected = ifkv.generate(model, cache, [7], max_new_tokens=4, do_sample=False)
+    base: Any = model.base_model
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = base.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ifkv.generate(model, cache, list(range(30, 60)), max_new_tokens=4)
+    hook.remove()
+    assert {layer.get_seq_length() for layer in cache.layers} == {cache.context_length}
+    again = ifkv.generate(model, cache, [7], max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, expected)
+    ifkv.unpatch(model)
+
+
+def test_rows_behind_a_fused_prompt_are_not_answered_from() -> None:
+    model = tiny_model("llama")
+    ifkv.patch(model)
+    cache = ifkv.stitch(model, ifkv.prefill_documents(model, [[5, 6, 7, 8], [9, 10, 11]]))
+    ifkv.recompute(model, cache, [4], prompt_ids=[3, 4])
+    forward: Any = model
+    with torch.no_grad():
+        forward(torch.tensor([[20, 21]]), past_key_values=cache)
+    with pytest.raises(InvalidInputError, match="appended"):
+        ifkv.generate(model, cache, [3, 4])
+    ifkv.unpatch(model)
