@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import ifkv
@@ -178,3 +180,17 @@ def test_encode_builds_a_store_that_a_session_uses(
         assert all(key in store for key in session.add(texts))
         assert session.ask("Which colour is the door?", max_new_tokens=2).text is not None
     ifkv.unpatch(model)
+
+
+def test_the_documentations_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "store-format.md"
+    [block] = re.findall(r"^```py\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("qwen2", vocab_size=len(tokenizer))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: tokenizer)
+    monkeypatch.setenv("IFKV_STORE", str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    with DiskStore(tmp_path) as store:
+        assert all(key in store for key in names["keys"])

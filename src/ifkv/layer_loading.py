@@ -7,6 +7,7 @@ of their own; the computation's stream waits for the copy of the layer that it n
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ifkv.documents import DocumentCache
 from ifkv.rope import rotate
 
 # Threads that read: enough for a disk's queue, few beside those that compute.
-THREADS = 4
+THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 # Memory for layers that have been read and not used yet; two layers are read ahead in any case.
 AHEAD_BYTES = 256 * 2**20
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifkv.documents import DocumentCache
 from ifkv.store.format import Header
-from ifkv.store.reading import DocumentReader
+from ifkv.store.reading import DocumentReader, allocate
 
 ReadLayer = Callable[[int, Tensor], None]
 
@@ -106,7 +106,7 @@ class StoredDocument(DocumentCache):
             StoreCorruptionError: The layer cannot be trusted.
         """
         if self._rows is None and self._then is None:
-            out = torch.empty(2, *self.shape[1:], dtype=self.dtype, pin_memory=pin_memory)
+            out = _room((2, *self.shape[1:]), self.dtype, pin_memory)
             self._read_layer(layer, out)
             return out
         rows = self._room(pin_memory)
@@ -122,7 +122,7 @@ class StoredDocument(DocumentCache):
         with self._lock:
             if self._rows is None:
                 layers, *rest = self.shape
-                rows = torch.empty(layers, 2, *rest, dtype=self.dtype, pin_memory=pin_memory)
+                rows = _room((layers, 2, *rest), self.dtype, pin_memory)
                 object.__setattr__(self, "_rows", rows)
             rows_there = self._rows
         assert rows_there is not None
@@ -149,3 +149,9 @@ class StoredDocument(DocumentCache):
             f"StoredDocument({len(self)} tokens behind {len(self.prefix_ids)}, "
             f"{self.nbytes / 2**20:.1f} MiB, {self.dtype}, {self.fingerprint[:8]}, {state})"
         )
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool) -> Tensor:
+    return (
+        torch.empty(shape, dtype=dtype, pin_memory=True) if pin_memory else allocate(shape, dtype)
+    )

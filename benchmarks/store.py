@@ -1,0 +1,289 @@
+"""The document store: bandwidth against plain files, and time to first token hot, warm and cold.
+
+    python benchmarks/store.py [--repeats 7] [--tokens 2048] [--skip-model]
+
+Bandwidth: documents of the demo model's shape are put and got, and the same number of bytes is
+written (with fsync) and read plainly with ``os.write`` and ``readinto`` into fresh memory, files
+being in the page cache for reads. Ways are interleaved and medians compared.
+
+Time to first token: question's arrival to the first token's logits at ratio 0.15 with documents in
+memory (hot), in the page cache (warm), and on the disk, the page cache having been told to forget
+them (cold); loaded whole before stitching, or layer by layer behind the computation. Checks have
+been done on first use already, unless "checked" is said.
+
+Eight-bit storage: what it costs in the rows, and in the first answered token's distribution.
+
+Writes benchmarks/results/store.json and store.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import ifkv
+from ifkv.store import DiskStore
+from ifkv.testing import random_document
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way; every round runs all of them, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            kept = way()
+            took = time.perf_counter() - start
+            del kept
+            if round_number:
+                seconds[name].append(took)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def forget(folder: Path) -> None:
+    """Have the page cache drop a folder's files."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def bandwidth(folder: Path, length: int, repeats: int) -> dict[str, float]:
+    """GB/s of puts and gets, and of plain writes and reads of the same bytes."""
+    shape = {"length": length, "layers": 30, "kv_heads": 3, "head_dim": 64}
+    document = random_document(0, **shape)
+    stores = {
+        verify: DiskStore(folder / verify, verify=verify) for verify in ("first", "always", "never")
+    }
+    keys = {name: store.put(document) for name, store in stores.items()}
+    size = stores["first"].stats().nbytes
+    file_of_store = stores["first"].folder.file_of(keys["first"])  # the same file for all reads
+    plain, data = folder / "plain", np.random.default_rng(0).bytes(size)
+    numbers = itertools.count()
+
+    def write_plainly() -> None:
+        # A new file each time, as a put makes one; the last one is what is read.
+        if plain.exists():
+            plain.rename(folder / f"plain-{next(numbers)}")
+        descriptor = os.open(plain, os.O_WRONLY | os.O_CREAT)
+        rest = memoryview(data)
+        while rest.nbytes:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def read_plainly() -> object:
+        buffer = np.empty(size, dtype=np.uint8)
+        with file_of_store.open("rb", buffering=0) as file:
+            file.readinto(memoryview(buffer))
+        return buffer
+
+    fresh = iter([random_document(seed, **shape) for seed in range(1, repeats + 2)])
+
+    def put() -> None:
+        store = stores["first"]
+        written.append(store.put(next(fresh)))
+
+    written: list[str] = []
+    write_plainly()
+    seconds = interleaved({"plain write": write_plainly, "put": put}, repeats)
+    for key in written:
+        stores["first"].delete(key)
+    reads: dict[str, Callable[[], Any]] = {
+        "plain read": read_plainly,
+        "get": lambda: stores["first"].get(keys["first"]).prefix,
+        "get, always checked": lambda: stores["always"].get(keys["always"]).prefix,
+        "get, never checked": lambda: stores["never"].get(keys["never"]).prefix,
+        "lazy open": lambda: stores["first"].get(keys["first"], lazy=True),
+    }
+    seconds |= interleaved(reads, 3 * repeats)
+    result = {name: size / took / 1e9 for name, took in seconds.items() if name != "lazy open"}
+    return result | {"lazy open, ms": 1e3 * seconds["lazy open"], "bytes": float(size)}
+
+
+def requests(
+    model: Any, layout: Any, tokens: int, folder: Path, repeats: int
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Time to first token per state and way; errors of eight-bit storage."""
+    from ifkv.demo.corpus import load_corpus
+
+    corpus = load_corpus()
+    texts = [passage.text for passage in corpus.passages]
+    documents: list[list[int]] = []
+    while sum(map(len, documents)) < tokens:
+        documents.append(
+            layout.document_ids(f"{len(documents)}. {texts[len(documents) % len(texts)]}")
+        )
+    prompt, prefix = layout.prompt_ids(corpus.questions[0].text), layout.prefix_ids()
+    made = ifkv.prefill_documents(model, documents, prefix=prefix)
+    context = len(prefix) + sum(map(len, documents))
+    loads: dict[str, list[float]] = {}
+
+    def answer(read: Callable[[], list[Any]], state: str) -> torch.Tensor:
+        start = time.perf_counter()
+        found = read()
+        loaded = time.perf_counter() - start
+        cache = ifkv.stitch(model, found)
+        scores = ifkv.score(model, cache, prompt)
+        slots = ifkv.select(cache, scores, ratio=0.15)
+        logits = ifkv.recompute(model, cache, slots, prompt_ids=prompt)
+        total = time.perf_counter() - start
+        if cache.loader is not None:
+            loaded += cache.loader.wait_seconds
+        loads.setdefault(f"{state} load", []).append(loaded)
+        loads.setdefault(f"{state} total", []).append(total)
+        assert logits is not None
+        return logits
+
+    stores = {
+        name: DiskStore(folder / f"{name}-requests", codec=name)
+        for name in ("exact", "fp8", "int8")
+    }
+    keys = [stores["exact"].put(document) for document in made]
+    exact = stores["exact"]
+    truth = answer(lambda: made, "warm-up").float().log_softmax(-1)
+    for _ in range(repeats + 1):
+        answer(lambda: made, "hot")
+        answer(lambda: [exact.get(key) for key in keys], "warm, whole")
+        answer(lambda: [exact.get(key, lazy=True) for key in keys], "warm, by layer")
+        forget(exact.path)
+        answer(lambda: [exact.get(key) for key in keys], "cold, whole")
+        forget(exact.path)
+        answer(lambda: [exact.get(key, lazy=True) for key in keys], "cold, by layer")
+        forget(exact.path)
+        strict = DiskStore(exact.path)  # has checked nothing yet
+        answer(
+            lambda store=strict: [store.get(key, lazy=True) for key in keys],
+            "cold, by layer, checked",
+        )
+        strict.close()
+    table: dict[str, dict[str, float]] = {}
+    for name, each in loads.items():
+        state, _, what = name.rpartition(" ")
+        if state != "warm-up":
+            table.setdefault(state, {})[what] = statistics.median(each[1:])
+    table["context"] = {"tokens": float(context), "nbytes": float(exact.stats().nbytes)}
+
+    errors: dict[str, dict[str, float]] = {}
+    for codec in ("fp8", "int8"):
+        store = stores[codec]
+        again = [store.get(store.put(document)) for document in made]
+        errors[codec] = {
+            f"{part} relative L2": max(
+                float((getattr(a, part) - getattr(b, part)).norm() / getattr(b, part).norm())
+                for a, b in zip(again, made, strict=True)
+            )
+            for part in ("keys", "values")
+        }
+        logits = answer(lambda again=again: again, codec).float().log_softmax(-1)
+        errors[codec]["KL of the first token"] = float((truth.exp() * (truth - logits)).sum())
+        errors[codec]["share of exact size"] = store.stats().nbytes / exact.stats().nbytes
+    return table, errors
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The results as tables."""
+    lines = ["# Document store", "", f"{result['machine']}. Medians.", ""]
+    speed = result["bandwidth"]
+    lines += [
+        f"One document of {speed['bytes'] / 2**20:.0f} MiB, float32, in the page cache.",
+        "",
+        "| | GB/s | of plain |",
+        "|---|---|---|",
+    ]
+    for name, plain in (
+        ("plain write", "plain write"),
+        ("put", "plain write"),
+        ("plain read", "plain read"),
+        ("get", "plain read"),
+        ("get, always checked", "plain read"),
+        ("get, never checked", "plain read"),
+    ):
+        lines.append(f"| {name} | {speed[name]:.2f} | {speed[name] / speed[plain]:.0%} |")
+    lines += ["", f"A lazy open takes {speed['lazy open, ms']:.2f} ms.", ""]
+    for threads, table in result.get("ttft", {}).items():
+        context = table["context"]
+        lines += [
+            f"Time to first token, {result['model']}, {threads} computing threads, "
+            f"{context['tokens']:.0f} tokens of context, {context['nbytes'] / 2**20:.0f} MiB "
+            "stored, ratio 0.15.",
+            "",
+            "| | ms | of which waiting for the load | over hot |",
+            "|---|---|---|---|",
+        ]
+        hot = table["hot"]["total"]
+        for name, row in table.items():
+            if name != "context":
+                lines.append(
+                    f"| {name} | {1e3 * row['total']:.0f} | {row['load'] / row['total']:.0%} | "
+                    f"{row['total'] / hot:.2f}× |"
+                )
+        lines.append("")
+    if "codecs" in result:
+        lines += ["Eight-bit storage.", ""]
+        lines += ["| codec | keys, relative L2 | values | KL of the first token, nats | size |"]
+        lines += ["|---|---|---|---|---|"]
+        for codec, row in result["codecs"].items():
+            lines.append(
+                f"| {codec} | {row['keys relative L2']:.4f} | {row['values relative L2']:.4f} | "
+                f"{row['KL of the first token']:.5f} | {row['share of exact size']:.0%} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--skip-model", action="store_true", help="only the bandwidth")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one")
+    parser.add_argument("--threads", type=int, nargs="+", help="of the computation, one or more")
+    options = parser.parse_args()
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, ifkv {ifkv.__version__}"
+    )
+    result: dict[str, Any] = {"machine": machine}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        result["bandwidth"] = bandwidth(folder, options.tokens, options.repeats)
+        if not options.skip_model:
+            from ifkv.demo.model import MODEL_NAME, load_demo_model
+            from ifkv.text import PromptFormat
+
+            model, tokenizer = load_demo_model()
+            result["model"] = MODEL_NAME
+            with ifkv.patch(model):
+                result["ttft"] = {}
+                for threads in options.threads or [torch.get_num_threads()]:
+                    torch.set_num_threads(threads)
+                    result["ttft"][threads], result["codecs"] = requests(
+                        model,
+                        PromptFormat(tokenizer),
+                        options.tokens,
+                        folder / str(threads),
+                        options.repeats,
+                    )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "store.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "store.md").write_text(to_markdown(result))
+    print(to_markdown(result))
+
+
+if __name__ == "__main__":
+    main()
