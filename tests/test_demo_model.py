@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -114,6 +115,15 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     assert not list(cache.glob("*/"))
 
 
+def test_a_missing_reader_is_named_with_the_line_that_installs_it(
+    cache: Path, trusted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(demo.DemoModelError, match=r"pip install 'ifkv\[demo\]'"):
+        demo.prepare_demo_model()
+    assert not list(cache.glob("*/"))
+
+
 def test_a_cache_folder_that_cannot_be_made_points_to_the_variable(
     trusted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +225,9 @@ def test_the_real_model_loads_in_the_dtype_asked_for() -> None:
     )
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.eos_token == "<|im_end|>"
+    # Every digit is a token, and so are the two spaces before one.
+    assert tokenizer.tokenize("in 1987") == ["in", "Ġ", "1", "9", "8", "7"]
+    assert tokenizer.tokenize("a  4") == ["a", "ĠĠ", "4"]
 
 
 @pytest.mark.e2e

