@@ -200,6 +200,14 @@ def requests(
 def to_markdown(result: dict[str, Any]) -> str:
     """The results as tables."""
     lines = ["# Document store", "", f"{result['machine']}. Medians.", ""]
+    if result["load"] > 0.5:
+        lines += [
+            f"**Other programs ran beside this measurement** (load average {result['load']:.1f} at "
+            "the start). Reads of memory, taken in turns, can be compared; writes wait for a "
+            "shared disk and waver several-fold from run to run; differences between times to "
+            "first token of less than about 10 % mean nothing.",
+            "",
+        ]
     speed = result["bandwidth"]
     lines += [
         f"One document of {speed['bytes'] / 2**20:.0f} MiB, float32, in the page cache.",
@@ -257,10 +265,9 @@ def main() -> None:
     options = parser.parse_args()
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, ifkv {ifkv.__version__}, "
-        f"load average at the start {os.getloadavg()[0]:.1f}"
+        f"{torch.__version__}, transformers {transformers.__version__}, ifkv {ifkv.__version__}"
     )
-    result: dict[str, Any] = {"machine": machine}
+    result: dict[str, Any] = {"machine": machine, "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         result["bandwidth"] = bandwidth(folder, options.tokens, options.repeats)
