@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import ifkv
-import ifkv.session
+import ifkv.preparation
 from ifkv.testing import assert_bit_equal, assert_close, dense_prefill, tiny_model, tiny_tokenizer
 
 PREFIX = [1, 2]
@@ -236,13 +236,13 @@ def test_time_to_first_token_counts_every_step(step: str, monkeypatch: pytest.Mo
     """The query pass, and all else between the question and the first token's logits."""
     ask = session()
     ask.add(["a lamp", "a door"])
-    real = getattr(ifkv.session, step)
+    real = getattr(ifkv.preparation, step)
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.2)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(ifkv.session, step, slow)
+    monkeypatch.setattr(ifkv.preparation, step, slow)
     answer = ask.ask("which?", ratio=0.5, reorder=True, max_new_tokens=1)
     assert answer.ttft_seconds >= 0.2
     before = {name: t for name, t in answer.timings.items() if name != "decode"}

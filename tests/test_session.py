@@ -152,12 +152,12 @@ def test_a_template_that_changes_the_message_is_refused() -> None:
 def test_bad_arguments_are_refused_before_any_work(
     session: ifkv.Session, monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], message: str
 ) -> None:
-    import ifkv.session
+    import ifkv.preparation
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(ifkv.session, "stitch", refuse)
+    monkeypatch.setattr(ifkv.preparation, "stitch", refuse)
     with pytest.raises(InvalidInputError, match=message):
         session.ask(QUESTION, **kwargs)
 

@@ -119,13 +119,13 @@ def test_sessions_share_a_store(session: ifkv.Session, monkeypatch: pytest.Monke
     other = ifkv.Session(session.model, session.tokenizer, store=session.store)
     assert other.keys == []
     made: list[int] = []
-    real = ifkv.session.prefill_documents
+    real = ifkv.library.prefill_documents
 
     def counted(model: Any, documents: Any, **options: Any) -> Any:
         made.append(len(documents))
         return real(model, documents, **options)
 
-    monkeypatch.setattr("ifkv.session.prefill_documents", counted)
+    monkeypatch.setattr("ifkv.library.prefill_documents", counted)
     assert other.add(TEXTS) == session.keys
     assert sum(made) == 0
     assert (

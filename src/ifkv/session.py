@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,23 +11,18 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.checks import check_positive, token_tensor
-from ifkv.cost import ModelShape, mean_position, speedup_bound
-from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import InvalidInputError
 from ifkv.generation import generate
-from ifkv.patching import handle_of, patch
-from ifkv.recomputation import recompute
-from ifkv.reordering import reorder as reorder_documents
-from ifkv.scoring import default_layers, score
-from ifkv.selection import budget, select
-from ifkv.stitching import stitch
+from ifkv.library import Library
+from ifkv.patching import patch
+from ifkv.preparation import Stopwatch, prepare
+from ifkv.selection import budget
 from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
     from ifkv.store import DocumentStore
 
 
@@ -71,15 +65,23 @@ class Session:
         self.model = model
         self.tokenizer = tokenizer
         self.format = PromptFormat(tokenizer, instruction)
-        self.store: DocumentStore = MemoryStore() if store is None else store
         if prefix is None:
             self.prefix_ids = self.format.prefix_ids()
         elif isinstance(prefix, str):
             self.prefix_ids = self.format.encode(prefix)
         else:
             self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
-        self.keys: list[str] = []
-        self._prefix: DocumentCache | None = None
+        self._library = Library(model, MemoryStore() if store is None else store, self.prefix_ids)
+
+    @property
+    def store(self) -> DocumentStore:
+        """Where documents are kept."""
+        return self._library.store
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the documents that this session added, in order, each once."""
+        return self._library.keys
 
     def add(
         self,
@@ -106,20 +108,7 @@ class Session:
                 "texts is one string; give a list of documents, for example [text]."
             )
         ids = [self.format.document_ids(text) for text in texts]
-        keys = [self.store.key_for(self.model, one, self.prefix_ids) for one in ids]
-        missing = {key: one for key, one in zip(keys, ids, strict=True) if key not in self.store}
-        made = prefill_documents(
-            self.model,
-            list(missing.values()),
-            prefix=self._current_prefix() or self.prefix_ids,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        for document in made:
-            self.store.put(document)
-            self._prefix = document.prefix
-        self.keys += [key for key in dict.fromkeys(keys) if key not in self.keys]
-        return keys
+        return self._library.add(ids, batch_tokens=batch_tokens, progress=progress)
 
     def ask(
         self,
@@ -172,41 +161,12 @@ class Session:
 
         Takes the arguments of :meth:`ask` and raises its errors.
         """
-        started = time.perf_counter()
+        timed = Stopwatch(self.model)
         budget(1, ratio)  # refuse a bad ratio before any work
         prompt = self.format.prompt_ids(question)
-        chosen = self._documents(documents)
-        timings: dict[str, float] = {}
-        timed = _Stopwatch(timings, self.model)
-
-        order = None
-        if reorder:
-            with timed("reorder"):
-                order = reorder_documents(self.model, chosen, prompt, ratio=ratio, layers=layers)
-        with timed("stitch"):
-            cache = stitch(self.model, chosen, order=order)
-        scores, slots = None, torch.zeros(0, dtype=torch.long)
-        if ratio == 1:
-            slots = torch.arange(cache.document_slices[0].stop, cache.context_length)
-        elif ratio > 0:
-            with timed("score"):
-                scores = score(self.model, cache, prompt, layers=layers)
-            with timed("select"):
-                slots = select(cache, scores, ratio=ratio)
-        with timed("recompute and prompt"):
-            logits = recompute(self.model, cache, slots, prompt_ids=prompt)
-        assert logits is not None
-        return Prepared(
-            cache=cache,
-            prompt_ids=prompt,
-            logits=logits,
-            scores=scores,
-            slots=slots,
-            timings=timings,
-            ttft_seconds=time.perf_counter() - started,
-            speedup_bound=self._bound(
-                cache, slots, len(prompt), layers, (scores is not None) + reorder
-            ),
+        chosen = self._library.get(documents)
+        return prepare(
+            self.model, chosen, prompt, timed, ratio=ratio, reorder=reorder, layers=layers
         )
 
     def complete(
@@ -248,7 +208,7 @@ class Session:
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
         """Tokens of prefix and documents, long ``[T]``, as they are given to :meth:`ask`."""
-        chosen = self._documents(documents)
+        chosen = self._library.get(documents)
         return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])
 
     @property
@@ -256,55 +216,6 @@ class Session:
         """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
         pad: int | None = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
-
-    def _current_prefix(self) -> DocumentCache | None:
-        """The prefix's rows, unless the model's weights have changed since they were made."""
-        identity = handle_of(self.model).fingerprints.of(self.model)
-        if self._prefix is not None and self._prefix.fingerprint != identity:
-            self._prefix = None
-        return self._prefix
-
-    def _documents(self, keys: Sequence[str] | None) -> list[DocumentCache]:
-        """Documents by key, refused with the remedy if they are not there."""
-        if isinstance(keys, str):
-            raise InvalidInputError(
-                "documents is one string; give a list of keys, for example [key]."
-            )
-        wanted = self.keys if keys is None else list(keys)
-        if not wanted:
-            raise InvalidInputError("there is no document to answer from; call add([...]) first.")
-        found = []
-        for key in wanted:
-            try:
-                found.append(self.store.get(key))
-            except KeyError:
-                raise InvalidInputError(
-                    f"document {key!r} is not in the store; add() its text again. Keys are what "
-                    "add() returns."
-                ) from None
-        return found
-
-    def _bound(
-        self,
-        cache: StitchedCache,
-        slots: Tensor,
-        query_length: int,
-        layers: Sequence[int] | None,
-        passes: int,
-    ) -> float:
-        shape = ModelShape.of(self.model)
-        deepest = 0
-        if passes:
-            chosen = default_layers(shape.num_layers) if layers is None else layers
-            deepest = max(layer % shape.num_layers for layer in chosen) + 1
-        return speedup_bound(
-            shape,
-            context_length=cache.context_length,
-            query_length=query_length,
-            ratio=len(slots) / cache.context_length,
-            scoring_layers=deepest * passes,
-            position=mean_position(slots, cache.context_length),
-        )
 
 
 def _check_kwargs(generate_kwargs: dict[str, Any]) -> None:
@@ -315,19 +226,3 @@ def _check_kwargs(generate_kwargs: dict[str, Any]) -> None:
                 f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
                 "use ifkv.generate for it (and stream= for streaming)."
             )
-
-
-class _Stopwatch:
-    """Times named steps; on a GPU it waits for them, so that a step's time is its own."""
-
-    def __init__(self, timings: dict[str, float], model: PreTrainedModel):
-        self._timings = timings
-        self._device = model.device
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self._timings[name] = time.perf_counter() - start
