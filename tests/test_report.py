@@ -234,7 +234,7 @@ def test_no_control_character_passes() -> None:
 class Page(HTMLParser):
     """Checks that tags nest, and collects the documents' texts, ids and references."""
 
-    VOID = frozenset({"meta", "br"})
+    VOID = frozenset({"meta", "br", "input"})
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -333,6 +333,8 @@ def test_shades_and_marks_have_contrast(hostile: Report, theme: str) -> None:
     assert contrast("ink", "page") > 7
     assert contrast("soft", "page") > 4.5
     assert all(contrast("on", f"s{level}") > 4.5 for level in range(1, LEVELS))
+    # 3 for what is drawn: the underline on every shade, and the bars on their track.
+    assert all(contrast("mark", under) > 3 for under in ("card", "s1", "s2", "s3", "s4", "s5"))
     steps = [contrast("card", f"s{level}") for level in range(1, LEVELS)]
     assert steps == sorted(steps)
 

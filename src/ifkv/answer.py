@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,6 +32,10 @@ class Answer:
         first_logits: Logits of the first answered token, float32 ``[vocabulary]``, on the CPU.
         speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
             operations, with the selected rows' actual positions.
+        question: The question that was asked.
+        tokenizer: The session's tokenizer, which turns the context's tokens into text again.
+
+    In a notebook, an answer is displayed as :meth:`to_html` draws it.
     """
 
     text: str
@@ -44,9 +50,47 @@ class Answer:
     prompt_ids: Tensor
     first_logits: Tensor
     speedup_bound: float
+    question: str = ""
+    tokenizer: Any = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text
+
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, titles: Sequence[str] = ()
+    ) -> str:
+        """A page that shows where the question looked and what was recomputed.
+
+        One file without scripts, fonts or anything else to load: the documents' text shaded by
+        attention norm, recomputed tokens underlined, each document's share of the attention, the
+        order of the documents, and the time of each step beside the bound.
+
+        Args:
+            path: Also write the page to this file.
+            titles: Names of the documents, in the order they were asked; their opening words if
+                not given.
+
+        Returns:
+            The page.
+
+        Raises:
+            InvalidInputError: There is no tokenizer, or not one title for each document.
+        """
+        from ifkv.report.answer_page import answer_page
+        from ifkv.report.html import write_page
+
+        page = answer_page(self, titles)
+        if path is not None:
+            write_page(path, page)
+        return page
+
+    def _repr_html_(self) -> str | None:
+        """The page in a frame of its own, whose style meets nobody else's; for notebooks."""
+        if self.tokenizer is None:
+            return None
+        from ifkv.report.answer_page import framed
+
+        return framed(self.to_html())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +106,7 @@ class Prepared:
         timings: Seconds of each step.
         ttft_seconds: As in :class:`Answer`.
         speedup_bound: As in :class:`Answer`.
+        question: As in :class:`Answer`.
     """
 
     cache: StitchedCache
@@ -72,3 +117,4 @@ class Prepared:
     timings: dict[str, float]
     ttft_seconds: float
     speedup_bound: float
+    question: str = ""

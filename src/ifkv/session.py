@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -165,9 +166,10 @@ class Session:
         budget(1, ratio)  # refuse a bad ratio before any work
         prompt = self.format.prompt_ids(question)
         chosen = self._library.get(documents)
-        return prepare(
+        ready = prepare(
             self.model, chosen, prompt, timed, ratio=ratio, reorder=reorder, layers=layers
         )
+        return dataclasses.replace(ready, question=question)
 
     def complete(
         self,
@@ -204,6 +206,8 @@ class Session:
             prompt_ids=torch.tensor(ready.prompt_ids),
             first_logits=ready.logits.float().cpu(),
             speedup_bound=ready.speedup_bound,
+            question=ready.question,
+            tokenizer=self.tokenizer,
         )
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:

@@ -30,7 +30,7 @@ def ask(
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     html: Annotated[
         Path | None,
-        typer.Option(help="With --compare: also write a picture of the attention norms here."),
+        typer.Option(help="Also write a page here that shows the attention norms over the text."),
     ] = None,
 ) -> None:
     """Ask your own model a question over your own files.
@@ -40,7 +40,7 @@ def ask(
     from rich.console import Console
     from rich.markup import escape
 
-    from ifkv.cli.asking import answer_questions, stream_answer
+    from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
     from ifkv.session import Session
 
@@ -51,7 +51,7 @@ def ask(
         loaded = load_model(model, dtype=dtype, device=device)
     session = Session(loaded, tokenizer)
     if not compare:
-        session.add(texts, progress=True)
+        keys = session.add(texts, progress=True)
         stream_answer(
             console,
             session,
@@ -59,6 +59,8 @@ def ask(
             ratio=ratio,
             reorder=reorder,
             max_new_tokens=max_new_tokens,
+            titles=titles_of(keys, [file.name for file in files]),
+            html=html,
         )
         return
     answer_questions(

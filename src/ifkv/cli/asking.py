@@ -48,11 +48,7 @@ def answer_questions(
     """
     started = time.perf_counter()
     keys = session.add(texts, progress=True)
-    # Equal texts are one document, under its first title.
-    named: dict[str, str] = {}
-    for key, title in zip(keys, titles, strict=True):
-        named.setdefault(key, title)
-    titles = list(named.values())
+    titles = titles_of(keys, titles)
     tokens = len(session.context_ids())
     console.print(
         f"{len(titles)} documents, {tokens} tokens with their prefix, prefilled once in "
@@ -79,6 +75,14 @@ def answer_questions(
     if html is not None:
         note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio:g}"
         console.print(f"\nThe same as a page: {write_html(html, reports, note=note)}")
+
+
+def titles_of(keys: Sequence[str], titles: Sequence[str]) -> list[str]:
+    """One title per document: equal texts are one document, under its first title."""
+    named: dict[str, str] = {}
+    for key, title in zip(keys, titles, strict=True):
+        named.setdefault(key, title)
+    return list(named.values())
 
 
 def _report(session: Session, question: str, ways: Sequence[Way], titles: Sequence[str]) -> Report:
@@ -117,8 +121,10 @@ def stream_answer(
     ratio: float,
     reorder: bool,
     max_new_tokens: int,
+    titles: Sequence[str],
+    html: Path | None,
 ) -> None:
-    """Print one answer as it comes, and its time to first token."""
+    """Print one answer as it comes and its time to first token, and write its page if asked."""
     answer = session.ask(
         question,
         ratio=ratio,
@@ -130,3 +136,6 @@ def stream_answer(
         f"\n[dim]first token after {answer.ttft_seconds:.2f} s, {len(answer.slots)} of "
         f"{len(answer.context_ids)} tokens recomputed[/]"
     )
+    if html is not None:
+        answer.to_html(html, titles=titles)
+        console.print(f"Where the question looks, as a page: {escape(str(html.absolute()))}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,11 @@ class Report:
         order: For each document of the cache, its index among those asked.
         rows: The ways compared, in the order they are shown.
         titles: Names of the documents in the cache's order; the opening words where empty.
+        answer: The answer's text, shown where no ways are compared.
+        timings: Seconds of each step up to the first token, and of ``decode`` behind it.
+        ttft_seconds: From the question's arrival to the first token's logits; None if not known.
+        bound: S(r), as in :class:`AnswerRow`.
+        scored: Whether ``scores`` were measured; if not, they are all alike and show nothing.
     """
 
     question: str
@@ -67,6 +72,11 @@ class Report:
     order: Sequence[int]
     rows: Sequence[AnswerRow] = ()
     titles: Sequence[str] = ()
+    answer: str = ""
+    timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ttft_seconds: float | None = None
+    bound: float | None = None
+    scored: bool = True
 
     def __post_init__(self) -> None:
         length = len(self.token_texts)
@@ -131,4 +141,9 @@ class Report:
             order=list(answer.order),
             rows=tuple(rows),
             titles=[titles[index] for index in answer.order] if titles else [],
+            answer=answer.text,
+            timings=dict(answer.timings),
+            ttft_seconds=answer.ttft_seconds,
+            bound=answer.speedup_bound,
+            scored=answer.scores is not None,
         )

@@ -7,11 +7,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ifkv.errors import InvalidInputError
 from ifkv.report.data import AnswerRow, Report
+from ifkv.report.sentences import Sentence, strongest
 from ifkv.report.shading import STEPS, Run, document_shares, richest, runs, visible
 from ifkv.report.table import nats, one_line, percent, seconds, times
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # Documents whose text is unfolded when the page opens; all others are one click away.
 OPEN_DOCUMENTS = 3
+# Sentences that are named above the text, with links into it.
+STRONGEST_SENTENCES = 6
 
 
 def render_html(
@@ -66,8 +70,12 @@ def write_html(
     Returns:
         The file's absolute path.
     """
+    return write_page(path, render_html(reports, title=title, note=note))
+
+
+def write_page(path: str | os.PathLike[str], page: str) -> Path:
+    """Write a page to a file as :func:`write_html` does; returns the file's absolute path."""
     target = Path(path).absolute()
-    page = render_html(reports, title=title, note=note)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -88,25 +96,66 @@ def _section(report: Report, *, opened: bool) -> dict[str, Any]:
     unfolded = richest(shares, OPEN_DOCUMENTS) if opened else []
     largest = max((share.mass for share in shares), default=0.0) or 1.0
     slowest = max((row.ttft_seconds for row in report.rows), default=0.0) or 1.0
+    # Without scores every sentence is as strong as the next.
+    marked = strongest(report, STRONGEST_SENTENCES) if report.scored else []
     documents = [
         {
             "share": share,
             "open": index in unfolded,
             "percent": f"{share.mass:.1%}",
             "width": f"{share.mass / largest:.1%}",
-            "runs": _without_end(runs(report, share.slots)),
+            "parts": _parts(report, index, marked),
         }
         for index, share in enumerate(shares)
     ]
     return {
         "question": visible(report.question),
+        "answer": visible(report.answer.strip()),
         "context": len(report.token_texts),
         "prefix": report.prefix_length,
         "recomputed": len(report.recomputed),
         "recomputed_share": percent(len(report.recomputed) / max(1, len(report.token_texts))),
+        "scored": report.scored,
         "documents": documents,
+        "reordered": list(report.order) != sorted(report.order),
+        "asked": sorted(enumerate(shares), key=lambda pair: pair[1].number),
+        "sentences": [
+            {"text": one.text, "density": times(one.density), "title": shares[one.document].title}
+            for one in marked
+        ],
         "rows": [_row(row, slowest) for row in report.rows],
+        "steps": _steps(report),
+        "ttft": None if report.ttft_seconds is None else seconds(report.ttft_seconds),
+        "bound": times(report.bound),
     }
+
+
+def _parts(report: Report, document: int, marked: list[Sentence]) -> list[dict[str, Any]]:
+    """A document's runs, cut where one of the strongest sentences begins, which links lead to."""
+    slots = report.document_slices[document]
+    begins = {one.slots.start: rank for rank, one in enumerate(marked, 1)}
+    cuts = sorted({slots.start, *(at for at in begins if slots.start <= at < slots.stop)})
+    parts = [
+        {"anchor": begins.get(start), "runs": runs(report, slice(start, stop))}
+        for start, stop in pairwise([*cuts, slots.stop])
+    ]
+    if parts:
+        parts[-1]["runs"] = _without_end(parts[-1]["runs"])
+    return parts
+
+
+def _steps(report: Report) -> list[dict[str, str]]:
+    """Each step's time, and its bar's length beside the longest step before the first token."""
+    whole = report.ttft_seconds or 0.0
+    return [
+        {
+            "name": name,
+            "seconds": seconds(value),
+            "share": percent(value / whole) if whole and name != "decode" else "–",
+            "width": f"{min(1.0, value / whole):.1%}" if whole and name != "decode" else "0%",
+        }
+        for name, value in report.timings.items()
+    ]
 
 
 def _without_end(found: list[Run]) -> list[Run]:
