@@ -135,13 +135,11 @@ def _parts(report: Report, document: int, marked: list[Sentence]) -> list[dict[s
     slots = report.document_slices[document]
     begins = {one.slots.start: rank for rank, one in enumerate(marked, 1)}
     cuts = sorted({slots.start, *(at for at in begins if slots.start <= at < slots.stop)})
-    parts = [
-        {"anchor": begins.get(start), "runs": runs(report, slice(start, stop))}
-        for start, stop in pairwise([*cuts, slots.stop])
+    cut = [runs(report, slice(*pair)) for pair in pairwise([*cuts, slots.stop])]
+    cut[-1] = _without_end(cut[-1])
+    return [
+        {"anchor": begins.get(start), "runs": part} for start, part in zip(cuts, cut, strict=True)
     ]
-    if parts:
-        parts[-1]["runs"] = _without_end(parts[-1]["runs"])
-    return parts
 
 
 def _steps(report: Report) -> list[dict[str, str]]:
