@@ -1,4 +1,10 @@
-"""What the arithmetic allows: operations of a full prefill against those of a request.
+"""What things cost in operations and bytes, and what the arithmetic allows.
+
+Costs are those of the arithmetic a method asks for, counted from the model's own shapes: a product
+with a matrix is two operations per element and row; attention four per query head's dimension and
+pair of a row and a key it sees. Norms, rotations, softmax and the vocabulary's matrix (one row,
+the same for every method) are left out, and a sliding window is not taken off. Bytes are those of
+weights, keys and values, each read or written once per layer and pass.
 
 The bound counts floating-point operations alone, per decoder layer. With P the parameters of its
 matrices and ``alpha = T heads head_dim / P`` the weight of attention against them,
@@ -15,8 +21,34 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations and bytes; costs add up, and are multiplied by numbers.
+
+    Attributes:
+        flops: Floating-point operations.
+        bytes: Bytes of weights, keys and values read or written.
+
+    >>> Cost(2.0, 1.0) + 2 * Cost(1.0)
+    Cost(flops=4.0, bytes=1.0)
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.flops * times, self.bytes * times)
+
+    __rmul__ = __mul__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +59,17 @@ class ModelShape:
         layer_parameters: Elements of the layer's weight matrices.
         attention_width: Query heads times head_dim.
         num_layers: Decoder layers.
+        attention_parameters: Elements of the matrices of its attention block.
+        kv_width: Key heads times head_dim: elements of one row's keys.
+        element_size: Bytes of an element.
     """
 
     layer_parameters: int
     attention_width: int
     num_layers: int
+    attention_parameters: int = 0
+    kv_width: int = 0
+    element_size: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
@@ -39,8 +77,30 @@ class ModelShape:
         base: Any = model.base_model
         layer = base.layers[0]
         matrices = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
-        # o_proj takes all heads' outputs side by side, whatever the projections before it.
-        return cls(matrices, layer.self_attn.o_proj.weight.shape[1], len(base.layers))
+        attention = sum(p.numel() for p in layer.self_attn.parameters() if p.ndim == 2)
+        # o_proj takes all heads' outputs side by side, whatever the projections before it; what
+        # those give beside the queries is keys and values.
+        weight = layer.self_attn.o_proj.weight
+        hidden, width = weight.shape
+        kv_width = (attention // hidden - 2 * width) // 2
+        return cls(matrices, width, len(base.layers), attention, kv_width, weight.element_size())
+
+    def product(self, parameters: int, rows: int) -> Cost:
+        """Rows through matrices of so many elements."""
+        return Cost(2.0 * parameters * rows, float(parameters * self.element_size))
+
+    def attention(self, pairs: float, keys: int) -> Cost:
+        """Attention over so many pairs of a row and a key it sees, reading keys and values."""
+        return Cost(4.0 * self.attention_width * pairs, 2.0 * keys * self.row_bytes)
+
+    def layer(self, rows: int, pairs: float, keys: int) -> Cost:
+        """Rows through one whole decoder layer."""
+        return self.product(self.layer_parameters, rows) + self.attention(pairs, keys)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's keys, or values, in one layer."""
+        return self.kv_width * self.element_size
 
 
 def mean_position(slots: Tensor, context_length: int) -> float:
@@ -90,4 +150,72 @@ def speedup_bound(
     query = query_length / context_length * (1 + 2 * alpha)
     return (1 + alpha) / (
         ratio * (1 + c * alpha / 2) + query * (1 + scoring_layers / shape.num_layers)
+    )
+
+
+def causal_pairs(context_length: int, rows: int) -> float:
+    """Pairs of a row and a key it sees: rows that follow a context, each seeing those before it.
+
+    >>> causal_pairs(10, 2), causal_pairs(0, 3)
+    (23.0, 6.0)
+    """
+    return rows * context_length + rows * (rows + 1) / 2
+
+
+def prefill_cost(shape: ModelShape, length: int) -> Cost:
+    """A full prefill of ``length`` tokens, its keys and values written."""
+    layer = shape.layer(length, causal_pairs(0, length), length)
+    return shape.num_layers * (layer + Cost(bytes=2.0 * length * shape.row_bytes))
+
+
+def recompute_cost(
+    shape: ModelShape, slots: Tensor, context_length: int, prompt_length: int = 0
+) -> Cost:
+    """What :func:`ifkv.recompute` costs: selected rows and the prompt's, in one forward.
+
+    In the last layer all rows give keys and values, and only the prompt's last is run whole.
+
+    Args:
+        shape: The model's shape.
+        slots: Long ``[k]``, the selected rows.
+        context_length: Slots of the context, T.
+        prompt_length: Rows of the prompt.
+    """
+    rows = len(slots) + prompt_length
+    if rows == 0:
+        return Cost()
+    pairs = float((slots.double() + 1).sum()) + causal_pairs(context_length, prompt_length)
+    keys = context_length + prompt_length if prompt_length else int(slots.max()) + 1
+    whole = (shape.num_layers - 1) * shape.layer(rows, pairs, keys)
+    last = shape.product(shape.attention_parameters, rows)
+    written = Cost(bytes=2.0 * rows * shape.row_bytes * shape.num_layers)
+    answer = shape.layer(1, keys, keys) if prompt_length else Cost()
+    return whole + last + written + answer
+
+
+def scoring_cost(
+    shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
+) -> Cost:
+    """What :func:`ifkv.score` costs: the query as far as the deepest of the scoring layers.
+
+    The deepest layer runs without its MLP. Where a layer scores, the query's products with the
+    context's keys are made once more.
+
+    Args:
+        shape: The model's shape.
+        query_length: Scoring tokens, Q.
+        context_length: Slots of the context, T.
+        layers: Scoring layers, counted from 0.
+    """
+    deepest, pairs = max(layers), causal_pairs(context_length, query_length)
+    attention = shape.attention(pairs, context_length)
+    norms = Cost(
+        2.0 * shape.attention_width * query_length * context_length,
+        float(context_length * shape.row_bytes),
+    )
+    return (
+        deepest * shape.layer(query_length, pairs, context_length)
+        + shape.product(shape.attention_parameters, query_length)
+        + attention
+        + len(set(layers)) * norms
     )

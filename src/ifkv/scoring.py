@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Reduction
+from ifkv.backends.base import Backend, QueryPlan, Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
@@ -69,27 +70,103 @@ def score(
             longer than the model's positions.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    handle = check_cache(model, cache)
-    query = token_tensor(model, query_ids, "the query")
-    chosen = _chosen_layers(num_layers(model), layers)
     if reduction not in get_args(Reduction):
         raise InvalidInputError(
             f"reduction {reduction!r} is unknown; choose one of {', '.join(get_args(Reduction))}."
         )
-    handle.rope.check_length(cache.query_position + len(query), "context and query")
+    check_cache(model, cache)
+    chosen = chosen_layers(num_layers(model), layers)
+    norms = measure_query(model, cache, query_ids, chosen, attention_norm(reduction))
+    return torch.stack(norms).mean(dim=0).to(torch.float32)
 
+
+@dataclasses.dataclass(frozen=True)
+class QueryView:
+    """What one layer of a scoring pass has to look at.
+
+    Attributes:
+        backend: The model's attention backend.
+        layer_idx: The layer.
+        query: Rotated, ``[1, heads, Q, head_dim]``.
+        context_keys: Rotated, ``[1, kv_heads, T, head_dim]``; views of the cache, not to be
+            written.
+        context_values: As the keys.
+        logsumexp: Of the attention over context and query tokens, ``[1, heads, Q]``.
+        plan: The pass's plan, which holds the positions.
+        scaling: Factor on the logits.
+        window: A row sees keys fewer than this many positions behind it; None sees all.
+    """
+
+    backend: Backend
+    layer_idx: int
+    query: Tensor
+    context_keys: Tensor
+    context_values: Tensor
+    logsumexp: Tensor
+    plan: QueryPlan
+    scaling: float
+    window: int | None
+
+
+Measure = Callable[[QueryView], Tensor]
+
+
+def attention_norm(reduction: Reduction) -> Measure:
+    """The measure of :func:`score`: the attention norm of each slot in one layer, ``[T]``."""
+
+    def measure(view: QueryView) -> Tensor:
+        return view.backend.attention_norm(
+            view.query,
+            view.context_keys,
+            view.logsumexp,
+            view.plan,
+            scaling=view.scaling,
+            reduction=reduction,
+            window=view.window,
+        )
+
+    return measure
+
+
+@torch.no_grad()
+def measure_query(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    query_ids: Sequence[int] | Tensor,
+    layers: Sequence[int],
+    measure: Measure,
+) -> list[Tensor]:
+    """Run the query over a stitched cache, as :func:`score` does, and measure in some layers.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache in any geometry; it is not changed.
+        query_ids: The scoring tokens.
+        layers: Where to measure, ascending, counted from 0.
+        measure: Called once in each of these layers.
+
+    Returns:
+        What it returned, layer by layer.
+
+    Raises:
+        InvalidInputError: Bad ids, or more tokens than the model has positions.
+    """
+    handle = check_cache(model, cache)
+    query = token_tensor(model, query_ids, "the query")
+    handle.rope.check_length(cache.query_position + len(query), "context and query")
     device = model.device
     positions = torch.arange(cache.query_position, cache.query_position + len(query), device=device)
     hidden = embed(model, query.to(device))
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
-    run = ScoringPass(handle, cache, chosen, positions, reduction)
-    rotation, deepest = (cos[None], sin[None]), chosen[-1]
+    run = ScoringPass(handle, cache, layers, positions, measure)
+    rotation, deepest = (cos[None], sin[None]), layers[-1]
     hidden = run_layers(model, hidden, positions, rotation, run, deepest)
     run_attention(model, hidden, positions, rotation, run, deepest)
-    return torch.stack(run.norms).mean(dim=0).to(torch.float32)
+    return run.measured
 
 
-def _chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
+def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
+    """Scoring layers, checked, ascending and counted from 0; the default ones for None."""
     if layers is None:
         return default_layers(depth)
     given = whole_numbers(layers, "layers")
@@ -103,26 +180,26 @@ def _chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
 
 
 class ScoringPass:
-    """Query tokens over a stitched cache that is only read; norms are taken on the way.
+    """Query tokens over a stitched cache that is only read; scores are taken on the way.
 
     Attributes:
-        norms: One ``[T]`` per scoring layer passed so far.
+        measured: What was measured in each scoring layer passed so far.
     """
 
     def __init__(
         self,
         handle: PatchHandle,
         cache: StitchedCache,
-        layers: list[int],
+        layers: Sequence[int],
         positions: Tensor,
-        reduction: Reduction,
+        measure: Measure,
     ):
         self._backend = handle.backend
         self._cache = cache
         self._layers = frozenset(layers)
         self._plan = handle.backend.plan_query(positions, cache.positions)
-        self._reduction = reduction
-        self.norms: list[Tensor] = []
+        self._measure = measure
+        self.measured: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keep nothing: the query's keys and values live for one layer."""
@@ -142,25 +219,28 @@ class ScoringPass:
         layer = self._cache.layers[layer_idx]
         context = slice(0, self._cache.context_length)
         context_keys = layer.key_buffer[:, :, context]
+        context_values = layer.value_buffer[:, :, context]
         out, logsumexp = self._backend.attend_query(
             query,
             keys,
             values,
             context_keys,
-            layer.value_buffer[:, :, context],
+            context_values,
             self._plan,
             scaling=scaling,
             window=window,
         )
         if layer_idx in self._layers:
-            norm = self._backend.attention_norm(
-                query,
-                context_keys,
-                logsumexp,
-                self._plan,
+            view = QueryView(
+                backend=self._backend,
+                layer_idx=layer_idx,
+                query=query,
+                context_keys=context_keys,
+                context_values=context_values,
+                logsumexp=logsumexp,
+                plan=self._plan,
                 scaling=scaling,
-                reduction=self._reduction,
                 window=window,
             )
-            self.norms.append(norm)
+            self.measured.append(self._measure(view))
         return out

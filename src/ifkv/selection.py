@@ -59,6 +59,15 @@ def select(
         InvalidInputError: The ratio lies outside [0, 1], or scores are not finite or not ``[T]``.
     """
     check_stitched(cache)
+    return top_slots(
+        cache, scores, budget(cache.context_length, ratio), protect_first=protect_first
+    )
+
+
+def top_slots(
+    cache: StitchedCache, scores: Tensor, count: int, *, protect_first: bool = True
+) -> Tensor:
+    """The ``count`` slots with the highest scores; arguments and errors of :func:`select`."""
     length = cache.context_length
     if not isinstance(scores, Tensor):
         raise InvalidInputError(
@@ -73,6 +82,5 @@ def select(
         raise InvalidInputError("scores hold NaN or infinity; nothing sensible can be selected.")
     start = cache.document_slices[0].stop if protect_first else 0
     candidates = scores[start:]
-    count = min(budget(length, ratio), len(candidates))
     ranked = torch.sort(candidates, descending=True, stable=True).indices
     return ranked[:count].sort().values + start

@@ -1,0 +1,60 @@
+"""Scoring under other positions than the cache's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ifkv.cost import Cost, ModelShape
+from ifkv.errors import InvalidInputError
+from ifkv.stitching import stitch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.positions import Geometry
+    from ifkv.selectors.protocol import Request
+    from ifkv.stitched_cache import StitchedCache
+
+
+def in_geometry(
+    model: PreTrainedModel, cache: StitchedCache, request: Request, geometry: Geometry
+) -> tuple[StitchedCache, Cost]:
+    """The cache itself, or its documents stitched once more in another geometry.
+
+    A stitched cache has no keys from before the rotation, and rotating keys a second time would
+    round them twice; so another geometry is made from the documents.
+
+    Args:
+        model: A patched model.
+        cache: The request's cache.
+        request: The request, with its documents.
+        geometry: The geometry wanted.
+
+    Returns:
+        A cache with the same slots, and the bytes that were read and written for it.
+
+    Raises:
+        InvalidInputError: The request has no documents, or not those of the cache.
+    """
+    if geometry == cache.geometry:
+        return cache, Cost()
+    if request.documents is None:
+        raise InvalidInputError(
+            f"scoring in the geometry {geometry!r} needs the documents, but the request has none; "
+            "give Request(documents=...) what the cache was stitched from."
+        )
+    if len(request.documents) != len(cache.order):
+        raise InvalidInputError(
+            f"the request has {len(request.documents)} documents, the cache {len(cache.order)}; "
+            "give those the cache was stitched from."
+        )
+    twin = stitch(model, request.documents, order=cache.order, geometry=geometry)
+    if not torch.equal(twin.token_ids, cache.token_ids):
+        raise InvalidInputError(
+            "the request's documents are not those of the cache; give what it was stitched from, "
+            "in the same order."
+        )
+    rows = 2.0 * cache.context_length * len(cache.layers) * ModelShape.of(model).row_bytes
+    return twin, Cost(bytes=2 * rows)
