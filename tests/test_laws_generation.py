@@ -137,6 +137,35 @@ def test_lengths_count_from_the_prompts_start(length: int, expected: int) -> Non
         assert ifkv.generate(bench.model, cache, REQUEST.prompt).shape == (1, 3 + 32)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_models_own_least_length_counts_as_after_a_full_prefill(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the model's own config it counts context, prompt and answer, as for transformers."""
+    ends = dict(eos_token_id=list(range(96)), pad_token_id=0, max_new_tokens=9, do_sample=False)
+    model = shared_tiny_model("llama")
+    with prepared(model, REQUEST) as bench:
+        cache = repaired(bench, fused)
+        before = cache.context_length + len(REQUEST.prompt)
+        assert len(both_ways(bench, cache, **ends)[0][0]) == len(REQUEST.prompt) + 1
+        for least in (before - 1, before + 5):
+            monkeypatch.setattr(model.generation_config, "min_length", least)
+            got, expected, _ = both_ways(bench, cache, **ends)
+            assert torch.equal(got, expected[:, cache.context_length :])
+            assert got.shape[1] - len(REQUEST.prompt) == max(1, least + 1 - before)
+        monkeypatch.setattr(model.generation_config, "min_length", 0)
+        asked = ifkv.generate(model, cache, REQUEST.prompt, min_length=7, **ends)
+        assert asked.shape[1] == 7 + 1
+
+
+def test_what_generate_does_not_know_is_refused_at_once() -> None:
+    with prepared(shared_tiny_model("llama"), REQUEST) as bench:
+        with pytest.raises(ifkv.IfkvError, match="tempereture .* did you mean temperature"):
+            ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, tempereture=0.5)
+        with pytest.raises(ifkv.IfkvError, match="xyzzy is no option .* leave it out"):
+            ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, xyzzy=1)
+
+
 def test_assisted_decoding_is_refused() -> None:
     """Upstream's loses tokens behind any cache that holds a context already."""
     with prepared(shared_tiny_model("llama"), REQUEST) as bench:

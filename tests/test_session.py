@@ -147,6 +147,8 @@ def test_a_template_that_changes_the_message_is_refused() -> None:
         ({"ratio": -0.1}, "-0.1"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "use_cache cannot be given"),
+        ({"tempreature": 0.5}, "did you mean temperature"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(

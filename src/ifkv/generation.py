@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,8 +60,8 @@ def generate(
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: Bad ids, other rows appended behind the context, too many tokens, or a
-            keyword that the cache leaves no choice about.
+        InvalidInputError: Bad ids, other rows appended behind the context, too many tokens, a
+            keyword that the cache leaves no choice about, or one that generate() does not know.
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
@@ -74,7 +76,7 @@ def generate(
     if not ready:
         check_answerable(cache, "generate")
     handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
-    _check_kwargs(model, generate_kwargs)
+    check_generate_kwargs(model, generate_kwargs)
 
     context = cache.context_length
     kwargs = _with_lengths(model, context, generate_kwargs)
@@ -103,8 +105,22 @@ def generate(
     return out
 
 
-def _check_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse what would make generate() answer from something else than the cache."""
+def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse keywords for generate() before any work.
+
+    Args:
+        model: A model.
+        kwargs: What is meant for its ``generate()``.
+
+    Raises:
+        InvalidInputError: The cache leaves no choice about one, or generate() does not know it.
+    """
+    known = _known_kwargs(model)
+    for key in kwargs:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out."
+            raise InvalidInputError(f"{key} is no option of generate(); {hint}")
     for key in _RESERVED:
         if key in kwargs:
             raise InvalidInputError(
@@ -119,6 +135,15 @@ def _check_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             )
     if kwargs.get("max_new_tokens") is not None:
         check_positive(kwargs["max_new_tokens"], "max_new_tokens")
+
+
+def _known_kwargs(model: PreTrainedModel) -> set[str]:
+    """What ``model.generate()`` takes: its own arguments, a config's fields, the forward's."""
+    from transformers import GenerationConfig
+
+    methods: list[Any] = [model.generate, model.forward]
+    parameters = [each for method in methods for each in inspect.signature(method).parameters]
+    return {*parameters, *vars(GenerationConfig()), *_RESERVED, *_ASSISTED} - {"self", "kwargs"}
 
 
 def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -> dict[str, Any]:

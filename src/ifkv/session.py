@@ -13,7 +13,7 @@ from torch import Tensor
 from ifkv.answer import Answer, Prepared
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError
-from ifkv.generation import generate
+from ifkv.generation import check_generate_kwargs, generate
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
@@ -143,7 +143,7 @@ class Session:
             InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
         """
         check_positive(max_new_tokens, "max_new_tokens")  # before any work
-        _check_kwargs(generate_kwargs)
+        _check_kwargs(self.model, generate_kwargs)
         ready = self.prepare(
             question, documents=documents, ratio=ratio, reorder=reorder, layers=layers
         )
@@ -180,7 +180,7 @@ class Session:
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
-        _check_kwargs(generate_kwargs)
+        _check_kwargs(self.model, generate_kwargs)
         decoding = time.perf_counter()
         generate_kwargs.setdefault("do_sample", False)
         generate_kwargs.setdefault("pad_token_id", self.pad_token_id)
@@ -222,7 +222,7 @@ class Session:
         return self.tokenizer.eos_token_id if pad is None else pad
 
 
-def _check_kwargs(generate_kwargs: dict[str, Any]) -> None:
+def _check_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
     """Refuse, before any work, what one answer has no place for."""
     for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
         if key in generate_kwargs:
@@ -230,3 +230,4 @@ def _check_kwargs(generate_kwargs: dict[str, Any]) -> None:
                 f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
                 "use ifkv.generate for it (and stream= for streaming)."
             )
+    check_generate_kwargs(model, generate_kwargs)
