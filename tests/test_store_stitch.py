@@ -3,7 +3,7 @@
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import ifkv
 from ifkv import layer_loading
 from ifkv.errors import StoreCorruptionError
+from ifkv.stitched_cache import StitchedLayer
 from ifkv.store import DiskStore, MemoryStore, RemoteStore, StoredDocument, TieredStore
 from ifkv.testing import assert_bit_equal, tiny_model
 
@@ -165,6 +166,30 @@ def test_corruption_found_on_the_way_is_an_error_and_stays_one(
     store.put(made[1])
     again = ifkv.stitch(model, lazily(store, made))
     assert ifkv.recompute(model, again, [3], prompt_ids=PROMPT) is not None
+
+
+def test_two_threads_may_meet_at_a_layer_that_is_being_loaded() -> None:
+    """One is done with loading between the other's look and its call."""
+
+    class Overtaken(StitchedLayer):
+        calls = 0
+        looks = 0
+
+        @property
+        def settle(self) -> Callable[[], None] | None:  # type: ignore[override]
+            self.looks += 1
+            return self.fill if self.looks == 1 else None
+
+        @settle.setter
+        def settle(self, value: Callable[[], None] | None) -> None:
+            assert value is None
+
+        def fill(self) -> None:
+            self.calls += 1
+
+    layer = Overtaken(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 3)
+    assert layer.key_buffer.shape == (1, 1, 4, 2)
+    assert layer.calls == 1
 
 
 def test_copies_are_of_rows_that_are_there(

@@ -74,8 +74,9 @@ class StitchedLayer(DynamicLayer):
         self._value_buffer = buffer
 
     def _settled(self) -> None:
-        if self.settle is not None:
-            self.settle()
+        settle = self.settle  # looked at once: another thread may be done with it meanwhile
+        if settle is not None:
+            settle()
             self.settle = None
 
     def __getstate__(self) -> dict[str, Any]:
