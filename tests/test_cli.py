@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_an_error_is_a_sentence_and_not_a_traceback() -> None:
     assert run.returncode == 1
     assert run.stderr.startswith("InvalidInputError: 'no/such/model'")
     assert "Traceback" not in run.stderr
+
+
+def test_a_terminal_that_is_not_utf8_gets_question_marks(
+    model_folder: Path, texts: list[str]
+) -> None:
+    command = [sys.executable, "-c", "from ifkv.cli import main; main()", "ask", "Which – one?"]
+    run = subprocess.run(
+        [*command, *texts, "--model", str(model_folder), "--max-new-tokens", "2"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode()
+    assert b"Which ? one?" in run.stdout
 
 
 @pytest.mark.parametrize("command", ["demo", "ask", "verify", "encode", "store"])

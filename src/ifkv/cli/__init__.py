@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -29,6 +30,10 @@ app.add_typer(store_app, name="store")
 
 def main() -> None:
     """Run the command line; an error of ours is a sentence, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or a pipe that is not UTF-8 shows what it cannot write as a question mark.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except IfkvError as error:

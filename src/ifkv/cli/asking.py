@@ -71,7 +71,7 @@ def answer_questions(
     if len(reports) > 1:
         console.print(_summary(reports))
     console.print()
-    console.print(Heatmap(reports[0], documents=2))
+    console.print(Heatmap(reports[0], documents=3, lines=4))
     if html is not None:
         note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio:g}"
         console.print(f"\nThe same as a page: {write_html(html, reports, note=note)}")

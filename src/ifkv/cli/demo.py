@@ -32,11 +32,12 @@ def demo(
 
     from ifkv.cli.asking import answer_questions
     from ifkv.demo.corpus import load_corpus
-    from ifkv.demo.model import load_demo_model
+    from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
     from ifkv.session import Session
 
     console = Console()
-    with console.status("loading SmolLM2-135M (the first time converts it, half a minute)"):
+    prepare_demo_model()  # the first time it converts the model, and shows that by itself
+    with console.status(f"loading {MODEL_NAME}"):
         model, tokenizer = load_demo_model()
     corpus = load_corpus()
     session = Session(model, tokenizer)
