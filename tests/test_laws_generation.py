@@ -160,9 +160,9 @@ def test_a_models_own_least_length_counts_as_after_a_full_prefill(
 
 def test_what_generate_does_not_know_is_refused_at_once() -> None:
     with prepared(shared_tiny_model("llama"), REQUEST) as bench:
-        with pytest.raises(ifkv.IfkvError, match="tempereture .* did you mean temperature"):
+        with pytest.raises(ifkv.IfkvError, match=r"tempereture .* did you mean temperature"):
             ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, tempereture=0.5)
-        with pytest.raises(ifkv.IfkvError, match="xyzzy is no option .* leave it out"):
+        with pytest.raises(ifkv.IfkvError, match=r"xyzzy is no option .* leave it out"):
             ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, xyzzy=1)
 
 
