@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ifkv.answer import Answer
+    from ifkv.batch_generation import generate_many
+    from ifkv.batching import recompute_many, score_many
     from ifkv.cost import speedup_bound
     from ifkv.documents import DocumentCache, prefill_documents
     from ifkv.errors import IfkvError
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ifkv.selection import select
     from ifkv.session import Session
     from ifkv.stitched_cache import StitchedCache
-    from ifkv.stitching import stitch
+    from ifkv.stitching import stitch, stitch_many
 
 __version__ = "0.1.0"
 
@@ -38,14 +40,18 @@ _HOME = {
     "Session": "session",
     "StitchedCache": "stitched_cache",
     "generate": "generation",
+    "generate_many": "batch_generation",
     "patch": "patching",
     "prefill_documents": "documents",
     "recompute": "recomputation",
+    "recompute_many": "batching",
     "reorder": "reordering",
     "score": "scoring",
+    "score_many": "batching",
     "select": "selection",
     "speedup_bound": "cost",
     "stitch": "stitching",
+    "stitch_many": "stitching",
     "unpatch": "patching",
 }
 
@@ -57,14 +63,18 @@ __all__ = [
     "Session",
     "StitchedCache",
     "generate",
+    "generate_many",
     "patch",
     "prefill_documents",
     "recompute",
+    "recompute_many",
     "reorder",
     "score",
+    "score_many",
     "select",
     "speedup_bound",
     "stitch",
+    "stitch_many",
     "unpatch",
 ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,19 @@ def check_positive(value: Any, what: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidInputError(f"{what} is {value!r} but must be a whole number of at least 1.")
+
+
+@contextmanager
+def naming_request(index: int) -> Iterator[None]:
+    """Say in a refusal which of several requests it is about.
+
+    Args:
+        index: The request's number, counting from 0.
+    """
+    try:
+        yield
+    except InvalidInputError as error:
+        raise type(error)(f"request {index}: {error}") from error
 
 
 def whole_numbers(values: Any, what: str) -> list[int]:

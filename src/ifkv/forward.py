@@ -98,6 +98,22 @@ def run_attention(
     )
 
 
+def row_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of every row.
+
+    Args:
+        model: A patched model.
+        hidden: Output of the last layer, ``[1, rows, hidden]``.
+
+    Returns:
+        ``[rows, vocabulary]``.
+    """
+    base: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    logits: Tensor = head(base.norm(hidden))
+    return logits[0]
+
+
 def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of the last row.
 
@@ -108,10 +124,7 @@ def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     Returns:
         ``[vocabulary]``.
     """
-    base: Any = model.base_model
-    head: Any = model.get_output_embeddings()
-    logits: Tensor = head(base.norm(hidden[:, -1:]))
-    return logits[0, 0]
+    return row_logits(model, hidden[:, -1:])[0]
 
 
 def _keywords(

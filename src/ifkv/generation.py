@@ -67,12 +67,7 @@ def generate(
     """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
-    appended = cache.get_seq_length() - cache.context_length
-    ready = (
-        cache.prompt_ids is not None
-        and appended == len(prompt)
-        and torch.equal(cache.prompt_ids, prompt)
-    )
+    ready = has_prompt(cache, prompt)
     if not ready:
         check_answerable(cache, "generate")
     handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
@@ -103,6 +98,21 @@ def generate(
         return out[:, context:]
     out.sequences = out.sequences[:, context:]
     return out
+
+
+def has_prompt(cache: StitchedCache, prompt: Tensor) -> bool:
+    """Whether the cache's context is followed by this prompt's rows and nothing else.
+
+    Args:
+        cache: A stitched cache.
+        prompt: Token ids, on the model's device.
+    """
+    appended = cache.get_seq_length() - cache.context_length
+    return (
+        cache.prompt_ids is not None
+        and appended == len(prompt)
+        and torch.equal(cache.prompt_ids, prompt)
+    )
 
 
 def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

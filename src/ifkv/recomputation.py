@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from ifkv.backends.base import RowPlan
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError
-from ifkv.forward import embed, last_logits, num_layers, run_attention, run_layers
-from ifkv.patching import PatchHandle
+from ifkv.forward import embed, num_layers, row_logits, run_attention, run_layers
+from ifkv.patching import PatchHandle, handle_of
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
 if TYPE_CHECKING:
@@ -53,38 +54,128 @@ def recompute(
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    handle = check_cache(model, cache)
-    check_answerable(cache, "recompute")
-    handle.rope.check_frequencies()
-    rows = _checked_slots(slots, cache.context_length)
-    ids = cache.token_ids[rows.to(cache.token_ids.device)]
-    length = cache.context_length
-    prompt = None
-    if prompt_ids is not None:
-        prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
-        length += len(prompt)
-        handle.rope.check_length(length, "context and prompt")
-        rows = torch.cat((rows, torch.arange(cache.context_length, length)))
-        ids = torch.cat((ids, prompt))
+    job = Recomputation.checked(model, cache, slots, prompt_ids)
+    return run_recomputations(model, [job], block_tokens)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recomputation:
+    """One request's rows, checked and ready to run.
+
+    Attributes:
+        cache: Its cache.
+        slots: Long ``[rows]``, ascending, on the CPU: selected slots, then the prompt's.
+        token_ids: Long ``[rows]``, on the model's device.
+        prompt: The prompt's tokens, on the model's device, or None.
+        length: Slots in use once the rows have run.
+    """
+
+    cache: StitchedCache
+    slots: Tensor
+    token_ids: Tensor
+    prompt: Tensor | None
+    length: int
+
+    @classmethod
+    def checked(
+        cls,
+        model: PreTrainedModel,
+        cache: StitchedCache,
+        slots: Sequence[int] | Tensor,
+        prompt_ids: Sequence[int] | Tensor | None,
+    ) -> Recomputation:
+        """From the arguments of :func:`recompute`; raises its errors, and changes nothing."""
+        handle = check_cache(model, cache)
+        check_answerable(cache, "recompute")
+        handle.rope.check_frequencies()
+        rows = _checked_slots(slots, cache.context_length)
+        ids = cache.token_ids[rows.to(cache.token_ids.device)]
+        length = cache.context_length
+        prompt = None
+        if prompt_ids is not None:
+            prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
+            length += len(prompt)
+            handle.rope.check_length(length, "context and prompt")
+            rows = torch.cat((rows, torch.arange(cache.context_length, length)))
+            ids = torch.cat((ids, prompt))
+        return cls(cache, rows, ids, prompt, length)
+
+
+@torch.no_grad()
+def run_recomputations(
+    model: PreTrainedModel, jobs: Sequence[Recomputation], block_tokens: int | None
+) -> list[Tensor | None]:
+    """Run the rows of one or several requests together; see :func:`recompute`.
+
+    Args:
+        model: A patched model.
+        jobs: The requests, each over a cache of its own.
+        block_tokens: Rows to run at once; None runs all.
+
+    Returns:
+        For each request what :func:`recompute` returns.
+
+    Raises:
+        InvalidInputError: ``block_tokens`` is no whole number of at least 1.
+    """
     if block_tokens is not None:
         check_positive(block_tokens, "block_tokens")
-    if len(rows) == 0:
-        return None
-
-    for layer in cache.layers:
-        layer.reserve(length)
-    step = block_tokens or len(rows)
-    hidden = None
-    for start in range(0, len(rows), step):
-        block = slice(start, start + step)
-        hidden = _run_block(model, handle, cache, rows[block], ids[block], length)
-    if prompt is None or hidden is None:
-        return None
-    logits = _answer_row(model, handle, cache, hidden, length)
-    for layer in cache.layers:
-        layer.length = length
-    cache.prompt_ids = prompt
+    handle = handle_of(model)
+    for job in jobs:
+        if len(job.slots):
+            for layer in job.cache.layers:
+                layer.reserve(job.length)
+    counts = [len(job.slots) for job in jobs]
+    lasts: dict[int, Tensor] = {}
+    for block in cut_blocks(counts, block_tokens or max(1, sum(counts))):
+        hidden = _run_block(model, handle, [(jobs[index], rows) for index, rows in block])
+        end = 0
+        for index, rows in block:
+            end += rows.stop - rows.start
+            if rows.stop == counts[index] and jobs[index].prompt is not None:
+                lasts[index] = hidden[:, end - 1 : end].clone()  # the rest need not be kept
+    logits: list[Tensor | None] = [None] * len(jobs)
+    if not lasts:
+        return logits
+    answering = sorted(lasts)
+    rows_of = torch.cat([lasts[index] for index in answering], dim=1)
+    found = _answer_rows(model, handle, [jobs[index] for index in answering], rows_of)
+    for index, row in zip(answering, found, strict=True):
+        job = jobs[index]
+        logits[index] = row
+        for layer in job.cache.layers:
+            layer.length = job.length
+        job.cache.prompt_ids = job.prompt
     return logits
+
+
+def cut_blocks(counts: Sequence[int], size: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut the rows of several requests, laid end to end, into blocks of ``size`` rows at most.
+
+    Args:
+        counts: Rows of each request.
+        size: At least 1.
+
+    Yields:
+        For each block its requests' numbers and which of their rows are in it.
+
+    >>> list(cut_blocks([3, 0, 2], 4))
+    [[(0, slice(0, 3, None)), (2, slice(0, 1, None))], [(2, slice(1, 2, None))]]
+    """
+    block: list[tuple[int, slice]] = []
+    room = size
+    for index, count in enumerate(counts):
+        start = 0
+        while start < count:
+            stop = min(count, start + room)
+            block.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
 
 
 def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:
@@ -115,23 +206,22 @@ def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:
 
 
 def _run_block(
-    model: PreTrainedModel,
-    handle: PatchHandle,
-    cache: StitchedCache,
-    slots: Tensor,
-    token_ids: Tensor,
-    length: int,
+    model: PreTrainedModel, handle: PatchHandle, block: Sequence[tuple[Recomputation, slice]]
 ) -> Tensor:
     """Run rows through the layers, up to the last layer's keys and values.
 
     Returns:
         What the last layer was given, ``[1, rows, hidden]``.
     """
-    plan = handle.backend.plan_rows(slots, length, model.device)
-    hidden = embed(model, token_ids)
+    plan = handle.backend.plan_requests(
+        [job.slots[rows] for job, rows in block], [job.length for job, _ in block], model.device
+    )
+    hidden = embed(model, torch.cat([job.token_ids[rows] for job, rows in block]))
     cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
     last = num_layers(model) - 1
-    run = RowsPass(handle, cache, plan, skip_attention_in=last)
+    counts = [rows.stop - rows.start for _, rows in block]
+    caches = [job.cache for job, _ in block]
+    run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
     rotation = (cos[None], sin[None])
     hidden = run_layers(model, hidden, plan.slots, rotation, run, last)
     # Nobody reads the last layer's output at these rows, only its keys and values.
@@ -139,43 +229,74 @@ def _run_block(
     return hidden
 
 
-def _answer_row(
-    model: PreTrainedModel, handle: PatchHandle, cache: StitchedCache, hidden: Tensor, length: int
+def _answer_rows(
+    model: PreTrainedModel, handle: PatchHandle, jobs: Sequence[Recomputation], hidden: Tensor
 ) -> Tensor:
-    """The last layer for the last row alone, whose keys and values have been written."""
+    """The last layer for each request's last row, whose keys and values have been written.
+
+    Args:
+        model: A patched model.
+        handle: Its handle.
+        jobs: The requests.
+        hidden: What the last layer was given at these rows, ``[1, requests, hidden]``.
+
+    Returns:
+        Logits ``[requests, vocabulary]``.
+    """
     last = num_layers(model) - 1
-    plan = handle.backend.plan_rows(torch.tensor([length - 1]), length, model.device)
+    plan = handle.backend.plan_requests(
+        [job.slots[-1:] for job in jobs], [job.length for job in jobs], model.device
+    )
     cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
-    run = RowsPass(handle, cache, plan, write=False)
+    run = RowsPass(handle, [job.cache for job in jobs], [1] * len(jobs), plan, write=False)
     rotation = (cos[None], sin[None])
-    out = run_layers(model, hidden[:, -1:], plan.slots, rotation, run, last + 1, start=last)
-    return last_logits(model, out)
+    out = run_layers(model, hidden, plan.slots, rotation, run, last + 1, start=last)
+    return row_logits(model, out)
 
 
 class RowsPass:
-    """Rows scattered over a stitched cache: written at their slots, then position-causal."""
+    """Rows scattered over stitched caches: written at their slots, then position-causal.
+
+    Args:
+        handle: The model's handle.
+        caches: The cache of each request.
+        counts: Rows of each request, which follow one another.
+        plan: From :meth:`Backend.plan_requests`, of the same requests.
+        write: Whether the rows' keys and values are to be written; they have been otherwise.
+        skip_attention_in: A layer that is run for its keys and values alone.
+    """
 
     def __init__(
         self,
         handle: PatchHandle,
-        cache: StitchedCache,
+        caches: Sequence[StitchedCache],
+        counts: Sequence[int],
         plan: RowPlan,
         *,
         write: bool = True,
         skip_attention_in: int | None = None,
     ):
         self._backend = handle.backend
-        self._cache = cache
+        self._caches = caches
+        self._counts = list(counts)
+        self._slots = plan.slots.split(self._counts)
         self._plan = plan
         self._write = write
         self._skip = skip_attention_in
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Overwrite the rows' slots; the whole buffer is what they attend to."""
-        layer = self._cache.layers[layer_idx]
+        """Overwrite the rows' slots; the whole buffers are what they attend to."""
         if self._write:
-            layer.write(self._plan.slots, keys, values)
-        return layer.key_buffer, layer.value_buffer
+            parts = zip(
+                self._caches,
+                self._slots,
+                keys.split(self._counts, dim=2),
+                values.split(self._counts, dim=2),
+                strict=True,
+            )
+            for cache, slots, own_keys, own_values in parts:
+                cache.layers[layer_idx].write(slots, own_keys, own_values)
+        return keys, values
 
     def attend(
         self,
@@ -190,6 +311,12 @@ class RowsPass:
         """Position-causal attention of the rows."""
         if layer_idx == self._skip:
             return query.transpose(1, 2)  # run for its keys and values; nobody reads this
-        return self._backend.attend_rows(
-            query, keys, values, self._plan, scaling=scaling, window=window
+        layers = [cache.layers[layer_idx] for cache in self._caches]
+        return self._backend.attend_requests(
+            query,
+            [layer.key_buffer for layer in layers],
+            [layer.value_buffer for layer in layers],
+            self._plan,
+            scaling=scaling,
+            window=window,
         )

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
+from ifkv.attention import AttentionPass, SideBySide
 from ifkv.backends.base import Backend, QueryPlan, Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
-from ifkv.patching import PatchHandle
+from ifkv.patching import PatchHandle, handle_of
 from ifkv.stitched_cache import StitchedCache, check_cache
 
 if TYPE_CHECKING:
@@ -70,14 +71,15 @@ def score(
             longer than the model's positions.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    if reduction not in get_args(Reduction):
-        raise InvalidInputError(
-            f"reduction {reduction!r} is unknown; choose one of {', '.join(get_args(Reduction))}."
-        )
+    norm = attention_norm(reduction)
     check_cache(model, cache)
     chosen = chosen_layers(num_layers(model), layers)
-    norms = measure_query(model, cache, query_ids, chosen, attention_norm(reduction))
-    return torch.stack(norms).mean(dim=0).to(torch.float32)
+    return mean_over_layers(measure_query(model, cache, query_ids, chosen, norm))
+
+
+def mean_over_layers(norms: Sequence[Tensor]) -> Tensor:
+    """A request's scores from its layers' norms, float32 ``[T]``."""
+    return torch.stack(list(norms)).mean(dim=0).to(torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,15 @@ Measure = Callable[[QueryView], Tensor]
 
 
 def attention_norm(reduction: Reduction) -> Measure:
-    """The measure of :func:`score`: the attention norm of each slot in one layer, ``[T]``."""
+    """The measure of :func:`score`: the attention norm of each slot in one layer, ``[T]``.
+
+    Raises:
+        InvalidInputError: There is no such reduction.
+    """
+    if reduction not in get_args(Reduction):
+        raise InvalidInputError(
+            f"reduction {reduction!r} is unknown; choose one of {', '.join(get_args(Reduction))}."
+        )
 
     def measure(view: QueryView) -> Tensor:
         return view.backend.attention_norm(
@@ -151,18 +161,67 @@ def measure_query(
     Raises:
         InvalidInputError: Bad ids, or more tokens than the model has positions.
     """
-    handle = check_cache(model, cache)
-    query = token_tensor(model, query_ids, "the query")
-    handle.rope.check_length(cache.query_position + len(query), "context and query")
-    device = model.device
-    positions = torch.arange(cache.query_position, cache.query_position + len(query), device=device)
-    hidden = embed(model, query.to(device))
+    return run_scorings(model, [Scoring.checked(model, cache, query_ids)], layers, measure)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scoring:
+    """One request's query, checked and ready to run.
+
+    Attributes:
+        cache: Its cache.
+        query: The query's tokens, on the CPU.
+    """
+
+    cache: StitchedCache
+    query: Tensor
+
+    @classmethod
+    def checked(
+        cls, model: PreTrainedModel, cache: StitchedCache, query_ids: Sequence[int] | Tensor
+    ) -> Scoring:
+        """From the arguments of :func:`measure_query`; raises its errors."""
+        handle = check_cache(model, cache)
+        query = token_tensor(model, query_ids, "the query")
+        handle.rope.check_length(cache.query_position + len(query), "context and query")
+        return cls(cache, query)
+
+
+@torch.no_grad()
+def run_scorings(
+    model: PreTrainedModel, jobs: Sequence[Scoring], layers: Sequence[int], measure: Measure
+) -> list[list[Tensor]]:
+    """Run the queries of one or several requests together; see :func:`measure_query`.
+
+    Args:
+        model: A patched model.
+        jobs: The requests, at least one.
+        layers: Where to measure, ascending, counted from 0.
+        measure: Called once for each request in each of these layers.
+
+    Returns:
+        For each request what the measure returned, layer by layer.
+    """
+    handle, device = handle_of(model), model.device
+    starts = [job.cache.query_position for job in jobs]
+    own = [
+        torch.arange(start, start + len(job.query), device=device)
+        for start, job in zip(starts, jobs, strict=True)
+    ]
+    positions = torch.cat(own)
+    hidden = embed(model, torch.cat([job.query for job in jobs]).to(device))
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
-    run = ScoringPass(handle, cache, layers, positions, measure)
+    passes = [
+        ScoringPass(handle, job.cache, layers, at, measure)
+        for job, at in zip(jobs, own, strict=True)
+    ]
+    run: AttentionPass = passes[0]
+    if len(passes) > 1:
+        run = SideBySide(passes, [len(job.query) for job in jobs])
     rotation, deepest = (cos[None], sin[None]), layers[-1]
     hidden = run_layers(model, hidden, positions, rotation, run, deepest)
     run_attention(model, hidden, positions, rotation, run, deepest)
-    return run.measured
+    return [each.measured for each in passes]
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:

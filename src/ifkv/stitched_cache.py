@@ -38,12 +38,14 @@ class StitchedLayer(DynamicLayer):
         keys: ``[1, kv_heads, length, head_dim]``, after the rotation; a view of :attr:`key_buffer`.
         values: As keys.
         settle: Fills the buffers, where they are being loaded; called before their first use.
+        shared: Whether caches of other requests lie in the buffers' allocation.
     """
 
     def __init__(self, key_buffer: Tensor, value_buffer: Tensor, length: int, refusal: str = ""):
         self._key_buffer = key_buffer
         self._value_buffer = value_buffer
         self.settle: Callable[[], None] | None = None
+        self.shared = False
         self.length = length
         self.limit: int | None = None
         self._refusal = refusal
@@ -81,7 +83,12 @@ class StitchedLayer(DynamicLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settled()  # copies, as pickles, are of rows that are there
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        if self.shared:  # and take nothing of other requests along
+            state["_key_buffer"] = self._key_buffer.clone()
+            state["_value_buffer"] = self._value_buffer.clone()
+            state["shared"] = False
+        return state
 
     @property
     def keys(self) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ifkv.checks import whole_numbers
+from ifkv.checks import naming_request, whole_numbers
 from ifkv.documents import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.layer_loading import LayerLoader
 from ifkv.patching import PatchHandle, handle_of
-from ifkv.positions import layout
+from ifkv.positions import Layout, layout
 from ifkv.rope import rotate
 from ifkv.stitched_cache import StitchedCache, StitchedLayer, capacity_for
 
@@ -54,23 +56,116 @@ def stitch(
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
-    handle = handle_of(model)
-    handle.rope.check_frequencies()
-    _check_documents(model, handle, documents)
-    arranged = _arrange(documents, order)
-    ordered = [documents[i] for i in arranged]
-    first = ordered[0]
-    parts = ([first.prefix] if first.prefix is not None else []) + ordered
-    placed = layout(len(first.prefix_ids), [len(doc) for doc in ordered], geometry)
-    length = len(placed.positions)
-    handle.rope.check_length(length, "the stitched context")
+    planned = _Plan.checked(model, documents, order, geometry)
+    return _fill(model, planned, *_room(model, planned, planned.capacity), shared=False)
 
-    depth, kv_heads, _, head_dim = first.shape
-    capacity = capacity_for(length)
-    dtype, device = first.dtype, model.device
-    keys = torch.empty(depth, 1, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-    values = torch.empty_like(keys)
-    cos, sin = handle.rope.cos_sin(placed.positions.to(device), dtype)
+
+@torch.no_grad()
+def stitch_many(
+    model: PreTrainedModel,
+    requests: Sequence[Sequence[DocumentCache]],
+    *,
+    orders: Sequence[Sequence[int] | None] | None = None,
+    geometry: str = "global",
+) -> list[StitchedCache]:
+    """Stitch the documents of several requests; all is checked before anything is stitched.
+
+    The caches are as private as those of :func:`ifkv.stitch`, but lie side by side in one
+    allocation, so that a backend can read all of them in one call; its memory is free when the
+    last of them is.
+
+    Args:
+        model: A patched model.
+        requests: For each request its documents. Requests may share documents, which are held
+            once, and may have different prefixes.
+        orders: For each request its ``order``, as in :func:`ifkv.stitch`.
+        geometry: As in :func:`ifkv.stitch`.
+
+    Returns:
+        One cache per request.
+
+    Raises:
+        InvalidInputError: Not as many orders as requests, and as of :func:`ifkv.stitch`; the
+            message names the request.
+        FingerprintMismatchError: As of :func:`ifkv.stitch`.
+    """
+    given = [None] * len(requests) if orders is None else list(orders)
+    if len(given) != len(requests):
+        raise InvalidInputError(
+            f"{len(given)} orders were given for {len(requests)} requests; give one each, or none."
+        )
+    plans = []
+    for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
+        with naming_request(index):
+            plans.append(_Plan.checked(model, documents, order, geometry))
+    kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
+    if len(kinds) != 1 or len(plans) == 1:
+        return [
+            _fill(model, plan, *_room(model, plan, plan.capacity), shared=False) for plan in plans
+        ]
+    keys, values = _room(model, plans[0], sum(plan.capacity for plan in plans))
+    caches, start = [], 0
+    for plan in plans:
+        own = slice(start, start + plan.capacity)
+        start += plan.capacity
+        caches.append(_fill(model, plan, keys[..., own, :], values[..., own, :], shared=True))
+    return caches
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A request's documents, checked, arranged and placed."""
+
+    documents: list[DocumentCache]
+    order: list[int]
+    placed: Layout
+
+    @classmethod
+    def checked(
+        cls,
+        model: PreTrainedModel,
+        documents: Sequence[DocumentCache],
+        order: Sequence[int] | None,
+        geometry: str,
+    ) -> _Plan:
+        handle = handle_of(model)
+        handle.rope.check_frequencies()
+        _check_documents(model, handle, documents)
+        arranged = _arrange(documents, order)
+        ordered = [documents[i] for i in arranged]
+        placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
+        handle.rope.check_length(len(placed.positions), "the stitched context")
+        return cls(ordered, arranged, placed)
+
+    @property
+    def first(self) -> DocumentCache:
+        return self.documents[0]
+
+    @property
+    def parts(self) -> list[DocumentCache]:
+        prefix = self.first.prefix
+        return ([] if prefix is None else [prefix]) + self.documents
+
+    @property
+    def capacity(self) -> int:
+        return capacity_for(len(self.placed.positions))
+
+
+def _room(model: PreTrainedModel, plan: _Plan, capacity: int) -> tuple[Tensor, Tensor]:
+    """Buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
+    depth, kv_heads, _, head_dim = plan.first.shape
+    shape = (depth, 1, kv_heads, capacity, head_dim)
+    keys = torch.empty(shape, dtype=plan.first.dtype, device=model.device)
+    return keys, torch.empty_like(keys)
+
+
+def _fill(
+    model: PreTrainedModel, plan: _Plan, keys: Tensor, values: Tensor, *, shared: bool
+) -> StitchedCache:
+    """Stitch into buffers; ``shared`` says that other caches lie in the same allocation."""
+    handle, device = handle_of(model), model.device
+    placed, parts, length = plan.placed, plan.parts, len(plan.placed.positions)
+    cos, sin = handle.rope.cos_sin(placed.positions.to(device), plan.first.dtype)
     loader = None
     if any(part.lazy for part in parts):
         loader = LayerLoader(parts, keys, values, cos, sin)
@@ -89,14 +184,15 @@ def stitch(
             "scored. Stitch with geometry='global' to recompute or answer."
         )
     layers = [StitchedLayer(k, v, length, refusal) for k, v in zip(keys, values, strict=True)]
-    if handle.rope.rope_type == "longrope":
-        for layer in layers:
+    for layer in layers:
+        layer.shared = shared
+        if handle.rope.rope_type == "longrope":
             layer.limit = handle.rope.limit
     if loader is not None:
         for index, layer in enumerate(layers):
             layer.settle = functools.partial(loader.ensure, index)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
-    cache = StitchedCache(layers, token_ids, placed, arranged, first.fingerprint)
+    cache = StitchedCache(layers, token_ids, placed, plan.order, plan.first.fingerprint)
     cache.loader = loader
     return cache
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -147,6 +148,70 @@ class Backend(ABC):
         Returns:
             ``[1, rows, heads, head_dim]``.
         """
+
+    def plan_requests(
+        self, slots: Sequence[Tensor], kv_lengths: Sequence[int], device: torch.device
+    ) -> RowPlan:
+        """Plan position-causal rows of several requests, each over a cache of its own.
+
+        Args:
+            slots: For each request its rows' slots, as in :meth:`plan_rows`; none is allowed.
+            kv_lengths: For each request its slots in use, as in :meth:`plan_rows`.
+            device: Where attention will run.
+
+        Returns:
+            A plan for :meth:`attend_requests`; its ``slots`` are those of all requests, one
+            request after the other.
+        """
+        parts = tuple(
+            self.plan_rows(own, length, device)
+            for own, length in zip(slots, kv_lengths, strict=True)
+        )
+        together = torch.cat([part.slots for part in parts])
+        return RowPlan(together, max(kv_lengths, default=0), parts)
+
+    def attend_requests(
+        self,
+        query: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Position-causal attention of several requests' rows, each over its own cache.
+
+        A backend that can run requests together does; this one runs them one by one.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
+            keys: For each request ``[1, kv_heads, >= its kv_length, head_dim]``.
+            values: Of the same shapes.
+            plan: From :meth:`plan_requests`.
+            scaling: Factor on the logits.
+            window: As in :meth:`attend_documents`.
+
+        Returns:
+            ``[1, rows, heads, head_dim]``.
+        """
+        parts: tuple[RowPlan, ...] = plan.detail
+        if len(parts) == 1:
+            return self.attend_rows(
+                query, keys[0], values[0], parts[0], scaling=scaling, window=window
+            )
+        outs = [
+            self.attend_rows(rows, own_keys, own_values, part, scaling=scaling, window=window)
+            for rows, own_keys, own_values, part in zip(
+                query.split([len(part.slots) for part in parts], dim=2),
+                keys,
+                values,
+                parts,
+                strict=True,
+            )
+            if len(part.slots)
+        ]
+        return torch.cat(outs, dim=1)
 
     def decode(
         self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float

@@ -6,6 +6,7 @@ is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowP
 from ifkv.backends.flashinfer.availability import load
 from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
-from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages
+from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages, view_together
 from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
 from ifkv.backends.flashinfer.tiles import MaskForm, Part
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
@@ -132,6 +133,45 @@ class FlashInferBackend(Backend):
         """
         buffers = view_as_pages(keys, values, plan.kv_length)
         return self.attend_pages(query, buffers, plan, scaling=scaling, window=window, **scales)
+
+    def attend_requests(
+        self,
+        query: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        plan: RowPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        **scales: float,
+    ) -> Tensor:
+        """See :meth:`Backend.attend_requests`.
+
+        Caches that :func:`ifkv.stitch_many` made lie in one allocation and are read in one call.
+        Others, and those of which one has since outgrown it, take a call each.
+        """
+        detail: RowDetail = plan.detail
+        how: dict[str, Any] = {"scaling": scaling, "window": window, **scales}
+        if len(keys) == 1:
+            return self.attend_rows(query, keys[0], values[0], plan, **how)
+        buffers = view_together(keys, values, detail.kv_lengths)
+        if buffers is not None:
+            return self.attend_pages(query, buffers, plan, **how)
+        outs = []
+        start = 0
+        for index, (slots, length) in enumerate(zip(detail.slots, detail.kv_lengths, strict=True)):
+            rows = slice(start, start + len(slots))
+            start = rows.stop
+            if len(slots) == 0:
+                continue
+            alone = detail.planned.once(
+                ("alone", index),
+                functools.partial(self.plan_rows, slots, length, query.device),
+            )
+            outs.append(
+                self.attend_rows(query[:, :, rows], keys[index], values[index], alone, **how)
+            )
+        return torch.cat(outs, dim=1)
 
     def attend_pages(
         self,

@@ -60,6 +60,53 @@ def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
     return PagedBuffers(key_pages, value_pages, first_pages)
 
 
+def view_together(
+    keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]
+) -> PagedBuffers | None:
+    """View buffers of several requests as pages of one, where they lie in one allocation.
+
+    Args:
+        keys: For each request ``[1, kv_heads, >= its length, head_dim]``.
+        values: Of the same shapes.
+        lengths: Slots in use of each request.
+
+    Returns:
+        The pages, or None where the requests lie a broken number of pages apart or not together.
+    """
+    pairs = list(zip(lengths, keys, strict=True)), list(zip(lengths, values, strict=True))
+    for side in pairs:
+        first = side[0][1]
+        if first.stride(-1) != 1 or any(
+            x.stride() != first.stride()
+            or x.dtype != first.dtype
+            or x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            for _, x in side
+        ):
+            return None
+    size = min(_page_size(x, length) for side in pairs for length, x in side)
+    key_pages, first_pages = _common_pages(pairs[0], size)
+    value_pages, value_first_pages = _common_pages(pairs[1], size)
+    if first_pages is None or first_pages != value_first_pages:
+        return None
+    return PagedBuffers(key_pages, value_pages, first_pages)
+
+
+def _common_pages(
+    side: Sequence[tuple[int, Tensor]], size: int
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Pages from the request that lies lowest on, and where each request's begin."""
+    lowest = min((x for _, x in side), key=Tensor.storage_offset)
+    stride = size * lowest.stride(2)
+    away = [x.storage_offset() - lowest.storage_offset() for _, x in side]
+    if any(distance % stride for distance in away):
+        return lowest, None
+    firsts = tuple(distance // stride for distance in away)
+    count = max(first + -(-length // size) for first, (length, _) in zip(firsts, side, strict=True))
+    shape = (count, lowest.shape[1], size, lowest.shape[3])
+    strides = (stride, lowest.stride(1), lowest.stride(2), 1)
+    return lowest.as_strided(shape, strides, lowest.storage_offset()), firsts
+
+
 def _page_size(x: Tensor, length: int) -> int:
     size = PAGE_SIZE
     while size > 1 and not _fits(x, length, size):
