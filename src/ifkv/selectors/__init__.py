@@ -3,8 +3,8 @@
 A selector is used by name, with options behind a colon:
 
     >>> from ifkv import selectors
-    >>> selectors.names()
-    ['attention-norm', 'random']
+    >>> selectors.names()[:3]
+    ['attention-norm', 'cacheblend', 'entropy']
     >>> selectors.resolve("attention-norm:layers=0.0-1.0,query=question").query
     'question'
 
@@ -14,21 +14,37 @@ Each reports what it spent, in operations and bytes, so that rules are compared 
 from ifkv.cost import Cost
 from ifkv.selectors.attention_norm import AttentionNorm
 from ifkv.selectors.budget import Budget, sentence_groups
+from ifkv.selectors.cacheblend import CacheBlend
 from ifkv.selectors.chance import Random
+from ifkv.selectors.entropy import Entropy
+from ifkv.selectors.epic import Epic
 from ifkv.selectors.options import Layers, describe
+from ifkv.selectors.oracle import Oracle
+from ifkv.selectors.prophetkv import ProphetKV
 from ifkv.selectors.protocol import Ranked, Request, Selection, Selector
+from ifkv.selectors.recency import Recency
 from ifkv.selectors.registry import names, register, resolve, selector_class
+from ifkv.selectors.two_round import TwoRound
+from ifkv.selectors.value_aware import ValueAware
 
 __all__ = [
     "AttentionNorm",
     "Budget",
+    "CacheBlend",
     "Cost",
+    "Entropy",
+    "Epic",
     "Layers",
+    "Oracle",
+    "ProphetKV",
     "Random",
     "Ranked",
+    "Recency",
     "Request",
     "Selection",
     "Selector",
+    "TwoRound",
+    "ValueAware",
     "describe",
     "names",
     "register",

@@ -120,7 +120,7 @@ class Budget:
         """
         check_stitched(cache)
         top_slots(cache, scores, 0)  # refuse bad scores before they are smoothed
-        smooth = self._smoothed(cache, scores, groups)
+        smooth = self.smoothed(cache, scores, groups)
         return top_slots(cache, smooth, self._count(cache, smooth))
 
     def _count(self, cache: StitchedCache, scores: Tensor) -> int:
@@ -146,7 +146,8 @@ class Budget:
         short = int((covered < self.mass * covered[-1]).sum())
         return min(short + 1, limit)
 
-    def _smoothed(self, cache: StitchedCache, scores: Tensor, groups: Tensor | None) -> Tensor:
+    def smoothed(self, cache: StitchedCache, scores: Tensor, groups: Tensor | None) -> Tensor:
+        """Scores as :meth:`pick` ranks them; takes its arguments."""
         if self.window is None and not self.sentences:
             return scores
         smooth = scores.double()

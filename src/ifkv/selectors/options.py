@@ -73,6 +73,7 @@ class Layers:
 
 
 DEFAULT_LAYERS = Layers()
+ALL_LAYERS = Layers(depth=(0.0, 1.0))
 
 
 def check_options(selector: Any) -> None:

@@ -1,0 +1,145 @@
+"""``cacheblend``: slots whose keys or values change most in the second layer (2405.16444)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import RowPlan
+from ifkv.cost import Cost, ModelShape
+from ifkv.errors import InvalidInputError
+from ifkv.forward import embed, run_attention, run_layers
+from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.registry import register
+from ifkv.stitched_cache import check_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.patching import PatchHandle
+    from ifkv.stitched_cache import StitchedCache
+
+Deviation = Literal["v", "k", "kv"]
+
+# Rows that run at once. Nothing is written, so blocks do not depend on each other.
+BLOCK_ROWS = 4096
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class CacheBlend(Ranked):
+    """Slots by the mean squared deviation of their second layer's values from the stitched ones.
+
+    CacheBlend (2405.16444), "high KV deviation" tokens: the first layer is run for all rows, which
+    makes the second layer's keys and values exact; those that moved most are recomputed. The
+    question plays no part. The paper filters once more in every layer, its released code selects
+    once, as is done here. Released code compares values; LMCache's compares rotated keys.
+
+    Costs one whole layer, with its causal attention, and the projections of the next, for all rows
+    but prefix and first document, which are exact: for n such rows ``2 n (P + P_a) + 4 W p``
+    operations, with P elements of a layer's matrices, P_a of its attention block's, W = heads
+    times head_dim and p pairs of a row and a slot up to its own.
+
+    Attributes:
+        deviation: Of values, of rotated keys, or the sum of both.
+    """
+
+    name: ClassVar[str] = "cacheblend"
+    paper: ClassVar[str] = "CacheBlend, arXiv 2405.16444"
+
+    deviation: Deviation = "v"
+
+    def rank(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[Tensor, Cost]:
+        """See :meth:`Ranked.rank`; prefix and first document deviate by 0."""
+        handle = check_cache(model, cache)
+        if len(cache.layers) < 2:
+            raise InvalidInputError(
+                "cacheblend compares the second layer's keys and values, but the model has "
+                f"{len(cache.layers)}, which is exact without recompute; use another selector."
+            )
+        start, total = cache.document_slices[0].stop, cache.context_length
+        scores = torch.zeros(total, dtype=torch.float32, device=model.device)
+        for first in range(start, total, BLOCK_ROWS):
+            rows = torch.arange(first, min(first + BLOCK_ROWS, total))
+            scores[first : first + len(rows)] = self._deviations(model, handle, cache, rows)
+        return scores, _cost(ModelShape.of(model), start, total)
+
+    @torch.no_grad()
+    def _deviations(
+        self, model: PreTrainedModel, handle: PatchHandle, cache: StitchedCache, rows: Tensor
+    ) -> Tensor:
+        """Deviations of adjacent rows, ``[rows]``."""
+        plan = handle.backend.plan_rows(rows, cache.context_length, model.device)
+        hidden = embed(model, cache.token_ids[plan.slots])
+        cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
+        run = _SecondLayer(handle, cache, plan)
+        rotation = (cos[None], sin[None])
+        hidden = run_layers(model, hidden, plan.slots, rotation, run, 1)
+        run_attention(model, hidden, plan.slots, rotation, run, 1)
+        assert run.fresh is not None
+        keys, values = run.fresh
+        layer, at = cache.layers[1], slice(int(rows[0]), int(rows[-1]) + 1)
+        result = torch.zeros(len(rows), dtype=torch.float32, device=model.device)
+        if "k" in self.deviation:
+            result += _mean_square(keys - layer.key_buffer[:, :, at])
+        if "v" in self.deviation:
+            result += _mean_square(values - layer.value_buffer[:, :, at])
+        return result
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    """Mean over heads and dimensions, ``[1, kv_heads, rows, head_dim]`` to float32 ``[rows]``."""
+    return difference.float().square().mean(dim=(0, 1, 3))
+
+
+def _cost(shape: ModelShape, start: int, total: int) -> Cost:
+    rows = total - start
+    pairs = (start + 1 + total) * rows / 2
+    compared = Cost(bytes=2.0 * rows * shape.row_bytes)
+    return (
+        shape.layer(rows, pairs, total) + shape.product(shape.attention_parameters, rows) + compared
+    )
+
+
+class _SecondLayer:
+    """Rows through the first layer over a cache that is only read, and the second's keys, values.
+
+    The first layer's keys and values are exact in a stitched cache, so nothing need be written.
+
+    Attributes:
+        fresh: The second layer's keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
+    """
+
+    def __init__(self, handle: PatchHandle, cache: StitchedCache, plan: RowPlan):
+        self._backend = handle.backend
+        self._cache = cache
+        self._plan = plan
+        self.fresh: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if layer_idx == 1:
+            self.fresh = keys, values
+            return keys, values
+        layer = self._cache.layers[layer_idx]
+        return layer.key_buffer, layer.value_buffer
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        if layer_idx == 1:
+            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        return self._backend.attend_rows(
+            query, keys, values, self._plan, scaling=scaling, window=window
+        )

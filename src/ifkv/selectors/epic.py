@@ -1,0 +1,78 @@
+"""``epic``: the first tokens of every document (2410.15332)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import Cost
+from ifkv.errors import InvalidInputError
+from ifkv.selectors.budget import Budget
+from ifkv.selectors.protocol import Ranked, Request, Selection
+from ifkv.selectors.registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.stitched_cache import StitchedCache
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Epic(Ranked):
+    """The first tokens of every document but the first. Costs nothing.
+
+    EPIC's LegoLink (2410.15332): a document encoded alone makes sinks of its first tokens; seen in
+    context they are none. The paper takes the same number of tokens, 2 to 32, of each document.
+
+    Attributes:
+        by: How a budget is divided: ``share`` takes the same share of every document, ``tokens``
+            the same number, as far as there are so many.
+        tokens: At most so many of each document, even if the budget pays for more; 0 is no limit.
+            With a limit, a budget for everything does not select everything.
+    """
+
+    name: ClassVar[str] = "epic"
+    paper: ClassVar[str] = "EPIC, arXiv 2410.15332"
+
+    by: Literal["share", "tokens"] = "share"
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 0:
+            raise InvalidInputError(
+                f"epic's option tokens is {self.tokens}, but must be 0 (no limit) or more."
+            )
+
+    def rank(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[Tensor, Cost]:
+        """See :meth:`Ranked.rank`; 1 at the start of a document, 0 or more at its end."""
+        scores = torch.zeros(cache.context_length, dtype=torch.float64)
+        longest = max(rows.stop - rows.start for rows in cache.document_slices)
+        for rows in cache.document_slices:
+            length = rows.stop - rows.start
+            place = torch.arange(length, dtype=torch.float64)
+            scores[rows] = 1 - place / (length if self.by == "share" else longest)
+        return scores.to(model.device), Cost()
+
+    def select(
+        self,
+        model: PreTrainedModel,
+        cache: StitchedCache,
+        request: Request,
+        budget: Budget | float,
+    ) -> Selection:
+        """See :meth:`Ranked.select`."""
+        chosen = super().select(model, cache, request, budget)
+        if not self.tokens:
+            return chosen
+        allowed = torch.zeros(cache.context_length, dtype=torch.bool)
+        for rows in cache.document_slices[1:]:
+            allowed[rows.start : min(rows.start + self.tokens, rows.stop)] = True
+        kept = chosen.slots[allowed.to(chosen.slots.device)[chosen.slots]]
+        return dataclasses.replace(chosen, slots=kept)

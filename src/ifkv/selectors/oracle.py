@@ -1,0 +1,109 @@
+"""``oracle``: what a selector could know after a full prefill; for evaluation only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import Reduction
+from ifkv.cost import Cost, ModelShape, causal_pairs
+from ifkv.recomputation import recompute
+from ifkv.scoring import QueryView, attention_norm
+from ifkv.selectors.attention_norm import Query, measured, queries_of
+from ifkv.selectors.options import ALL_LAYERS, Layers
+from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.registry import register
+from ifkv.stitched_cache import check_answerable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.stitched_cache import StitchedCache
+
+Deviation = Literal["kv", "k", "v", "none"]
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Oracle(Ranked):
+    """The true error of each slot's keys and values, times the attention it truly gets.
+
+    For evaluation only: the whole context is recomputed on a copy, which is a full prefill. With
+    ``a_l[j]`` the attention norm of slot j in layer l of that copy, and ``dK``, ``dV`` what the
+    stitched keys (rotated) and values miss,
+
+        s[j] = mean over l of a_l[j] (|dK_l[j]| / rms |K_l| + |dV_l[j]| / rms |V_l|)
+
+    with Euclidean norms over all key heads and root mean squares over the true context's slots, so
+    that keys and values, and layers, weigh alike. It knows each slot's own error, not what
+    repairing a set of slots does to the others; no ceiling in the strict sense.
+
+    Costs a full prefill and the query's pass.
+
+    Attributes:
+        deviation: Which errors count; ``none`` leaves the true attention alone.
+        attention: Of the ``true`` cache, or of the ``stitched`` one.
+        layers: Layers that count.
+        query: Which tokens score, as in ``attention-norm``.
+        reduction: Over query tokens.
+    """
+
+    name: ClassVar[str] = "oracle"
+    paper: ClassVar[str] = "none: a reference point"
+    evaluation_only: ClassVar[bool] = True
+
+    deviation: Deviation = "kv"
+    attention: Literal["true", "stitched"] = "true"
+    layers: Layers = ALL_LAYERS
+    query: Query = "prompt"
+    reduction: Reduction = "l2"
+
+    def rank(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[Tensor, Cost]:
+        """See :meth:`Ranked.rank`."""
+        check_answerable(cache, "the oracle")
+        start, total = cache.document_slices[0].stop, cache.context_length
+        truth = cache.clone()
+        recompute(model, truth, torch.arange(start, total))
+        norm = attention_norm(self.reduction)
+
+        def measure(view: QueryView) -> Tensor:
+            return norm(view) * self._error(cache, truth, view.layer_idx)
+
+        seen = truth if self.attention == "true" else cache
+        layers = self.layers.within(len(cache.layers))
+        scores, cost = measured(model, seen, queries_of(request, self.query), layers, measure)
+        return scores, cost + _prefill_behind(ModelShape.of(model), start, total)
+
+    def _error(self, cache: StitchedCache, truth: StitchedCache, layer: int) -> Tensor:
+        """Relative error of each slot in one layer, ``[T]``."""
+        context = slice(0, cache.context_length)
+        stale, true = cache.layers[layer], truth.layers[layer]
+        total = torch.zeros(cache.context_length, device=cache.token_ids.device)
+        if "k" in self.deviation:
+            total = total + _relative(
+                stale.key_buffer[0, :, context], true.key_buffer[0, :, context]
+            )
+        if "v" in self.deviation:
+            total = total + _relative(
+                stale.value_buffer[0, :, context], true.value_buffer[0, :, context]
+            )
+        return torch.ones_like(total) if self.deviation == "none" else total
+
+
+def _relative(stale: Tensor, true: Tensor) -> Tensor:
+    """``|stale - true| / rms |true|`` by slot; both ``[kv_heads, T, head_dim]``."""
+    dtype = torch.promote_types(true.dtype, torch.float32)
+    error = (stale.to(dtype) - true.to(dtype)).square().sum(dim=(0, 2)).sqrt()
+    return error / true.to(dtype).square().sum(dim=(0, 2)).mean().sqrt()
+
+
+def _prefill_behind(shape: ModelShape, start: int, total: int) -> Cost:
+    """All rows behind the first document, through all layers."""
+    rows = total - start
+    layer = shape.layer(rows, causal_pairs(start, rows), total)
+    return shape.num_layers * (layer + Cost(bytes=2.0 * rows * shape.row_bytes))

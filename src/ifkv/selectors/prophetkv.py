@@ -1,0 +1,88 @@
+"""``prophetkv``: the question's attention in all layers, fused (after 2602.02579)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import Cost
+from ifkv.errors import InvalidInputError
+from ifkv.scoring import attention_norm
+from ifkv.selectors.attention_norm import Query, measured, queries_of
+from ifkv.selectors.options import ALL_LAYERS, Layers
+from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.registry import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.stitched_cache import StitchedCache
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class ProphetKV(Ranked):
+    """ProphetKV-like: each layer proposes what the question attends to, the proposals are fused.
+
+    ProphetKV (2602.02579) says that it ranks tokens by the user's query and fuses attention
+    measured layer by layer into one set, in two stages. No code is published and its formulas are
+    not reproduced here: this is a rule of that kind, not the authors'.
+
+    First stage: in every layer the attention summed over query tokens and averaged over heads, as
+    a share of all that goes to the slots that may be selected, so that layers that look at the
+    prefix or at the query itself weigh no less. Each layer proposes its highest ``shortlist`` of
+    these slots. Second stage: a slot's score is the mean over layers of its shares where it was
+    proposed; a thousandth of the mean of all its shares orders those that no layer proposed.
+
+    Costs what ``attention-norm`` does with all layers scoring.
+
+    Attributes:
+        shortlist: Share of the slots that each layer proposes, above 0 and at most 1.
+        layers: Layers that propose.
+        query: Which tokens score, as in ``attention-norm``.
+    """
+
+    name: ClassVar[str] = "prophetkv"
+    paper: ClassVar[str] = "after ProphetKV, arXiv 2602.02579"
+
+    shortlist: float = 0.2
+    layers: Layers = ALL_LAYERS
+    query: Query = "question"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.shortlist <= 1:
+            raise InvalidInputError(
+                f"prophetkv's option shortlist is {self.shortlist}, but must be above 0 and at "
+                "most 1."
+            )
+
+    def rank(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[Tensor, Cost]:
+        """See :meth:`Ranked.rank`; prefix and first document score 0."""
+        start, total = cache.document_slices[0].stop, cache.context_length
+        proposed = math.ceil(self.shortlist * (total - start))
+
+        def fuse(per_layer: Tensor) -> Tensor:
+            shares = torch.zeros_like(per_layer, dtype=torch.float64)
+            candidates = per_layer[:, start:].double()
+            mass = candidates.sum(dim=1, keepdim=True)
+            # A layer that slides may see none of them.
+            shares[:, start:] = torch.where(mass > 0, candidates / mass, 0)
+            best = shares[:, start:].argsort(dim=1, descending=True, stable=True)[:, :proposed]
+            kept = torch.zeros_like(shares).scatter_(1, best + start, 1.0)
+            return (shares * kept).mean(dim=0) + 1e-3 * shares.mean(dim=0)
+
+        return measured(
+            model,
+            cache,
+            queries_of(request, self.query),
+            self.layers.within(len(cache.layers)),
+            attention_norm("sum"),
+            fuse,
+        )
