@@ -82,7 +82,7 @@ def focused_attention(view: QueryView) -> Tensor:
     total = view.context_keys.shape[2]
     focus = (1 - entropy / math.log(total)).clamp(0, 1) if total > 1 else torch.ones_like(mass)
     parts = [
-        torch.einsum("hqt,hq->t", attention, focus) / len(focus)
+        (attention * focus[..., None]).mean(dim=0).sum(dim=0)
         for attention, _ in _attention_blocks(view)
     ]
     return torch.cat(parts)

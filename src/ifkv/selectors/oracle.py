@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cost import Cost, ModelShape, causal_pairs
+from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.recomputation import recompute
 from ifkv.scoring import QueryView, attention_norm
 from ifkv.selectors.attention_norm import Query, measured, queries_of
@@ -41,7 +41,8 @@ class Oracle(Ranked):
     that keys and values, and layers, weigh alike. It knows each slot's own error, not what
     repairing a set of slots does to the others; no ceiling in the strict sense.
 
-    Costs a full prefill and the query's pass.
+    Costs a prefill of all but prefix and first document (without the last layer's MLP), and the
+    query's pass.
 
     Attributes:
         deviation: Which errors count; ``none`` leaves the true attention alone.
@@ -68,7 +69,8 @@ class Oracle(Ranked):
         check_answerable(cache, "the oracle")
         start, total = cache.document_slices[0].stop, cache.context_length
         truth = cache.clone()
-        recompute(model, truth, torch.arange(start, total))
+        rows = torch.arange(start, total)
+        recompute(model, truth, rows)
         norm = attention_norm(self.reduction)
 
         def measure(view: QueryView) -> Tensor:
@@ -77,7 +79,7 @@ class Oracle(Ranked):
         seen = truth if self.attention == "true" else cache
         layers = self.layers.within(len(cache.layers))
         scores, cost = measured(model, seen, queries_of(request, self.query), layers, measure)
-        return scores, cost + _prefill_behind(ModelShape.of(model), start, total)
+        return scores, cost + recompute_cost(ModelShape.of(model), rows, total)
 
     def _error(self, cache: StitchedCache, truth: StitchedCache, layer: int) -> Tensor:
         """Relative error of each slot in one layer, ``[T]``."""
@@ -100,10 +102,3 @@ def _relative(stale: Tensor, true: Tensor) -> Tensor:
     dtype = torch.promote_types(true.dtype, torch.float32)
     error = (stale.to(dtype) - true.to(dtype)).square().sum(dim=(0, 2)).sqrt()
     return error / true.to(dtype).square().sum(dim=(0, 2)).mean().sqrt()
-
-
-def _prefill_behind(shape: ModelShape, start: int, total: int) -> Cost:
-    """All rows behind the first document, through all layers."""
-    rows = total - start
-    layer = shape.layer(rows, causal_pairs(start, rows), total)
-    return shape.num_layers * (layer + Cost(bytes=2.0 * rows * shape.row_bytes))

@@ -1,0 +1,419 @@
+"""What every selector obeys: budgets, determinism, costs, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import ifkv
+from ifkv import selectors
+from ifkv.backends import reference
+from ifkv.cost import ModelShape, prefill_cost, recompute_cost
+from ifkv.errors import InvalidInputError
+from ifkv.selection import budget
+from ifkv.selectors import Cost, Ranked, Request, Selection
+from ifkv.selectors import cacheblend as cacheblend_module
+from ifkv.testing import (
+    assert_bit_equal,
+    assert_close,
+    dense_prefill,
+    dense_recompute,
+    dense_rows,
+    dense_scores,
+    dense_stitched,
+    shared_tiny_model,
+    tiny_model,
+)
+from ifkv.testing.strategies import Request as Tokens
+from scenario import EXACT, Bench, Scenario, keys_of, prepared, scenarios, values_of
+
+ROUNDED = 1e-5
+SPECS = [*selectors.names(), "attention-norm:query=both,layers=-1,geometry=hl-tp"]
+RANKED = [s for s in SPECS if isinstance(selectors.resolve(s), Ranked)]
+every = pytest.mark.parametrize("spec", SPECS)
+ranked = pytest.mark.parametrize("spec", RANKED)
+TOKENS = Tokens([1, 2], [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [13] * 4], [20, 21], [19, 20, 21])
+
+
+def asked(bench: Bench) -> Request:
+    return Request(bench.request.prompt, bench.request.query, bench.documents)
+
+
+def chosen(spec: str, bench: Bench, cache: ifkv.StitchedCache, amount: Any) -> Selection:
+    return selectors.resolve(spec).select(bench.model, cache, asked(bench), amount)
+
+
+@every
+@given(s=scenarios())
+def test_ratio_0_is_stitch_only_and_1_full_prefill(spec: str, s: Scenario) -> None:
+    with prepared(s.model, s.request) as bench:
+        stitched, whole = bench.stitch(s.order), bench.stitch(s.order)
+        nothing = chosen(spec, bench, stitched, 0)
+        assert nothing.slots.dtype == torch.long
+        assert nothing.slots.tolist() == []
+        assert nothing.cost == Cost()
+        everything = chosen(spec, bench, whole, 1)
+        logits = ifkv.recompute(s.model, whole, everything.slots, prompt_ids=s.request.prompt)
+    full = dense_prefill(s.model, [*stitched.token_ids.tolist(), *s.request.prompt])
+    assert_close(logits, full.logits[-1], what="logits at ratio 1", tolerance=EXACT)
+
+
+@every
+@given(s=scenarios(min_documents=2), ratio=st.floats(0.01, 0.99))
+def test_size_candidates_determinism_and_an_untouched_cache(
+    spec: str, s: Scenario, ratio: float
+) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        before = cache.clone()
+        got = chosen(spec, bench, cache, ratio)
+        for pick in (keys_of, values_of):
+            assert_bit_equal(pick(cache), pick(before), what="rows after selecting")
+        assert cache.get_seq_length() == s.total
+        assert cache.prompt_ids is None
+        again = chosen(spec, bench, cache, ratio)
+    start = cache.document_slices[0].stop
+    assert len(got.slots) == min(budget(s.total, ratio), s.total - start)
+    assert got.slots.tolist() == sorted(set(got.slots.tolist()))
+    assert int(got.slots[0]) >= start
+    assert torch.equal(got.slots, again.slots)
+    assert got.scores is not None
+    assert again.scores is not None
+    assert_bit_equal(got.scores, again.scores, what="scores")
+    assert got.cost == again.cost
+
+
+@ranked
+@given(s=scenarios(min_documents=2), ratios=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_ranked_selections_are_nested(spec: str, s: Scenario, ratios: tuple[float, float]) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        few, many = (set(chosen(spec, bench, cache, r).slots.tolist()) for r in sorted(ratios))
+    assert few <= many
+
+
+@given(s=scenarios(min_documents=2), ratio=st.floats(0.05, 0.9))
+def test_the_default_is_score_and_select(s: Scenario, ratio: float) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        got = chosen("attention-norm", bench, cache, ratio)
+        scores = ifkv.score(s.model, cache, s.request.prompt)
+    assert got.scores is not None
+    assert_bit_equal(got.scores, scores, what="scores")
+    assert torch.equal(got.slots, ifkv.select(cache, scores, ratio=ratio))
+
+
+@given(s=scenarios(), reduction=st.sampled_from(["l2", "sum"]))
+def test_both_queries_add_up(s: Scenario, reduction: str) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        rule = selectors.resolve(f"attention-norm:query=both,reduction={reduction},layers=0.0-1.0")
+        assert isinstance(rule, Ranked)
+        got, _ = rule.rank(s.model, cache, asked(bench))
+        parts = [
+            ifkv.score(s.model, cache, ids, layers=[0, 1, 2], reduction=reduction)
+            for ids in (s.request.prompt, s.request.query)
+        ]
+    assert_close(got, parts[0] + parts[1], what="scores", tolerance=ROUNDED)
+
+
+@given(s=scenarios())
+def test_law_23_hl_tp_follows_its_documents_and_needs_them(s: Scenario) -> None:
+    rule: Any = selectors.resolve("attention-norm:geometry=hl-tp")
+    with prepared(s.model, s.request) as bench:
+        caches = [bench.stitch(order) for order in (None, s.order)]
+        scores = [rule.rank(s.model, cache, asked(bench))[0] for cache in caches]
+        with pytest.raises(InvalidInputError, match="documents"):
+            rule.rank(s.model, caches[0], Request([1], [1]))
+    for place, index in enumerate(s.order):
+        got = scores[1][caches[1].document_slices[place]]
+        want = scores[0][caches[0].document_slices[index]]
+        assert_close(got, want, what=f"scores of document {index}", tolerance=ROUNDED)
+
+
+def test_another_geometry_refuses_other_documents() -> None:
+    model = shared_tiny_model("llama")
+    with prepared(model, TOKENS) as bench:
+        cache = bench.stitch()
+        others = ifkv.prefill_documents(model, [[9, 9, 9]] * 4, prefix=[1, 2])
+        for documents in (bench.documents[:2], others):
+            with pytest.raises(InvalidInputError, match="cache"):
+                selectors.resolve("attention-norm:geometry=tl-tp").select(
+                    model, cache, Request([1], [1], documents), 0.5
+                )
+
+
+@pytest.mark.parametrize("deviation", ["k", "v", "kv"])
+@given(s=scenarios(min_documents=2), block=st.integers(1, 9))
+def test_cacheblend_deviates_as_a_dense_computation_says(
+    deviation: str, s: Scenario, block: int
+) -> None:
+    """The second layer's keys and values of a full prefill (law 7), against the stitched ones."""
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        rule: Any = selectors.resolve(f"cacheblend:deviation={deviation}")
+        with patch.object(cacheblend_module, "BLOCK_ROWS", block):
+            got, _ = rule.rank(s.model, cache, asked(bench))
+    full = dense_prefill(s.model, cache.token_ids.tolist())
+    context = dense_stitched(s.model, s.request.prefix, s.request.documents, s.order)
+    stale = dense_recompute(s.model, context, [])
+    want = torch.zeros(s.total, dtype=torch.float64)
+    for letter, true, old in (("k", full.keys, stale.keys), ("v", full.values, stale.values)):
+        if letter in deviation:
+            want += (true[1] - old[1]).square().mean(dim=(0, 2))
+    assert_close(got, want, what="deviations", tolerance=ROUNDED)
+
+
+@pytest.mark.parametrize("deviation", ["kv", "none"])
+@pytest.mark.parametrize("attention", ["true", "stitched"])
+@given(s=scenarios(min_documents=2))
+def test_oracle_equals_the_dense_oracle(deviation: str, attention: str, s: Scenario) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        spec = f"oracle:attention={attention},deviation={deviation}"
+        rule: Any = selectors.resolve(spec)
+        got, _ = rule.rank(s.model, cache, asked(bench))
+    assert rule.evaluation_only
+    stale = dense_stitched(s.model, s.request.prefix, s.request.documents, s.order)
+    full = dense_prefill(s.model, stale.token_ids)
+    true = dataclasses.replace(stale, keys_before_rope=full.keys_before_rope, values=full.values)
+    rotated = dense_recompute(s.model, stale, []).keys
+    per_layer = []
+    for layer in range(3):
+        error = torch.ones(s.total, dtype=torch.float64)
+        if deviation != "none":
+            error = torch.zeros(s.total, dtype=torch.float64)
+            for old, new in ((rotated, full.keys), (stale.values, full.values)):
+                size = new[layer].square().sum(dim=(0, 2))
+                error += (old[layer] - new[layer]).square().sum(dim=(0, 2)).sqrt() / (
+                    size.mean().sqrt()
+                )
+        seen = true if attention == "true" else stale
+        per_layer.append(dense_scores(s.model, seen, s.request.prompt, layers=[layer]) * error)
+    assert_close(got, torch.stack(per_layer).mean(0), what="oracle scores", tolerance=ROUNDED)
+
+
+def query_attention(s: Scenario, query: list[int]) -> tuple[Any, list[Tensor]]:
+    """The dense stitched context, and the query's attention to it in each layer, `[H, Q, T]`."""
+    context = dense_stitched(s.model, s.request.prefix, s.request.documents, s.order)
+    total = len(context.token_ids)
+    slots = torch.arange(total, total + len(query))
+    mask = torch.arange(total + len(query))[None] <= slots[:, None]
+    room = (0, 0, 0, len(query))
+    padded = [torch.nn.functional.pad(x, room) for x in (context.keys_before_rope, context.values)]
+    positions = range(total + len(query))
+    trace = dense_rows(s.model, query, slots, positions, mask, *padded)
+    return context, [attention[:, :, :total] for attention in trace.attention]
+
+
+@given(s=scenarios())
+def test_value_aware_weighs_by_values(s: Scenario) -> None:
+    with prepared(s.model, s.request) as bench:
+        rule: Any = selectors.resolve("value-aware:layers=0+2,reduction=sum")
+        got, _ = rule.rank(s.model, bench.stitch(s.order), asked(bench))
+    context, attention = query_attention(s, s.request.prompt)
+    want = [
+        attention[layer].mean(0).sum(0) * context.values[layer].abs().sum(-1).mean(0)
+        for layer in (0, 2)
+    ]
+    assert_close(got, torch.stack(want).mean(0), what="scores", tolerance=ROUNDED)
+
+
+@given(s=scenarios(), block=st.integers(1, 7))
+def test_entropy_weighs_by_focus(s: Scenario, block: int) -> None:
+    """Against the definition, one head and query token at a time; keys in blocks or at once."""
+    with (
+        prepared(s.model, s.request) as bench,
+        patch("ifkv.selectors.entropy.NORM_BLOCK", block),
+    ):
+        rule: Any = selectors.resolve("entropy:layers=1+2,query=question")
+        got, _ = rule.rank(s.model, bench.stitch(s.order), asked(bench))
+    _, attention = query_attention(s, s.request.query)
+    want = torch.zeros(s.total, dtype=torch.float64)
+    for layer in (1, 2):
+        heads, queries, total = attention[layer].shape
+        for h in range(heads):
+            for i in range(queries):
+                row = attention[layer][h, i]
+                focus = 1.0
+                if total > 1:
+                    spread = (
+                        torch.distributions.Categorical(probs=row).entropy() if row.sum() else 0
+                    )
+                    focus = 1 - spread / torch.log(torch.tensor(float(total))) if row.sum() else 0.0
+                want += focus * row / heads / 2
+    assert_close(got, want, what="scores", tolerance=1e-4)
+
+
+@given(s=scenarios(min_documents=2), shortlist=st.sampled_from([0.1, 0.5, 1.0]))
+def test_prophetkv_fuses_what_layers_propose(s: Scenario, shortlist: float) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        rule: Any = selectors.resolve(f"prophetkv:shortlist={shortlist}")
+        got, _ = rule.rank(s.model, cache, asked(bench))
+        per_layer = [
+            ifkv.score(s.model, cache, s.request.query, layers=[n], reduction="sum")
+            for n in range(3)
+        ]
+    start = cache.document_slices[0].stop
+    proposed = -(-Fraction(str(shortlist)) * (s.total - start) // 1)
+    want = [0.0] * s.total
+    for scores in per_layer:
+        shares = {j: float(scores[j]) for j in range(start, s.total)}
+        mass = sum(shares.values())
+        order = sorted(shares, key=lambda j: (-shares[j], j))
+        for place, slot in enumerate(order):
+            share = shares[slot] / mass if mass else 0.0
+            want[slot] += share / 3 * (1.001 if place < proposed else 0.001)
+    assert_close(got, torch.tensor(want), what="scores", tolerance=1e-4)
+
+
+@given(s=scenarios(min_documents=2), ratio=st.floats(0.1, 0.9))
+def test_two_round_is_select_recompute_select(s: Scenario, ratio: float) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        got = chosen("two-round", bench, cache, ratio)
+        prompt = s.request.prompt
+        whole = ifkv.select(cache, ifkv.score(s.model, cache, prompt), ratio=ratio)
+        scores = ifkv.score(s.model, cache, prompt).tolist()
+        best = sorted(whole.tolist(), key=lambda slot: (-scores[slot], slot))[: len(whole) // 2]
+        twin = bench.recomputed(best, s.order)
+        second = ifkv.score(s.model, twin, prompt)
+    left = [j for j in range(cache.document_slices[0].stop, s.total) if j not in best]
+    left.sort(key=lambda slot: (-float(second[slot]), slot))
+    assert got.slots.tolist() == sorted(best + left[: len(whole) - len(best)])
+
+
+def test_two_round_puts_the_cache_back_when_scoring_fails() -> None:
+    model = shared_tiny_model("llama")
+    real, calls = selectors.AttentionNorm.rank, []
+
+    def second_fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with prepared(model, TOKENS) as bench:
+        cache = bench.stitch()
+        before = cache.clone()
+        with (
+            patch.object(selectors.AttentionNorm, "rank", second_fails),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            chosen("two-round", bench, cache, 0.5)
+        assert_bit_equal(keys_of(cache), keys_of(before), what="keys")
+        assert_bit_equal(values_of(cache), values_of(before), what="values")
+
+
+def test_epic_takes_documents_heads() -> None:
+    with prepared(shared_tiny_model("llama"), TOKENS) as bench:
+        cache = bench.stitch()  # documents at slots 2-4, 5-9, 10-11, 12-15
+        assert chosen("epic", bench, cache, 0.3).slots.tolist() == [5, 6, 10, 12]
+        assert chosen("epic:by=tokens", bench, cache, 0.4).slots.tolist() == [5, 6, 10, 11, 12, 13]
+        limited = chosen("epic:by=tokens,tokens=1", bench, cache, 0.9)
+        assert limited.slots.tolist() == [5, 10, 12]
+        assert chosen("epic:tokens=2", bench, cache, 1).slots.tolist() == [5, 6, 10, 11, 12, 13]
+        assert chosen("recency", bench, cache, 0.2).slots.tolist() == [13, 14, 15]
+
+
+def test_random_depends_on_its_seed_alone() -> None:
+    with prepared(shared_tiny_model("llama"), TOKENS) as bench:
+        cache = bench.stitch()
+        picks = [chosen(f"random:seed={seed}", bench, cache, 0.3).slots for seed in range(8)]
+        assert torch.equal(picks[0], chosen("random", bench, cache, 0.3).slots)
+    assert len({tuple(pick.tolist()) for pick in picks}) > 4
+
+
+# --- costs --------------------------------------------------------------------------------------
+
+
+def counted(run: Callable[[], Any]) -> float:
+    """Operations that torch ran, those of the CPU's fused attention by their shapes."""
+
+    def attention(query: Any, key: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        batch, heads, rows, width = query
+        whole = 4 * batch * heads * rows * key[2] * width
+        causal = len(args) > 2 and args[2] is True
+        return whole * (rows + 1) // (2 * rows) if causal else whole
+
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    # One row a tile: none computes pairs only to mask them.
+    with (
+        patch.object(reference, "TILE_ROWS", 1),
+        FlopCounterMode(display=False, custom_mapping=mapping) as counter,
+    ):
+        run()
+    return float(counter.get_total_flops())
+
+
+COUNTED = [s for s in SPECS if s not in ("epic", "random", "recency")]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("spec", COUNTED)
+def test_flops_are_those_that_torch_runs(spec: str, family: str) -> None:
+    model = shared_tiny_model(family, num_layers=4)
+    request = Tokens([1], [[5] * 20, [8] * 130, [3] * 90, [13] * 60], [20] * 5, [19] * 9)
+    with prepared(model, request) as bench:
+        cache = bench.stitch()
+        spent: list[Cost] = []
+        total = counted(lambda: spent.append(chosen(spec, bench, cache, 0.2).cost))
+    assert spent[0].flops == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_recompute_and_prefill_cost_what_torch_runs(family: str) -> None:
+    model = shared_tiny_model(family, num_layers=4)
+    shape = ModelShape.of(model)
+    head = 2 * model.get_output_embeddings().weight.numel()
+    request = Tokens([1], [[5] * 20, [8] * 130, [3] * 90], [20] * 5, [19] * 9)
+    with prepared(model, request) as bench:
+        cache = bench.stitch()
+        slots = torch.arange(21, 241, 3)
+        total = counted(lambda: ifkv.recompute(model, cache, slots, prompt_ids=request.prompt))
+        expected = recompute_cost(shape, slots, 241, 9).flops + head
+        assert expected == pytest.approx(total, rel=0.01)
+        blank = bench.stitch()
+        total = counted(lambda: ifkv.recompute(model, blank, slots))
+        assert recompute_cost(shape, slots, 241).flops == pytest.approx(total, rel=0.01)
+    ids = torch.tensor([[1] * 240])
+    with torch.no_grad():
+        total = counted(lambda: model(ids, logits_to_keep=1))
+    assert prefill_cost(shape, 240).flops + head == pytest.approx(total, rel=0.01)
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    model = tiny_model("qwen2", dtype=torch.float32)
+    shape = ModelShape.of(model)
+    base: Any = model.base_model
+    weights = sum(p.nbytes for layer in base.layers for p in layer.parameters() if p.ndim == 2)
+    with prepared(model, TOKENS) as bench:
+        cache = bench.stitch()
+        rows = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # All is read and written once.
+    assert prefill_cost(shape, cache.context_length).bytes == weights + 2 * rows
+    assert recompute_cost(shape, torch.zeros(0, dtype=torch.long), 9) == Cost()
+
+
+def test_costs_add_up() -> None:
+    with prepared(shared_tiny_model("llama"), TOKENS) as bench:
+        cache = bench.stitch()
+        cost = {
+            spec: chosen(spec, bench, cache, 0.5).cost
+            for spec in ("attention-norm", "attention-norm:query=both", "two-round", "random")
+        }
+    assert cost["random"] == Cost()
+    assert cost["attention-norm"].flops < cost["attention-norm:query=both"].flops
+    assert cost["two-round"].flops > 2 * cost["attention-norm"].flops
+    assert cost["two-round"].bytes > 2 * cost["attention-norm"].bytes
