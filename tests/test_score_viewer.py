@@ -97,7 +97,14 @@ def test_a_page_shows_question_answer_steps_shares_and_bound(
     assert "".join(page.texts) == "".join(text.rstrip() for text in TEXTS)
     assert {"q1s1", "q1d1", "q1d2", "q1d3"} <= set(page.ids)
     assert all(reference[1:] in page.ids for reference in page.references)
-    for words in ("Which &lt;lamp&gt;?", "recompute and prompt", "stitch", "score", "one", "three"):
+    for words in (
+        "Which &lt;lamp&gt;?",
+        "recompute and prompt",
+        "stitch",
+        "select",
+        "one",
+        "three",
+    ):
         assert words in source, words
     assert f"{answer.speedup_bound:.2f}×" in source
     assert "stand in the order in which they were asked" in source

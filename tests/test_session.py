@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ifkv
+import ifkv.selectors
 from ifkv.backends.reference import ReferenceBackend
 from ifkv.errors import InvalidInputError, NotPatchedError
 from ifkv.selection import budget
@@ -206,3 +207,46 @@ def test_rows_behind_a_fused_prompt_are_not_answered_from() -> None:
     with pytest.raises(InvalidInputError, match="appended"):
         ifkv.generate(model, cache, [3, 4])
     ifkv.unpatch(model)
+
+
+@pytest.mark.parametrize("name", ifkv.selectors.names())
+def test_every_selector_by_name_meets_both_ends(session: ifkv.Session, name: str) -> None:
+    stitched = session.prepare(QUESTION, ratio=0)
+    assert_close(
+        session.prepare(QUESTION, ratio=0, selector=name).logits, stitched.logits, what="at 0"
+    )
+    whole = session.prepare(QUESTION, ratio=1, selector=name)
+    assert_close(whole.logits, full_logits(session), what="at 1", tolerance=1e-10)
+    between = session.prepare(QUESTION, ratio=0.3, selector=name)
+    assert len(between.slots) == budget(len(session.context_ids()), 0.3)
+    assert between.selector == name
+    answer = session.complete(between, max_new_tokens=1)
+    assert (answer.selector, answer.selection_cost) == (name, between.selection_cost)
+
+
+def test_the_default_selector_is_score_and_select(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, layers=[-1])
+    cache = ifkv.stitch(session.model, [session.store.get(key) for key in session.keys])
+    scores = ifkv.score(session.model, cache, ready.prompt_ids, layers=[-1])
+    assert torch.equal(ready.slots, ifkv.select(cache, scores))
+    assert ready.scores is not None
+    assert torch.equal(ready.scores, scores)
+
+
+def test_selectors_see_question_documents_and_order(session: ifkv.Session) -> None:
+    """The bare question, another geometry under a new order, a budget that smooths by sentence."""
+    spec = "attention-norm:query=question,geometry=hl-tp"
+    ready = session.prepare(QUESTION, ratio=0.4, reorder=True, selector=spec)
+    documents = [session.store.get(key) for key in session.keys]
+    cache = ifkv.stitch(session.model, documents, order=ready.cache.order, geometry="hl-tp")
+    scores = ifkv.score(session.model, cache, session.format.encode(QUESTION))
+    assert torch.equal(ready.slots, ifkv.select(cache, scores, ratio=0.4))
+    amount = ifkv.selectors.Budget(number=12, sentences=True)
+    assert len(session.prepare(QUESTION, ratio=amount, selector="random").slots) == 12
+
+
+def test_selectors_and_layers_that_do_not_fit_are_refused(session: ifkv.Session) -> None:
+    with pytest.raises(InvalidInputError, match="for the default selector"):
+        session.prepare(QUESTION, selector="epic", layers=[1])
+    with pytest.raises(InvalidInputError, match="choose one of"):
+        session.ask(QUESTION, selector="best")

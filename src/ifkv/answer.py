@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ifkv.cost import NO_COST, Cost
+
 if TYPE_CHECKING:
     from ifkv.stitched_cache import StitchedCache
 
@@ -22,8 +24,8 @@ class Answer:
         token_ids: The answer's tokens, long ``[new]``, on the CPU.
         ttft_seconds: From the question's arrival to the first token's logits.
         timings: Seconds of each step before that, and of ``decode`` after it.
-        scores: Attention norms ``[T]`` in the cache's order, on the CPU; None if nothing had to be
-            scored (ratio 0 or 1).
+        scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: attention
+            norms, with the default selector. None if nothing had to be scored (ratio 0 or 1).
         slots: Slots that were recomputed, ascending, on the CPU.
         order: For each document of the context, its index among those asked.
         context_ids: The context's tokens ``[T]``, on the CPU.
@@ -33,6 +35,8 @@ class Answer:
         speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
             operations, with the selected rows' actual positions.
         question: The question that was asked.
+        selector: What chose the slots, as :func:`ifkv.selectors.resolve` takes it.
+        selection_cost: What choosing them cost, reordering included.
         tokenizer: The session's tokenizer, which turns the context's tokens into text again.
 
     In a notebook, an answer is displayed as :meth:`to_html` draws it.
@@ -51,6 +55,8 @@ class Answer:
     first_logits: Tensor
     speedup_bound: float
     question: str = ""
+    selector: str = "attention-norm"
+    selection_cost: Cost = NO_COST
     tokenizer: Any = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -107,6 +113,8 @@ class Prepared:
         ttft_seconds: As in :class:`Answer`.
         speedup_bound: As in :class:`Answer`.
         question: As in :class:`Answer`.
+        selector: As in :class:`Answer`.
+        selection_cost: As in :class:`Answer`.
     """
 
     cache: StitchedCache
@@ -118,3 +126,5 @@ class Prepared:
     ttft_seconds: float
     speedup_bound: float
     question: str = ""
+    selector: str = "attention-norm"
+    selection_cost: Cost = NO_COST

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from ifkv.answer import Answer
+    from ifkv.answer import Answer, Prepared
+    from ifkv.selectors import Selector
     from ifkv.session import Session
 
 
@@ -47,6 +48,7 @@ def compare(
     documents: Sequence[str] | None = None,
     ratios: Sequence[float] = (0.0, 0.15),
     reorder: bool = False,
+    selector: str | Selector = "attention-norm",
     max_new_tokens: int = 24,
 ) -> list[Way]:
     """Answer a question by full prefill and at several recompute ratios.
@@ -60,6 +62,7 @@ def compare(
         documents: As in :meth:`Session.ask`.
         ratios: Recompute ratios; 0 is stitch only.
         reorder: As in :meth:`Session.ask`; not applied at ratio 0.
+        selector: As in :meth:`Session.ask`.
         max_new_tokens: Length of the answers at most.
 
     Returns:
@@ -94,14 +97,18 @@ def compare(
 
     for ratio in ratios:
         ready = session.prepare(
-            question, documents=documents, ratio=ratio, reorder=reorder and ratio > 0
+            question,
+            documents=documents,
+            ratio=ratio,
+            reorder=reorder and ratio > 0,
+            selector=selector,
         )
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
         ready.cache.crop(-(len(reply) - 1))
         answer = session.complete(ready, max_new_tokens=max_new_tokens)
         ways.append(
             Way(
-                name="stitch only" if ratio == 0 else f"ifkv, r = {ratio:g}",
+                name="stitch only" if ratio == 0 else _name(ready, ratio),
                 ttft_seconds=ready.ttft_seconds,
                 speedup=full_seconds / ready.ttft_seconds,
                 bound=ready.speedup_bound,
@@ -111,6 +118,11 @@ def compare(
             )
         )
     return ways
+
+
+def _name(ready: Prepared, ratio: float) -> str:
+    by = "" if ready.selector == "attention-norm" else f", {ready.selector}"
+    return f"ifkv, r = {ratio:g}{by}"
 
 
 def _shorter(cache: Any) -> Any:

@@ -51,6 +51,9 @@ class Cost:
     __rmul__ = __mul__
 
 
+NO_COST = Cost()
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
     """Sizes of one decoder layer, read from its weights.
@@ -124,8 +127,9 @@ def speedup_bound(
     context_length: int,
     query_length: int,
     ratio: float,
-    scoring_layers: int,
+    scoring_layers: int = 0,
     position: float = 0.5,
+    selection_flops: float = 0.0,
 ) -> float:
     """How many times sooner than a full prefill a request could answer at best, S(r).
 
@@ -136,6 +140,7 @@ def speedup_bound(
         ratio: Share of the context that is recomputed, r.
         scoring_layers: Layers the scoring pass runs through, Ls; 0 if there is none.
         position: :func:`mean_position` of the selected rows.
+        selection_flops: Operations spent on choosing the rows, in place of ``scoring_layers``.
 
     Returns:
         Operations of a full prefill over those of the request.
@@ -148,8 +153,11 @@ def speedup_bound(
     alpha = context_length * shape.attention_width / shape.layer_parameters
     c = 4 * position
     query = query_length / context_length * (1 + 2 * alpha)
+    whole = 2.0 * context_length * shape.layer_parameters * shape.num_layers
     return (1 + alpha) / (
-        ratio * (1 + c * alpha / 2) + query * (1 + scoring_layers / shape.num_layers)
+        ratio * (1 + c * alpha / 2)
+        + query * (1 + scoring_layers / shape.num_layers)
+        + selection_flops / whole
     )
 
 

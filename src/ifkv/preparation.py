@@ -5,24 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ifkv.answer import Prepared
-from ifkv.cost import ModelShape, mean_position, speedup_bound
+from ifkv.cost import Cost, ModelShape, mean_position, scoring_cost, speedup_bound
 from ifkv.documents import DocumentCache
 from ifkv.recomputation import recompute
 from ifkv.reordering import reorder as reorder_documents
-from ifkv.scoring import default_layers, score
-from ifkv.selection import select
+from ifkv.scoring import chosen_layers
+from ifkv.selectors import Budget, Request, Selector, sentence_groups
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+
+# Share of the context that counts as found by a question when documents are reordered and the
+# budget is not a ratio.
+REORDER_RATIO = 0.15
 
 
 class Stopwatch:
@@ -59,22 +61,29 @@ def prepare(
     model: PreTrainedModel,
     documents: Sequence[DocumentCache],
     prompt_ids: list[int],
+    question_ids: list[int],
     timed: Stopwatch,
     *,
-    ratio: float,
+    budget: Budget,
     reorder: bool,
+    selector: Selector,
     layers: Sequence[int] | None,
+    tokenizer: Any,
 ) -> Prepared:
     """Stitch documents, repair them for a prompt, and run the prompt.
 
     Args:
         model: A patched model.
         documents: Documents it made behind one prefix.
-        prompt_ids: The prompt's tokens; all of them are scored.
+        prompt_ids: The prompt's tokens.
+        question_ids: The bare question's.
         timed: Started when the question arrived.
-        ratio: Recompute ratio; at 1 nothing has to be scored.
-        reorder: Whether to put the documents the prompt finds most in last.
-        layers: Scoring layers, as in :func:`ifkv.score`.
+        budget: How many slots to recompute; nothing has to be scored for all or none.
+        reorder: Whether to put the documents the prompt finds most in last. What counts as found
+            is the budget's ratio, or :data:`REORDER_RATIO` where it has none.
+        selector: What chooses the slots.
+        layers: Scoring layers for reordering, as in :func:`ifkv.score`.
+        tokenizer: Tells sentences apart, where the budget smooths by them.
 
     Returns:
         The cache with the prompt in it, and the first token's logits.
@@ -82,56 +91,41 @@ def prepare(
     Raises:
         InvalidInputError: As of the steps.
     """
-    order = None
+    order, spent = None, Cost()
+    shape = ModelShape.of(model)
     if reorder:
+        ratio = REORDER_RATIO if budget.ratio is None else budget.ratio
         with timed("reorder"):
             order = reorder_documents(model, documents, prompt_ids, ratio=ratio, layers=layers)
     with timed("stitch"):
         cache = stitch(model, documents, order=order)
-    scores, slots = None, torch.zeros(0, dtype=torch.long)
-    if ratio == 1:
-        slots = torch.arange(cache.document_slices[0].stop, cache.context_length)
-    elif ratio > 0:
-        with timed("score"):
-            scores = score(model, cache, prompt_ids, layers=layers)
-        with timed("select"):
-            slots = select(cache, scores, ratio=ratio)
+    if reorder:
+        scoring = chosen_layers(shape.num_layers, layers)
+        spent += scoring_cost(shape, len(prompt_ids), cache.context_length, scoring)
+    with timed("select"):
+        groups = sentence_groups(tokenizer, cache) if budget.sentences else None
+        request = Request(prompt_ids, question_ids, documents, groups)
+        selection = selector.select(model, cache, request, budget)
+        spent += selection.cost
     with timed("recompute and prompt"):
-        logits = recompute(model, cache, slots, prompt_ids=prompt_ids)
+        logits = recompute(model, cache, selection.slots, prompt_ids=prompt_ids)
     assert logits is not None
     return Prepared(
         cache=cache,
         prompt_ids=prompt_ids,
         logits=logits,
-        scores=scores,
-        slots=slots,
+        scores=selection.scores,
+        slots=selection.slots,
         timings=timed.timings,
         ttft_seconds=timed.seconds,
-        speedup_bound=_bound(
-            model, cache, slots, len(prompt_ids), layers, (scores is not None) + reorder
+        speedup_bound=speedup_bound(
+            shape,
+            context_length=cache.context_length,
+            query_length=len(prompt_ids),
+            ratio=len(selection.slots) / cache.context_length,
+            position=mean_position(selection.slots, cache.context_length),
+            selection_flops=spent.flops,
         ),
-    )
-
-
-def _bound(
-    model: PreTrainedModel,
-    cache: StitchedCache,
-    slots: Tensor,
-    query_length: int,
-    layers: Sequence[int] | None,
-    passes: int,
-) -> float:
-    """S(r) of a request that has run so many scoring passes."""
-    shape = ModelShape.of(model)
-    deepest = 0
-    if passes:
-        chosen = default_layers(shape.num_layers) if layers is None else layers
-        deepest = max(layer % shape.num_layers for layer in chosen) + 1
-    return speedup_bound(
-        shape,
-        context_length=cache.context_length,
-        query_length=query_length,
-        ratio=len(slots) / cache.context_length,
-        scoring_layers=deepest * passes,
-        position=mean_position(slots, cache.context_length),
+        selector=str(selector),
+        selection_cost=spent,
     )

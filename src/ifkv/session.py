@@ -17,7 +17,7 @@ from ifkv.generation import check_generate_kwargs, generate
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
-from ifkv.selection import budget
+from ifkv.selectors import AttentionNorm, Budget, Layers, Selector, resolve
 from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
@@ -116,8 +116,9 @@ class Session:
         question: str,
         *,
         documents: Sequence[str] | None = None,
-        ratio: float = 0.15,
+        ratio: float | Budget = 0.15,
         reorder: bool = False,
+        selector: str | Selector = "attention-norm",
         max_new_tokens: int = 32,
         stream: bool | Callable[[str], None] = False,
         layers: Sequence[int] | None = None,
@@ -126,14 +127,18 @@ class Session:
         """Answer a question over documents.
 
         Args:
-            question: The question. The whole prompt it becomes is scored.
+            question: The question. The default selector scores the whole prompt it becomes.
             documents: Keys of the documents to use, in order; all that this session added if None.
             ratio: Recompute ratio. 0 answers from the stitched documents as they are; 1 recomputes
-                everything that is not exact already and equals a full prefill.
+                everything that is not exact already and equals a full prefill. Or a
+                :class:`ifkv.selectors.Budget`, for other limits and for smoothed scores.
             reorder: Put the documents the question finds most in last.
             max_new_tokens: Length of the answer at most.
             stream: True prints the answer as it comes; a function is called with each piece.
-            layers: Scoring layers, as in :func:`ifkv.score`.
+            selector: What chooses the tokens to recompute: a name, with options behind a colon, or
+                a selector; see :mod:`ifkv.selectors`.
+            layers: Scoring layers, as in :func:`ifkv.score`, of the default selector and of
+                reordering; others have them among their options.
             **generate_kwargs: For ``model.generate()``; greedy decoding by default.
 
         Returns:
@@ -145,7 +150,12 @@ class Session:
         check_positive(max_new_tokens, "max_new_tokens")  # before any work
         _check_kwargs(self.model, generate_kwargs)
         ready = self.prepare(
-            question, documents=documents, ratio=ratio, reorder=reorder, layers=layers
+            question,
+            documents=documents,
+            ratio=ratio,
+            reorder=reorder,
+            selector=selector,
+            layers=layers,
         )
         return self.complete(ready, max_new_tokens=max_new_tokens, stream=stream, **generate_kwargs)
 
@@ -154,8 +164,9 @@ class Session:
         question: str,
         *,
         documents: Sequence[str] | None = None,
-        ratio: float = 0.15,
+        ratio: float | Budget = 0.15,
         reorder: bool = False,
+        selector: str | Selector = "attention-norm",
         layers: Sequence[int] | None = None,
     ) -> Prepared:
         """Everything before the first token: the cache with the prompt in it, and its logits.
@@ -163,11 +174,21 @@ class Session:
         Takes the arguments of :meth:`ask` and raises its errors.
         """
         timed = Stopwatch(self.model)
-        budget(1, ratio)  # refuse a bad ratio before any work
+        budget = Budget.of(ratio)  # refuse a bad one before any work
+        rule = _with_layers(resolve(selector), layers)
         prompt = self.format.prompt_ids(question)
         chosen = self._library.get(documents)
         ready = prepare(
-            self.model, chosen, prompt, timed, ratio=ratio, reorder=reorder, layers=layers
+            self.model,
+            chosen,
+            prompt,
+            self.format.encode(question),
+            timed,
+            budget=budget,
+            reorder=reorder,
+            selector=rule,
+            layers=layers,
+            tokenizer=self.tokenizer,
         )
         return dataclasses.replace(ready, question=question)
 
@@ -207,6 +228,8 @@ class Session:
             first_logits=ready.logits.float().cpu(),
             speedup_bound=ready.speedup_bound,
             question=ready.question,
+            selector=ready.selector,
+            selection_cost=ready.selection_cost,
             tokenizer=self.tokenizer,
         )
 
@@ -220,6 +243,18 @@ class Session:
         """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
         pad: int | None = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
+
+
+def _with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
+    """The default selector with these scoring layers."""
+    if layers is None:
+        return selector
+    if selector != AttentionNorm():
+        raise InvalidInputError(
+            f"layers={layers!r} is for the default selector, but the selector is {selector}; give "
+            "its layers as an option, for example 'attention-norm:layers=22+23'."
+        )
+    return AttentionNorm(layers=Layers.of(layers))
 
 
 def _check_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:

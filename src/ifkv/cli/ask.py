@@ -21,6 +21,12 @@ def ask(
     reorder: Annotated[
         bool, typer.Option("--reorder", help="Put the documents that matter most last.")
     ] = False,
+    selector: Annotated[
+        str,
+        typer.Option(
+            help="What chooses the tokens to recompute, such as epic or cacheblend:deviation=kv."
+        ),
+    ] = "attention-norm",
     compare: Annotated[
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
@@ -42,8 +48,10 @@ def ask(
 
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
+    from ifkv.selectors import resolve
     from ifkv.session import Session
 
+    resolve(selector)  # refuse a bad one before the model is loaded
     console = Console()
     texts = read_texts(files)
     tokenizer = load_tokenizer(model)
@@ -58,6 +66,7 @@ def ask(
             question,
             ratio=ratio,
             reorder=reorder,
+            selector=selector,
             max_new_tokens=max_new_tokens,
             titles=titles_of(keys, [file.name for file in files]),
             html=html,
@@ -72,6 +81,7 @@ def ask(
         expected=None,
         ratio=ratio,
         reorder=reorder,
+        selector=selector,
         max_new_tokens=max_new_tokens,
         html=html,
     )

@@ -29,6 +29,7 @@ def answer_questions(
     expected: Sequence[str] | None,
     ratio: float,
     reorder: bool,
+    selector: str = "attention-norm",
     max_new_tokens: int,
     html: Path | None,
 ) -> None:
@@ -43,6 +44,7 @@ def answer_questions(
         expected: Words that a right answer holds, one per question, if known.
         ratio: Recompute ratio.
         reorder: Whether to reorder documents.
+        selector: What chooses the tokens to recompute.
         max_new_tokens: Length of an answer.
         html: Where to write the picture, if anywhere.
     """
@@ -62,7 +64,12 @@ def answer_questions(
     for index, question in enumerate(questions):
         with console.status(f"question {index + 1} of {len(questions)}: {escape(question)}"):
             ways = compare(
-                session, question, ratios=ratios, reorder=reorder, max_new_tokens=max_new_tokens
+                session,
+                question,
+                ratios=ratios,
+                reorder=reorder,
+                selector=selector,
+                max_new_tokens=max_new_tokens,
             )
         reports.append(_report(session, question, ways, titles))
         hint = f"  (expected: {expected[index]})" if expected else ""
@@ -120,6 +127,7 @@ def stream_answer(
     *,
     ratio: float,
     reorder: bool,
+    selector: str = "attention-norm",
     max_new_tokens: int,
     titles: Sequence[str],
     html: Path | None,
@@ -129,6 +137,7 @@ def stream_answer(
         question,
         ratio=ratio,
         reorder=reorder,
+        selector=selector,
         max_new_tokens=max_new_tokens,
         stream=lambda piece: console.print(piece, end="", markup=False, highlight=False),
     )
