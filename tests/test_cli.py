@@ -86,12 +86,21 @@ def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
     assert "full prefill" not in result.output
 
 
+def test_ask_by_another_selector(model_folder: Path, texts: list[str]) -> None:
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder)]
+    options = ["--ratio", "0.3", "--max-new-tokens", "3", "--selector", "epic:by=tokens"]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    assert "epic:by=tokens" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["verify", "no/such/model"], "neither a folder with a model"),
         (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt cannot be read"),
         (["ask", " ", "FILE", "--model", "MODEL"], "the question is"),
+        (["ask", "Why?", "FILE", "--model", "no", "--selector", "best"], "choose one of attention"),
         (["verify", "MODEL", "--dtype", "int8"], "dtype 'int8' is unknown"),
     ],
 )
