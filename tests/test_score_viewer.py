@@ -189,3 +189,12 @@ def test_ask_writes_the_page_without_comparing_too(
     assert "Why?" in source
     assert "a.md" in source
     assert "copy.md" not in source
+
+
+def test_scores_of_another_selector_are_not_called_attention(
+    ask: Callable[..., ifkv.Answer],
+) -> None:
+    assert "of the attention," in ask(ratio=0.3).to_html()
+    page = ask(ratio=0.3, selector="cacheblend").to_html()
+    assert "of the score," in page
+    assert "of the attention" not in page

@@ -49,7 +49,7 @@ class Report:
     Attributes:
         question: The question.
         token_texts: Text of each slot ``[T]``; together they are the decoded context.
-        scores: Attention norm of each slot ``[T]``.
+        scores: What each slot was chosen by ``[T]``, not negative: by default its attention norm.
         recomputed: Slots that were recomputed.
         document_slices: Slots of each document, in the cache's order.
         prefix_length: Slots before the first document, P.
@@ -60,6 +60,7 @@ class Report:
         timings: Seconds of each step up to the first token, and of ``decode`` behind it.
         ttft_seconds: From the question's arrival to the first token's logits; None if not known.
         bound: S(r), as in :class:`AnswerRow`.
+        measure: What the scores are of, in a word: attention, or another selector's score.
         scored: Whether ``scores`` were measured; if not, they are all alike and show nothing.
     """
 
@@ -76,6 +77,7 @@ class Report:
     timings: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ttft_seconds: float | None = None
     bound: float | None = None
+    measure: str = "attention"
     scored: bool = True
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class Report:
         for part in (slice(0, prefix_length), *slices):
             texts += token_pieces(tokenizer, ids[part])
         scores = [1.0] * len(ids) if answer.scores is None else answer.scores.tolist()
+        by_attention = answer.selector.partition(":")[0] in ("attention-norm", "two-round")
         return cls(
             question=question,
             token_texts=texts,
@@ -145,5 +148,6 @@ class Report:
             timings=dict(answer.timings),
             ttft_seconds=answer.ttft_seconds,
             bound=answer.speedup_bound,
+            measure="attention" if by_attention else "score",
             scored=answer.scores is not None,
         )

@@ -46,7 +46,7 @@ class Heatmap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay the panels out for a console of this width."""
-        shares = document_shares(self.report)
+        shares, measure = document_shares(self.report), self.report.measure
         shown = richest(shares, len(shares) if self.documents is None else self.documents)
         # A console without colours writes no underlines either.
         mark = None if console.color_system else "‾"
@@ -60,16 +60,16 @@ class Heatmap:
                 Group(*self._lines(console, share, width, mark)),
                 title=Text(f"{share.number} · {share.title}"),
                 title_align="left",
-                subtitle=Text(_summary(share)),
+                subtitle=Text(_summary(share, measure)),
                 subtitle_align="right",
             )
         if len(shown) < len(shares):
             rest = sum(share.mass for index, share in enumerate(shares) if index not in shown)
             count = len(shares) - len(shown)
             noun = "document" if count == 1 else "documents"
-            yield Text(f"{count} more {noun} with {rest:.0%} of the attention", style="dim")
+            yield Text(f"{count} more {noun} with {rest:.0%} of the {measure}", style="dim")
         if self.legend:
-            yield _legend(mark)
+            yield _legend(mark, measure)
 
     def _lines(
         self, console: Console, share: DocumentShare, width: int, mark: str | None
@@ -119,18 +119,18 @@ def _weight(line: Text) -> float:
     )
 
 
-def _summary(share: DocumentShare) -> str:
+def _summary(share: DocumentShare, measure: str) -> str:
     blocks = "█" * round(share.mass * 20)
     return (
-        f"{blocks} {share.mass:.1%} of the attention · "
+        f"{blocks} {share.mass:.1%} of the {measure} · "
         f"{share.recomputed} of {share.tokens} tokens recomputed"
     ).strip()
 
 
-def _legend(mark: str | None) -> Text:
+def _legend(mark: str | None, measure: str) -> Text:
     if mark:
         return Text(f"{mark * 3} below a token: recomputed")
-    legend = Text("attention per token, × the mean: ", style="dim")
+    legend = Text(f"{measure} per token, × the mean: ", style="dim")
     for style, step in zip(_SHADES[1:], STEPS, strict=True):
         legend.append(f" ≥ {step:g} ", style)
     legend.append("   ")

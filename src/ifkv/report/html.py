@@ -116,6 +116,7 @@ def _section(report: Report, *, opened: bool) -> dict[str, Any]:
         "recomputed": len(report.recomputed),
         "recomputed_share": percent(len(report.recomputed) / max(1, len(report.token_texts))),
         "scored": report.scored,
+        "measure": report.measure,
         "documents": documents,
         "reordered": list(report.order) != sorted(report.order),
         "asked": sorted(enumerate(shares), key=lambda pair: pair[1].number),
