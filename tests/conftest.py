@@ -1,7 +1,8 @@
 """Options and fixtures shared by all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(config.getoption("--profile"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_users_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not even a fixture of a whole module writes documents into the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IFKV_STORE", str(tmp_path_factory.mktemp("store")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test finds no other test's documents."""
+    monkeypatch.setenv("IFKV_STORE", str(tmp_path_factory.getbasetemp() / "store" / uuid4().hex))
 
 
 @pytest.fixture(scope="session")

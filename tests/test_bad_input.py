@@ -26,6 +26,7 @@ from ifkv.errors import (
     UnsupportedModelError,
     UnsupportedRopeError,
 )
+from ifkv.store import MemoryStore
 from ifkv.testing import assert_bit_equal, tiny_model, tiny_tokenizer
 
 PREFIX = [1, 2]
@@ -546,7 +547,8 @@ def test_longrope_is_refused_where_its_frequencies_change() -> None:
 @pytest.fixture(scope="module")
 def session() -> Iterator[ifkv.Session]:
     tokenizer = tiny_tokenizer()
-    ask = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer))
+    ask = ifkv.Session(model, tokenizer, store=MemoryStore())
     ask.add(["The lamp is red.", "The door is green."])
     yield ask
     ifkv.unpatch(ask.model)
@@ -568,11 +570,19 @@ SESSION_CASES: dict[str, tuple[str, Callable[[ifkv.Session], Any]]] = {
     "no key at all": (r"'lamp' is not in the store", lambda s: s.ask("?", documents=["lamp"])),
     "keys as one string": (r"documents is one string", lambda s: s.ask("?", documents="lamp")),
     "no documents": (r"no document to answer from.*add", lambda s: s.ask("?", documents=[])),
+    "an unknown option": (
+        r"tempreature is no option .* did you mean temperature",
+        lambda s: s.ask("which?", tempreature=0.5),
+    ),
     "layers": (r"layers is \[9\]", lambda s: s.ask("which?", layers=[9])),
     "reserved": (r"past_key_values cannot", lambda s: s.ask("which?", past_key_values=None)),
     "prefix ids": (
         r"prefix holds token id 9999",
         lambda s: ifkv.Session(s.model, s.tokenizer, prefix=[9999]),
+    ),
+    "a store that is none": (
+        r"store is a dict; give a path, a URL, a store",
+        lambda s: ifkv.Session(s.model, s.tokenizer, store={}),
     ),
     "a model with fewer ids than the tokenizer": (
         r"token id \d+.*0 to 96.*another model",
@@ -592,6 +602,7 @@ def test_a_session_refuses_bad_input(session: ifkv.Session, name: str) -> None:
 
 
 def test_every_error_is_an_ifkv_error_and_bad_arguments_are_value_errors() -> None:
-    errors = [v for v in vars(ifkv.errors).values() if isinstance(v, type)]
+    classes = [v for v in vars(ifkv.errors).values() if isinstance(v, type)]
+    errors = [each for each in classes if not issubclass(each, Warning)]
     assert all(issubclass(error, ifkv.IfkvError) for error in errors)
     assert issubclass(InvalidInputError, ValueError)

@@ -78,6 +78,24 @@ def test_ask_compares_three_ways_and_draws(
     assert "Which colour?" in page.read_text()
 
 
+def test_ask_prefills_a_file_once(model_folder: Path, texts: list[str], tmp_path: Path) -> None:
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder)]
+    arguments += ["--max-new-tokens", "2"]
+
+    def said(*options: str) -> str:
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+        return " ".join(result.output.split())
+
+    assert "3 prefilled once in" in said("--store", "memory")
+    assert "3 prefilled once in" in said()
+    assert "3 found in the store in" in said()
+    (tmp_path / "r.txt").write_text("Rain and wind.")
+    assert "1 prefilled once, 2 found in the store in" in said()
+    assert "3 prefilled once in" in said("--store", str(tmp_path / "other"))
+    assert (tmp_path / "other" / "index.sqlite3").exists()
+
+
 def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
     arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), "--no-compare"]
     result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3"])

@@ -256,6 +256,6 @@ def test_time_to_first_token_counts_every_step(step: str, monkeypatch: pytest.Mo
     answer = ask.ask("which?", ratio=0.5, reorder=True, max_new_tokens=1)
     assert answer.ttft_seconds >= 0.2
     before = {name: t for name, t in answer.timings.items() if name != "decode"}
-    assert set(before) == {"reorder", "stitch", "select", "recompute and prompt"}
+    assert set(before) == {"load", "reorder", "stitch", "select", "recompute and prompt"}
     assert max(before.values()) >= 0.2
     assert sum(before.values()) <= answer.ttft_seconds

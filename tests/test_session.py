@@ -12,6 +12,7 @@ import ifkv.selectors
 from ifkv.backends.reference import ReferenceBackend
 from ifkv.errors import InvalidInputError, NotPatchedError
 from ifkv.selection import budget
+from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
@@ -23,7 +24,7 @@ def make_session(**options: Any) -> ifkv.Session:
     model = tiny_model(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048
     )
-    return ifkv.Session(model, tokenizer, **options)
+    return ifkv.Session(model, tokenizer, **{"store": MemoryStore(), **options})
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def make(template: bool = True, family: str = "llama", **options: Any) -> ifkv.S
     if not template:
         tokenizer.chat_template = None
     model = tiny_model(family, vocab_size=len(tokenizer), max_position_embeddings=2048)
-    return ifkv.Session(model, tokenizer, **options)
+    return ifkv.Session(model, tokenizer, **{"store": MemoryStore(), **options})
 
 
 @pytest.fixture
@@ -119,13 +119,13 @@ def test_sessions_share_a_store(session: ifkv.Session, monkeypatch: pytest.Monke
     other = ifkv.Session(session.model, session.tokenizer, store=session.store)
     assert other.keys == []
     made: list[int] = []
-    real = ifkv.library.prefill_documents
+    real = ifkv.prefill_documents
 
     def counted(model: Any, documents: Any, **options: Any) -> Any:
         made.append(len(documents))
         return real(model, documents, **options)
 
-    monkeypatch.setattr("ifkv.library.prefill_documents", counted)
+    monkeypatch.setattr("ifkv.store.encoding.prefill_documents", counted)
     assert other.add(TEXTS) == session.keys
     assert sum(made) == 0
     assert (

@@ -174,6 +174,8 @@ def test_encode_builds_a_store_that_a_session_uses(
     first = run(*arguments, "--store", folder, app=app)
     assert "2 documents: 2 encoded, 0 already there" in first.output
     assert "0 encoded, 2 already there" in run(*arguments, "--store", folder, app=app).output
+    small = run(*arguments, "--store", tmp_path / "small", "--max-bytes", "80k", app=app)
+    assert "1 of them have been evicted again" in small.output
     with DiskStore(folder) as store:
         session = ifkv.Session(model, tokenizer, store=store)
         monkeypatch.setattr(store, "put", lambda _: pytest.fail("nothing is missing"))

@@ -23,7 +23,9 @@ class Answer:
         text: The answer, special tokens left out.
         token_ids: The answer's tokens, long ``[new]``, on the CPU.
         ttft_seconds: From the question's arrival to the first token's logits.
-        timings: Seconds of each step before that, and of ``decode`` after it.
+        timings: Seconds of each step before that, and of ``decode`` after it. ``load`` is what the
+            store has cost: finding documents, and waiting for rows that were read in the
+            background while other steps ran (copies to a GPU count to the step that waits).
         scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: attention
             norms, with the default selector. None if nothing had to be scored (ratio 0 or 1).
         slots: Slots that were recomputed, ascending, on the CPU.

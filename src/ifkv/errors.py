@@ -64,5 +64,9 @@ class StoreCorruptionError(StoreError):
         self.reason = reason or message
 
 
+class StoreWarning(UserWarning):
+    """A store has lost a document; it was prefilled again, and the answer is right."""
+
+
 class StoreFullError(StoreError):
     """The byte budget, or the disk, has no room for the document; nothing was stored."""

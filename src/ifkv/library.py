@@ -1,13 +1,25 @@
-"""The documents that a session answers from: made once, kept in a store, found by key."""
+"""The documents that a session answers from: made once, kept in a store, made again if lost."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from ifkv.documents import DocumentCache, prefill_documents
-from ifkv.errors import InvalidInputError
+from ifkv.errors import (
+    DocumentNotFoundError,
+    InvalidInputError,
+    StoreCorruptionError,
+    StoreError,
+    StoreWarning,
+)
 from ifkv.patching import handle_of
+from ifkv.progress import token_bar
+from ifkv.store import document_key, encode_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +33,7 @@ class Library:
     Attributes:
         store: Where they are kept.
         keys: Keys of those that were added, in order, each once.
+        prefilled: How many documents had to be prefilled so far.
 
     Args:
         model: A patched model.
@@ -31,14 +44,17 @@ class Library:
     def __init__(self, model: PreTrainedModel, store: DocumentStore, prefix_ids: list[int]):
         self.store = store
         self.keys: list[str] = []
+        self.prefilled = 0
         self._model = model
         self._prefix_ids = prefix_ids
         self._prefix: DocumentCache | None = None
+        # What every document seen was made of, to make it again: tokens, and those of its prefix.
+        self._origins: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(
         self, documents: Sequence[list[int]], *, batch_tokens: int | None, progress: bool
     ) -> list[str]:
-        """Prefill documents that the store lacks, and keep them.
+        """Prefill documents that the store lacks, and keep each batch as soon as it is made.
 
         Args:
             documents: Token ids of each.
@@ -48,28 +64,33 @@ class Library:
         Returns:
             Their keys, in order.
         """
-        keys = [self.store.key_for(self._model, ids, self._prefix_ids) for ids in documents]
-        missing = {
-            key: ids for key, ids in zip(keys, documents, strict=True) if key not in self.store
-        }
-        made = prefill_documents(
-            self._model,
-            list(missing.values()),
-            prefix=self._current_prefix() or self._prefix_ids,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        for document in made:
-            self.store.put(document)
-            self._prefix = document.prefix
-        self.keys += [key for key in dict.fromkeys(keys) if key not in self.keys]
-        return keys
+        with token_bar("prefilling documents", shown=progress) as report:
+            done = encode_documents(
+                self._model,
+                self.store,
+                documents,
+                prefix=self._current_prefix() or self._prefix_ids,
+                batch_tokens=batch_tokens,
+                on_progress=report,
+            )
+        self.prefilled += done.made
+        self._prefix = done.prefix or self._prefix
+        behind = torch.tensor(self._prefix_ids, dtype=torch.long)
+        for key, ids in zip(done.keys, documents, strict=True):
+            self._origins[key] = (torch.tensor(ids, dtype=torch.long), behind)
+        self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
+        return done.keys
 
-    def get(self, keys: Sequence[str] | None) -> list[DocumentCache]:
-        """Documents by key; all that were added if None.
+    def get(self, keys: Sequence[str] | None, *, lazy: bool = False) -> list[DocumentCache]:
+        """Documents by key; one that the store has lost is made again if its tokens are known.
+
+        Args:
+            keys: Which; all that were added if None.
+            lazy: Let the store read layers when they are needed.
 
         Raises:
-            InvalidInputError: There is none, or one is not in the store.
+            InvalidInputError: There is none, or one is not in the store and cannot be made.
+            StoreCorruptionError: One cannot be trusted and cannot be made.
         """
         if isinstance(keys, str):
             raise InvalidInputError(
@@ -81,13 +102,63 @@ class Library:
         found = []
         for key in wanted:
             try:
-                found.append(self.store.get(key))
-            except KeyError:
-                raise InvalidInputError(
-                    f"document {key!r} is not in the store; add() its text again. Keys are what "
-                    "add() returns."
-                ) from None
+                document = self.store.get(key, lazy=lazy)
+            except (DocumentNotFoundError, StoreCorruptionError) as error:
+                document = self.make_again(key, error)
+            self._origins.setdefault(key, (document.token_ids, document.prefix_ids))
+            found.append(document)
         return found
+
+    def make_again(self, key: str, error: StoreError) -> DocumentCache:
+        """Prefill a document that the store has lost from its tokens, put it, and say so.
+
+        Args:
+            key: Its key.
+            error: How the store lost it.
+
+        Returns:
+            The document as it was made, never read back.
+
+        Raises:
+            InvalidInputError: Its tokens are not known, or the model is not what it was.
+            StoreCorruptionError: Likewise, if it was corrupt.
+        """
+        origin = self._origins.get(key)
+        identity = handle_of(self._model).fingerprints.of(self._model)
+        if origin is None or document_key(identity, origin[1], origin[0]) != key:
+            lacking = "its text is not known here" if origin is None else "the weights have changed"
+            if isinstance(error, StoreCorruptionError):
+                raise StoreCorruptionError(
+                    f"{error} This session cannot: {lacking}. add() its text again.",
+                    key=error.key,
+                    reason=error.reason,
+                ) from error
+            raise InvalidInputError(
+                f"document {key!r} is not in the store, and {lacking}; add() its text again. Keys "
+                "are what add() returns."
+            ) from None
+        token_ids, prefix_ids = origin
+        prefix = self._current_prefix()
+        if prefix is None or not torch.equal(prefix.token_ids, prefix_ids):
+            behind: DocumentCache | Tensor = prefix_ids
+        else:
+            behind = prefix
+        document = prefill_documents(self._model, [token_ids], prefix=behind)[0]
+        self.prefilled += 1
+        reason = "is no longer in the store"
+        if isinstance(error, StoreCorruptionError):
+            reason = f"could not be trusted ({error.reason})"
+        kept = ""
+        try:
+            self.store.put(document)
+        except StoreError as failure:
+            kept = f" It could not be stored: {failure}"
+        warnings.warn(
+            f"document {key[:16]} {reason} and was prefilled again from its tokens.{kept}",
+            StoreWarning,
+            stacklevel=2,
+        )
+        return document
 
     def _current_prefix(self) -> DocumentCache | None:
         """The prefix's rows, unless the model's weights have changed since they were made."""

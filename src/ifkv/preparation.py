@@ -21,6 +21,8 @@ from ifkv.stitching import stitch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.layer_loading import LayerLoader
+
 
 # Share of the context that counts as found by a question when documents are reordered and the
 # budget is not a ratio.
@@ -30,8 +32,11 @@ REORDER_RATIO = 0.15
 class Stopwatch:
     """Times named steps; on a GPU it waits for them, so that a step's time is its own.
 
+    While a step waits for a store to read, that time is ``load``'s and not the step's.
+
     Attributes:
-        timings: Seconds of each step.
+        timings: Seconds of each step; a step that is run twice has the sum.
+        loader: What reads the documents in the background, if anything does.
 
     Args:
         model: Whose device is waited for.
@@ -39,17 +44,30 @@ class Stopwatch:
 
     def __init__(self, model: PreTrainedModel):
         self.timings: dict[str, float] = {}
+        self.loader: LayerLoader | None = None
         self._device = model.device
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the block as a step of this name."""
-        start = time.perf_counter()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.timings[name] = time.perf_counter() - start
+        start, waited = time.perf_counter(), self._waited
+        try:
+            yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        finally:
+            waited = self._waited - waited
+            self._add(name, time.perf_counter() - start - waited)
+            if waited:
+                self._add("load", waited)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
+
+    @property
+    def _waited(self) -> float:
+        return 0.0 if self.loader is None else self.loader.wait_seconds
 
     @property
     def seconds(self) -> float:
@@ -99,6 +117,7 @@ def prepare(
             order = reorder_documents(model, documents, prompt_ids, ratio=ratio, layers=layers)
     with timed("stitch"):
         cache = stitch(model, documents, order=order)
+    timed.loader = cache.loader
     if reorder:
         scoring = chosen_layers(shape.num_layers, layers)
         spent += scoring_cost(shape, len(prompt_ids), cache.context_length, scoring)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,13 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.checks import check_positive, token_tensor
-from ifkv.errors import InvalidInputError
+from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.generation import check_generate_kwargs, generate
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
 from ifkv.selectors import AttentionNorm, Budget, Layers, Selector, resolve
+from ifkv.store import session_store
 from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
@@ -33,7 +36,10 @@ class Session:
     Args:
         model: A Llama, Qwen, Mistral or Phi-3 model; it is patched if it is not.
         tokenizer: Its tokenizer.
-        store: Where documents are kept; in memory, for this session alone, if None.
+        store: Where documents are kept: a store; or the path or URL of one, which is opened behind
+            2 GiB of memory. If None, in the user's cache folder (or where ``IFKV_STORE`` or
+            ``IFKV_CACHE`` point), so that they are there the next time; for this session alone
+            with ``MemoryStore()``.
         prefix: Text or token ids that every document is encoded behind; by default what the
             tokenizer's chat template puts before the documents, with ``instruction``.
         instruction: Text before the documents, when the prefix is not given.
@@ -55,13 +61,11 @@ class Session:
         model: PreTrainedModel,
         tokenizer: Any,
         *,
-        store: DocumentStore | None = None,
+        store: DocumentStore | str | os.PathLike[str] | None = None,
         prefix: str | Sequence[int] | None = None,
         instruction: str = INSTRUCTION,
         backend: str = "auto",
     ):
-        from ifkv.store import MemoryStore
-
         patch(model, backend=backend)
         self.model = model
         self.tokenizer = tokenizer
@@ -72,7 +76,7 @@ class Session:
             self.prefix_ids = self.format.encode(prefix)
         else:
             self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
-        self._library = Library(model, MemoryStore() if store is None else store, self.prefix_ids)
+        self._library = Library(model, session_store(store), self.prefix_ids)
 
     @property
     def store(self) -> DocumentStore:
@@ -84,6 +88,11 @@ class Session:
         """Keys of the documents that this session added, in order, each once."""
         return self._library.keys
 
+    @property
+    def prefilled(self) -> int:
+        """How many documents this session has prefilled; others were in the store."""
+        return self._library.prefilled
+
     def add(
         self,
         texts: Sequence[str],
@@ -92,6 +101,9 @@ class Session:
         progress: bool = False,
     ) -> list[str]:
         """Prefill documents and keep them; those the store holds already are not computed again.
+
+        Each batch is kept as soon as it is made: after an interruption the same call goes on from
+        there.
 
         Args:
             texts: The documents' texts.
@@ -103,6 +115,7 @@ class Session:
 
         Raises:
             InvalidInputError: A document is blank, or ``texts`` is a single string.
+            StoreFullError: The store or its disk has no room.
         """
         if isinstance(texts, str):
             raise InvalidInputError(
@@ -146,6 +159,8 @@ class Session:
 
         Raises:
             InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
+            StoreCorruptionError: A stored document cannot be trusted and this session does not
+                know its tokens. Otherwise it is prefilled again, with a ``StoreWarning``.
         """
         check_positive(max_new_tokens, "max_new_tokens")  # before any work
         _check_kwargs(self.model, generate_kwargs)
@@ -177,19 +192,28 @@ class Session:
         budget = Budget.of(ratio)  # refuse a bad one before any work
         rule = _with_layers(resolve(selector), layers)
         prompt = self.format.prompt_ids(question)
-        chosen = self._library.get(documents)
-        ready = prepare(
+        run = functools.partial(
+            prepare,
             self.model,
-            chosen,
-            prompt,
-            self.format.encode(question),
-            timed,
+            prompt_ids=prompt,
+            question_ids=self.format.encode(question),
+            timed=timed,
             budget=budget,
             reorder=reorder,
             selector=rule,
             layers=layers,
             tokenizer=self.tokenizer,
         )
+        with timed("load"):
+            # Reordering reads documents twice, so then they are read whole.
+            chosen = self._library.get(documents, lazy=not reorder)
+        try:
+            ready = run(chosen)
+        except StoreCorruptionError as error:  # found on the way, in rows that were just read
+            with timed("load"):
+                self._library.make_again(error.key, error)
+                chosen = self._library.get(documents)
+            ready = run(chosen)
         return dataclasses.replace(ready, question=question)
 
     def complete(
@@ -235,7 +259,7 @@ class Session:
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
         """Tokens of prefix and documents, long ``[T]``, as they are given to :meth:`ask`."""
-        chosen = self._library.get(documents)
+        chosen = self._library.get(documents, lazy=True)
         return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])
 
     @property

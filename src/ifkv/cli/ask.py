@@ -31,6 +31,16 @@ def ask(
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
     ] = True,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            "-s",
+            help="Where prefilled files are kept for the next question: a folder or URL, or "
+            "'memory' to keep nothing; the user's cache folder if not given.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
@@ -50,6 +60,7 @@ def ask(
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
     from ifkv.selectors import resolve
     from ifkv.session import Session
+    from ifkv.store import MemoryStore
 
     resolve(selector)  # refuse a bad one before the model is loaded
     console = Console()
@@ -57,7 +68,7 @@ def ask(
     tokenizer = load_tokenizer(model)
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=dtype, device=device)
-    session = Session(loaded, tokenizer)
+    session = Session(loaded, tokenizer, store=MemoryStore() if store == "memory" else store)
     if not compare:
         keys = session.add(texts, progress=True)
         stream_answer(

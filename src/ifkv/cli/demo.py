@@ -34,13 +34,14 @@ def demo(
     from ifkv.demo.corpus import load_corpus
     from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
     from ifkv.session import Session
+    from ifkv.store import MemoryStore
 
     console = Console()
     prepare_demo_model()  # the first time it converts the model, and shows that by itself
     with console.status(f"loading {MODEL_NAME}"):
         model, tokenizer = load_demo_model()
     corpus = load_corpus()
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, store=MemoryStore())  # every run shows the whole way
     answer_questions(
         console,
         session,

@@ -69,10 +69,8 @@ def encode(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward.")] = None,
 ) -> None:
     """Prefill a corpus into a store, skipping what is there; interrupted, it can be run again."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     from ifkv.patching import patch
+    from ifkv.progress import token_bar
     from ifkv.store import encode_documents, open_store
     from ifkv.text import PromptFormat
 
@@ -81,18 +79,23 @@ def encode(
     opened = open_store(store, max_bytes=budget, codec=codec)
     layout = PromptFormat(load_tokenizer(model))
     loaded = load_model(model, dtype=dtype, device=device)
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
-    with patch(loaded), Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("encoding", total=None)
+    with patch(loaded), token_bar("encoding") as report:
         result = encode_documents(
             loaded,
             opened,
             [layout.document_ids(text) for text in texts],
             prefix=layout.prefix_ids(),
             batch_tokens=batch_tokens,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=report,
         )
     typer.echo(
         f"{len(texts)} documents: {result.made} encoded, {result.present} already there, "
         f"{len(texts) - result.made - result.present} given twice"
     )
+    evicted = sum(key not in opened for key in set(result.keys))
+    if evicted:
+        typer.echo(
+            f"{evicted} of them have been evicted again: all together do not fit into the store's "
+            "budget. Raise --max-bytes, or name a --store on a larger disk.",
+            err=True,
+        )

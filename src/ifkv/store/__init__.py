@@ -12,7 +12,7 @@ from ifkv.store.disk import DiskStore
 from ifkv.store.encoding import Encoded, encode_documents
 from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
 from ifkv.store.lazy import StoredDocument
-from ifkv.store.location import default_store_path, open_store
+from ifkv.store.location import default_store_path, open_store, session_store
 from ifkv.store.memory import MemoryStore
 from ifkv.store.protocol import DocumentStore, StoreStats
 from ifkv.store.remote import RemoteStore
@@ -34,4 +34,5 @@ __all__ = [
     "key_for",
     "key_of",
     "open_store",
+    "session_store",
 ]

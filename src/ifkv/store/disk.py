@@ -77,13 +77,21 @@ class DiskStore:
                 f"verify is {verify!r}; choose 'always', 'first' (use) or 'never'."
             )
         self.path = Path(path).expanduser().absolute()
-        self.max_bytes = max_bytes
         self.codec = resolve_codec(codec)
         self.folder = Folder(self.path)
         self.index = open_index(self.folder)
         self._writer = DiskWriter(self.folder, self.index, self.codec, max_bytes)
         self._reader = DiskReader(self.folder, self.index, verify)
         self._hits = self._misses = 0
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The budget, kept to at the next put."""
+        return self._writer.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, max_bytes: int | None) -> None:
+        self._writer.max_bytes = max_bytes
 
     def key_for(
         self,
@@ -137,6 +145,12 @@ class DiskStore:
         self.index.note_use([name for name in (entry.prefix_key, key) if name])
         self._hits += 1
         return document
+
+    def touch(self, key: str) -> None:
+        """Count a use of a document that was read elsewhere, from a faster tier."""
+        entry = self.index.find(check_key(key))
+        if entry is not None:
+            self.index.note_use([name for name in (entry.prefix_key, key) if name])
 
     def __contains__(self, key: object) -> bool:
         try:

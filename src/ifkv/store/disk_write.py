@@ -18,6 +18,7 @@ class DiskWriter:
 
     Attributes:
         evictions: Entries dropped so far to stay within the budget.
+        max_bytes: The budget, or None.
 
     Args:
         folder: The files.
@@ -30,7 +31,7 @@ class DiskWriter:
         self._folder = folder
         self._index = index
         self._codec = codec
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self.evictions = 0
 
     def find(self, key: str) -> Entry | None:
@@ -62,8 +63,8 @@ class DiskWriter:
                 self._index.touch(used)
             return key
         file = DocumentFile(document, self._codec)
-        if self._max_bytes is not None and file.nbytes > self._max_bytes:
-            self._refuse(file.nbytes, file.nbytes - self._max_bytes)
+        if self.max_bytes is not None and file.nbytes > self.max_bytes:
+            self._refuse(file.nbytes, file.nbytes - self.max_bytes)
         entry = Entry(
             key,
             prefix_key,
@@ -79,7 +80,7 @@ class DiskWriter:
                 return None
             self._index.add(entry)
             self._index.touch(used)
-            victims = self._choose_victims(self._max_bytes, used, file.nbytes)
+            victims = self._choose_victims(self.max_bytes, used, file.nbytes)
             with self._folder.full_disk_named(file.nbytes):
                 self._folder.publish(temporary, key)
             self._discard(victims)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ifkv.checks import check_positive, token_tensor
 from ifkv.documents import DEFAULT_BATCH_TOKENS, DocumentCache, prefill_documents
-from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
-from ifkv.store.keys import key_for
+from ifkv.patching import handle_of
+from ifkv.store.keys import document_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,11 +27,14 @@ class Encoded:
         keys: The documents' keys, in the order given.
         made: How many distinct documents were prefilled and put.
         present: How many distinct documents were there already.
+        prefix: The prefix's rows as they were computed; None if nothing had to be made, or there
+            is no prefix.
     """
 
     keys: list[str]
     made: int
     present: int
+    prefix: DocumentCache | None = None
 
 
 def encode_documents(
@@ -38,19 +42,20 @@ def encode_documents(
     store: DocumentStore,
     documents: Sequence[Sequence[int] | Tensor],
     *,
-    prefix: Sequence[int] | Tensor = (),
+    prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
     """Prefill documents that a store lacks and put them, a batch at a time.
 
-    What was put before an interruption is there when the same call is made again.
+    What was put before an interruption is there when the same call is made again. The prefix is
+    computed, never read from the store, whose codec may have rounded it.
 
     Args:
         model: A patched model.
         store: The store.
         documents: Token ids of each document.
-        prefix: Token ids that every document is encoded behind.
+        prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
         batch_tokens: As in :func:`ifkv.prefill_documents`.
         on_progress: Called with tokens done and tokens to do, at the start and after each batch;
             documents that were there count as done.
@@ -60,20 +65,27 @@ def encode_documents(
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: A document is none.
+        InvalidInputError: A document is none, or is too long for the model.
         StoreFullError: The store has no room for more.
     """
-    keys = [key_for(model, ids, prefix) for ids in documents]
-    distinct = dict(zip(keys, documents, strict=True))
+    handle = handle_of(model)
+    if batch_tokens is not None:
+        check_positive(batch_tokens, "batch_tokens")
+    given = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
+    prefix_ids = token_tensor(model, given, "the prefix", empty=True)
+    tokens = [token_tensor(model, ids, f"document {i}") for i, ids in enumerate(documents)]
+    for index, ids in enumerate(tokens):  # all of them before any work
+        handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
+    identity = handle.fingerprints.of(model)
+    keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
+    distinct = dict(zip(keys, tokens, strict=True))
     missing = [(key, ids) for key, ids in distinct.items() if key not in store]
     made = len(missing)
     total = sum(len(ids) for ids in distinct.values())
     done = total - sum(len(ids) for _, ids in missing)
     report = on_progress or (lambda *_: None)
     report(done, total)
-    behind: Sequence[int] | Tensor | DocumentCache = prefix
-    if missing and len(prefix):
-        behind = _stored_prefix(model, store, prefix) or prefix
+    behind: Tensor | DocumentCache = prefix if isinstance(prefix, DocumentCache) else prefix_ids
     budget = batch_tokens or DEFAULT_BATCH_TOKENS
     while missing:
         size = len(missing[0][1])
@@ -86,17 +98,8 @@ def encode_documents(
             model, [ids for _, ids in batch], prefix=behind, batch_tokens=batch_tokens
         ):
             store.put(document)
-            behind = document.prefix or prefix
+            behind = document.prefix or prefix_ids
         done += size
         report(done, total)
-    return Encoded(keys, made, len(distinct) - made)
-
-
-def _stored_prefix(
-    model: PreTrainedModel, store: DocumentStore, prefix: Sequence[int] | Tensor
-) -> DocumentCache | None:
-    """The prefix's rows if the store has them."""
-    try:
-        return store.get(key_for(model, prefix))
-    except (DocumentNotFoundError, StoreCorruptionError):
-        return None
+    rows = behind if made and isinstance(behind, DocumentCache) else None
+    return Encoded(keys, made, len(distinct) - made, rows)

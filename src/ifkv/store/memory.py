@@ -120,6 +120,12 @@ class MemoryStore:
             self._touch(key)
             return document
 
+    def touch(self, key: str) -> None:
+        """Count a use of a document that was read elsewhere, from a faster tier."""
+        with self._lock:
+            if key in self._entries:
+                self._touch(key)
+
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 

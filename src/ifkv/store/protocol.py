@@ -95,7 +95,13 @@ class DocumentStore(Protocol):
         """
         ...
 
+    def touch(self, key: str) -> None:
+        """Count a use of a document that was read elsewhere, from a faster tier, if it is there."""
+        ...
+
     def __contains__(self, key: object) -> bool: ...
+
+    def __len__(self) -> int: ...
 
     def delete(self, key: str) -> None:
         """Drop an entry; dropping a prefix drops the documents behind it too.

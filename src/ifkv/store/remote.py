@@ -153,11 +153,17 @@ class RemoteStore:
         self._hits += 1
         return document
 
+    def touch(self, key: str) -> None:
+        """Nothing: there is no budget, so no order of use."""
+
     def __contains__(self, key: object) -> bool:
         try:
             return bool(self._files.exists(self._path(check_key(key))))
         except DocumentNotFoundError:
             return False
+
+    def __len__(self) -> int:
+        return len(self._sizes())
 
     def delete(self, key: str) -> None:
         """Remove a document's object."""

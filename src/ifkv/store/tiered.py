@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ifkv.documents import DocumentCache
-from ifkv.errors import DocumentNotFoundError, StoreFullError
+from ifkv.errors import DocumentNotFoundError, StoreError, StoreFullError
 from ifkv.store.keys import key_for
 from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import DocumentStore, StoreStats
@@ -52,7 +52,9 @@ class TieredStore:
         """The document under a key; from the slow tier it moves up, once all of it was read."""
         if key in self.fast:
             with contextlib.suppress(DocumentNotFoundError):  # evicted this instant
-                return self.fast.get(key, lazy=lazy)
+                document = self.fast.get(key, lazy=lazy)
+                self.slow.touch(key)  # or what is used most would be what is evicted first
+                return document
         document = self.slow.get(key, lazy=lazy)
         if isinstance(document, StoredDocument):
             document.when_read(self._promote)
@@ -60,8 +62,28 @@ class TieredStore:
             self._promote(document)
         return document
 
+    def touch(self, key: str) -> None:
+        """Count a use in both tiers."""
+        self.fast.touch(key)
+        self.slow.touch(key)
+
+    def pin(self, key: str, pinned: bool = True) -> None:
+        """Protect an entry of the slow tier from eviction, or stop doing so.
+
+        Raises:
+            DocumentNotFoundError: There is no such entry.
+            StoreError: The slow tier evicts nothing, and has no pins.
+        """
+        pin = getattr(self.slow, "pin", None)
+        if pin is None:
+            raise StoreError(f"a {type(self.slow).__name__} evicts nothing, so it has no pins.")
+        pin(key, pinned)
+
     def __contains__(self, key: object) -> bool:
         return key in self.fast or key in self.slow
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.keys())
 
     def delete(self, key: str) -> None:
         """Drop an entry from both tiers.
