@@ -20,7 +20,7 @@ from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, row_logits, run_layers
 from ifkv.generation import DEFAULT_MAX_NEW_TOKENS, has_prompt
 from ifkv.patching import handle_of
-from ifkv.recomputation import RowsPass
+from ifkv.rows_pass import RowsPass
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
 if TYPE_CHECKING:

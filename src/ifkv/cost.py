@@ -177,7 +177,12 @@ def prefill_cost(shape: ModelShape, length: int) -> Cost:
 
 
 def recompute_cost(
-    shape: ModelShape, slots: Tensor, context_length: int, prompt_length: int = 0
+    shape: ModelShape,
+    slots: Tensor,
+    context_length: int,
+    prompt_length: int = 0,
+    *,
+    depths: Tensor | None = None,
 ) -> Cost:
     """What :func:`ifkv.recompute` costs: selected rows and the prompt's, in one forward.
 
@@ -188,17 +193,22 @@ def recompute_cost(
         slots: Long ``[k]``, the selected rows.
         context_length: Slots of the context, T.
         prompt_length: Rows of the prompt.
+        depths: Long ``[k]``: in how many layers each row is recomputed; in all if None.
     """
-    rows = len(slots) + prompt_length
-    if rows == 0:
-        return Cost()
-    pairs = float((slots.double() + 1).sum()) + causal_pairs(context_length, prompt_length)
-    keys = context_length + prompt_length if prompt_length else int(slots.max()) + 1
-    whole = (shape.num_layers - 1) * shape.layer(rows, pairs, keys)
-    last = shape.product(shape.attention_parameters, rows)
-    written = Cost(bytes=2.0 * rows * shape.row_bytes * shape.num_layers)
-    answer = shape.layer(1, keys, keys) if prompt_length else Cost()
-    return whole + last + written + answer
+    total, keys = Cost(), context_length + prompt_length
+    for layer in range(shape.num_layers):
+        alive = slots if depths is None else slots[depths > layer]
+        rows = len(alive) + prompt_length
+        if rows == 0:
+            break
+        total += Cost(bytes=2.0 * rows * shape.row_bytes)
+        if layer == shape.num_layers - 1:
+            total += shape.product(shape.attention_parameters, rows)
+        else:
+            pairs = float((alive.double() + 1).sum()) + causal_pairs(context_length, prompt_length)
+            seen = keys if prompt_length else int(alive.max()) + 1
+            total += shape.layer(rows, pairs, seen)
+    return total + shape.layer(1, keys, keys) if prompt_length else total
 
 
 def scoring_cost(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import RowPlan
 from ifkv.checks import check_positive, token_tensor
+from ifkv.depths import checked_depths, run_by_depth
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, row_logits, run_attention, run_layers
 from ifkv.patching import PatchHandle, handle_of
+from ifkv.rows_pass import RowsPass
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def recompute(
     *,
     prompt_ids: Sequence[int] | Tensor | None = None,
     block_tokens: int | None = None,
+    depths: Sequence[int] | Tensor | None = None,
 ) -> Tensor | None:
     """Recompute the keys and values at the given slots, in place, through all layers.
 
@@ -43,18 +45,22 @@ def recompute(
         prompt_ids: Tokens to be answered; their rows are appended to the cache.
         block_tokens: Run at most this many rows at once, in ascending blocks, which changes
             nothing but the memory needed.
+        depths: For each slot, in the order given, in how many layers from the first it is
+            recomputed; in deeper ones its keys and values stay as they were, and it is not run. So
+            the sets of the layers are nested. In all layers if None; the prompt's rows always are.
 
     Returns:
         Logits of the prompt's last row, ``[vocabulary]``, or None without a prompt.
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: Slots out of range or duplicated, bad ids, rows appended already, or
-            more tokens than the model has positions.
+        InvalidInputError: Slots out of range or duplicated, depths that are not one per slot from
+            0 to the number of layers, bad ids, rows appended already, or more tokens than the
+            model has positions.
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    job = Recomputation.checked(model, cache, slots, prompt_ids)
+    job = Recomputation.checked(model, cache, slots, prompt_ids, depths)
     return run_recomputations(model, [job], block_tokens)[0]
 
 
@@ -68,6 +74,7 @@ class Recomputation:
         token_ids: Long ``[rows]``, on the model's device.
         prompt: The prompt's tokens, on the model's device, or None.
         length: Slots in use once the rows have run.
+        depths: Long ``[rows]``, on the CPU: in how many layers each row runs; None runs all.
     """
 
     cache: StitchedCache
@@ -75,6 +82,7 @@ class Recomputation:
     token_ids: Tensor
     prompt: Tensor | None
     length: int
+    depths: Tensor | None = None
 
     @classmethod
     def checked(
@@ -83,12 +91,14 @@ class Recomputation:
         cache: StitchedCache,
         slots: Sequence[int] | Tensor,
         prompt_ids: Sequence[int] | Tensor | None,
+        depths: Sequence[int] | Tensor | None = None,
     ) -> Recomputation:
         """From the arguments of :func:`recompute`; raises its errors, and changes nothing."""
         handle = check_cache(model, cache)
         check_answerable(cache, "recompute")
         handle.rope.check_frequencies()
         rows = _checked_slots(slots, cache.context_length)
+        reach = None if depths is None else checked_depths(depths, slots, len(cache.layers))
         ids = cache.token_ids[rows.to(cache.token_ids.device)]
         length = cache.context_length
         prompt = None
@@ -98,7 +108,9 @@ class Recomputation:
             handle.rope.check_length(length, "context and prompt")
             rows = torch.cat((rows, torch.arange(cache.context_length, length)))
             ids = torch.cat((ids, prompt))
-        return cls(cache, rows, ids, prompt, length)
+            if reach is not None:
+                reach = torch.cat((reach, torch.full_like(prompt, len(cache.layers)).cpu()))
+        return cls(cache, rows, ids, prompt, length, reach)
 
 
 @torch.no_grad()
@@ -213,10 +225,19 @@ def _run_block(
     Returns:
         What the last layer was given, ``[1, rows, hidden]``.
     """
-    plan = handle.backend.plan_requests(
-        [job.slots[rows] for job, rows in block], [job.length for job, _ in block], model.device
-    )
     hidden = embed(model, torch.cat([job.token_ids[rows] for job, rows in block]))
+    own = [job.slots[rows] for job, rows in block]
+    lengths = [job.length for job, _ in block]
+    if any(job.depths is not None for job, _ in block):
+        depth = num_layers(model)
+        reach = [
+            torch.full_like(part, depth) if job.depths is None else job.depths[rows]
+            for part, (job, rows) in zip(own, block, strict=True)
+        ]
+        return run_by_depth(
+            model, handle, [job.cache for job, _ in block], hidden, own, lengths, reach
+        )
+    plan = handle.backend.plan_requests(own, lengths, model.device)
     cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
     last = num_layers(model) - 1
     counts = [rows.stop - rows.start for _, rows in block]
@@ -252,71 +273,3 @@ def _answer_rows(
     rotation = (cos[None], sin[None])
     out = run_layers(model, hidden, plan.slots, rotation, run, last + 1, start=last)
     return row_logits(model, out)
-
-
-class RowsPass:
-    """Rows scattered over stitched caches: written at their slots, then position-causal.
-
-    Args:
-        handle: The model's handle.
-        caches: The cache of each request.
-        counts: Rows of each request, which follow one another.
-        plan: From :meth:`Backend.plan_requests`, of the same requests.
-        write: Whether the rows' keys and values are to be written; they have been otherwise.
-        skip_attention_in: A layer that is run for its keys and values alone.
-    """
-
-    def __init__(
-        self,
-        handle: PatchHandle,
-        caches: Sequence[StitchedCache],
-        counts: Sequence[int],
-        plan: RowPlan,
-        *,
-        write: bool = True,
-        skip_attention_in: int | None = None,
-    ):
-        self._backend = handle.backend
-        self._caches = caches
-        self._counts = list(counts)
-        self._slots = plan.slots.split(self._counts)
-        self._plan = plan
-        self._write = write
-        self._skip = skip_attention_in
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Overwrite the rows' slots; the whole buffers are what they attend to."""
-        if self._write:
-            parts = zip(
-                self._caches,
-                self._slots,
-                keys.split(self._counts, dim=2),
-                values.split(self._counts, dim=2),
-                strict=True,
-            )
-            for cache, slots, own_keys, own_values in parts:
-                cache.layers[layer_idx].write(slots, own_keys, own_values)
-        return keys, values
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        """Position-causal attention of the rows."""
-        if layer_idx == self._skip:
-            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
-        layers = [cache.layers[layer_idx] for cache in self._caches]
-        return self._backend.attend_requests(
-            query,
-            [layer.key_buffer for layer in layers],
-            [layer.value_buffer for layer in layers],
-            self._plan,
-            scaling=scaling,
-            window=window,
-        )

@@ -24,6 +24,7 @@ from ifkv.selectors.prophetkv import ProphetKV
 from ifkv.selectors.protocol import Ranked, Request, Selection, Selector
 from ifkv.selectors.recency import Recency
 from ifkv.selectors.registry import names, register, resolve, selector_class
+from ifkv.selectors.schedule import layer_depths
 from ifkv.selectors.two_round import TwoRound
 from ifkv.selectors.value_aware import ValueAware
 
@@ -46,6 +47,7 @@ __all__ = [
     "TwoRound",
     "ValueAware",
     "describe",
+    "layer_depths",
     "names",
     "register",
     "resolve",
