@@ -6,10 +6,11 @@ Bandwidth: documents of the demo model's shape are put and got, and the same num
 written (with fsync) and read plainly with ``os.write`` and ``readinto`` into fresh memory, files
 being in the page cache for reads. Ways are interleaved and medians compared.
 
-Time to first token: question's arrival to the first token's logits at ratio 0.15 with documents in
-memory (hot), in the page cache (warm), and on the disk, the page cache having been told to forget
-them (cold); loaded whole before stitching, or layer by layer behind the computation. Checks have
-been done on first use already, unless "checked" is said.
+Time to first token: question's arrival to the first token's logits at ratio 0.15, and at ratio 0,
+where loading has the least to hide behind, with documents in memory (hot), in the page cache
+(warm), and on the disk, the page cache having been told to forget them (cold); loaded whole before
+stitching, or layer by layer behind the computation. Checks have been done on first use already,
+unless "checked" is said.
 
 Eight-bit storage: what it costs in the rows, and in the first answered token's distribution.
 
@@ -38,6 +39,7 @@ import ifkv
 from ifkv.store import DiskStore
 from ifkv.testing import random_document
 
+RATIOS = (0.15, 0.0)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -118,8 +120,8 @@ def bandwidth(folder: Path, length: int, repeats: int) -> dict[str, float]:
 
 def requests(
     model: Any, layout: Any, tokens: int, folder: Path, repeats: int
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Time to first token per state and way; errors of eight-bit storage."""
+) -> tuple[dict[float, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
+    """Time to first token per ratio, state and way; errors of eight-bit storage."""
     from ifkv.demo.corpus import load_corpus
 
     corpus = load_corpus()
@@ -132,21 +134,22 @@ def requests(
     prompt, prefix = layout.prompt_ids(corpus.questions[0].text), layout.prefix_ids()
     made = ifkv.prefill_documents(model, documents, prefix=prefix)
     context = len(prefix) + sum(map(len, documents))
-    loads: dict[str, list[float]] = {}
+    loads: dict[tuple[float, str, str], list[float]] = {}
 
-    def answer(read: Callable[[], list[Any]], state: str) -> torch.Tensor:
+    def answer(read: Callable[[], list[Any]], state: str, ratio: float) -> torch.Tensor:
         start = time.perf_counter()
         found = read()
         loaded = time.perf_counter() - start
         cache = ifkv.stitch(model, found)
-        scores = ifkv.score(model, cache, prompt)
-        slots = ifkv.select(cache, scores, ratio=0.15)
+        slots = torch.zeros(0, dtype=torch.long)
+        if ratio > 0:
+            slots = ifkv.select(cache, ifkv.score(model, cache, prompt), ratio=ratio)
         logits = ifkv.recompute(model, cache, slots, prompt_ids=prompt)
         total = time.perf_counter() - start
         if cache.loader is not None:
             loaded += cache.loader.wait_seconds
-        loads.setdefault(f"{state} load", []).append(loaded)
-        loads.setdefault(f"{state} total", []).append(total)
+        loads.setdefault((ratio, state, "load"), []).append(loaded)
+        loads.setdefault((ratio, state, "total"), []).append(total)
         assert logits is not None
         return logits
 
@@ -156,29 +159,31 @@ def requests(
     }
     keys = [stores["exact"].put(document) for document in made]
     exact = stores["exact"]
-    truth = answer(lambda: made, "warm-up").float().log_softmax(-1)
-    for _ in range(repeats + 1):
-        answer(lambda: made, "hot")
-        answer(lambda: [exact.get(key) for key in keys], "warm, whole")
-        answer(lambda: [exact.get(key, lazy=True) for key in keys], "warm, by layer")
+    truth = answer(lambda: made, "warm-up", RATIOS[0]).float().log_softmax(-1)
+    for _, ratio in itertools.product(range(repeats + 1), RATIOS):
+        answer(lambda: made, "hot", ratio)
+        answer(lambda: [exact.get(key) for key in keys], "warm, whole", ratio)
+        answer(lambda: [exact.get(key, lazy=True) for key in keys], "warm, by layer", ratio)
         forget(exact.path)
-        answer(lambda: [exact.get(key) for key in keys], "cold, whole")
+        answer(lambda: [exact.get(key) for key in keys], "cold, whole", ratio)
         forget(exact.path)
-        answer(lambda: [exact.get(key, lazy=True) for key in keys], "cold, by layer")
+        answer(lambda: [exact.get(key, lazy=True) for key in keys], "cold, by layer", ratio)
         forget(exact.path)
         strict = DiskStore(exact.path)  # has checked nothing yet
         answer(
             lambda store=strict: [store.get(key, lazy=True) for key in keys],
             "cold, by layer, checked",
+            ratio,
         )
         strict.close()
-    table: dict[str, dict[str, float]] = {}
-    for name, each in loads.items():
-        state, _, what = name.rpartition(" ")
+    tables: dict[float, dict[str, dict[str, float]]] = {ratio: {} for ratio in RATIOS}
+    for (ratio, state, what), each in loads.items():
         if state != "warm-up":
-            table.setdefault(state, {})[what] = statistics.median(each[1:])
-            table[state][f"best {what}"] = min(each[1:])
-    table["context"] = {"tokens": float(context), "nbytes": float(exact.stats().nbytes)}
+            row = tables[ratio].setdefault(state, {})
+            row[what] = statistics.median(each[1:])
+            row[f"best {what}"] = min(each[1:])
+    for table in tables.values():
+        table["context"] = {"tokens": float(context), "nbytes": float(exact.stats().nbytes)}
 
     errors: dict[str, dict[str, float]] = {}
     for codec in ("fp8", "int8"):
@@ -191,10 +196,10 @@ def requests(
             )
             for part in ("keys", "values")
         }
-        logits = answer(lambda again=again: again, codec).float().log_softmax(-1)
+        logits = answer(lambda again=again: again, codec, RATIOS[0]).float().log_softmax(-1)
         errors[codec]["KL of the first token"] = float((truth.exp() * (truth - logits)).sum())
         errors[codec]["share of exact size"] = store.stats().nbytes / exact.stats().nbytes
-    return table, errors
+    return tables, errors
 
 
 def to_markdown(result: dict[str, Any]) -> str:
@@ -225,12 +230,16 @@ def to_markdown(result: dict[str, Any]) -> str:
     ):
         lines.append(f"| {name} | {speed[name]:.2f} | {speed[name] / speed[plain]:.0%} |")
     lines += ["", f"A lazy open takes {speed['lazy open, ms']:.2f} ms.", ""]
-    for threads, table in result.get("ttft", {}).items():
+    for threads, ratio, table in (
+        (threads, ratio, table)
+        for threads, tables in result.get("ttft", {}).items()
+        for ratio, table in tables.items()
+    ):
         context = table["context"]
         lines += [
             f"Time to first token, {result['model']}, {threads} computing threads, "
             f"{context['tokens']:.0f} tokens of context, {context['nbytes'] / 2**20:.0f} MiB "
-            "stored, ratio 0.15.",
+            f"stored, ratio {ratio:g}.",
             "",
             "| | ms | of which waiting for the load | over hot | fastest, ms |",
             "|---|---|---|---|---|",
