@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import ifkv.recomputation
+import ifkv.rows_pass
 from ifkv.cli import app
 from ifkv.errors import InvalidInputError
 from ifkv.testing import tiny_model, tiny_tokenizer
@@ -52,14 +52,11 @@ def test_verify_passes_on_a_sound_model(model_folder: Path) -> None:
 def test_verify_fails_when_a_law_is_broken(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Rows are written into the cache only after the layer has attended: stale keys are read.
+    # Rows are not written into the cache: all attend to stale keys and values.
     def forgetful(self, keys, values, layer_idx):
-        layer = self._cache.layers[layer_idx]
-        stale = layer.key_buffer.clone(), layer.value_buffer.clone()
-        layer.write(self._plan.slots, keys, values)
-        return stale
+        return keys, values
 
-    monkeypatch.setattr(ifkv.recomputation.RowsPass, "update", forgetful)
+    monkeypatch.setattr(ifkv.rows_pass.RowsPass, "update", forgetful)
     result = CliRunner().invoke(app, ["verify", str(model_folder), "--length", "16"])
     assert result.exit_code == 1
     assert "BROKEN" in result.output
