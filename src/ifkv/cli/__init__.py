@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
+from typing import TextIO
 
 import typer
 
@@ -12,7 +14,7 @@ from ifkv.cli.demo import demo
 from ifkv.cli.encode import encode
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
-from ifkv.errors import IfkvError
+from ifkv.errors import IfkvError, StoreWarning
 
 app = typer.Typer(
     name="ifkv",
@@ -34,11 +36,30 @@ def main() -> None:
         # A terminal or a pipe that is not UTF-8 shows what it cannot write as a question mark.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.showwarning = _show_warning
     try:
         app()
     except IfkvError as error:
         typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
         sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is a sentence too; others keep the place in the code that they are about.
+
+    Takes the arguments of :func:`warnings.showwarning`.
+    """
+    if issubclass(category, StoreWarning):
+        typer.secho(f"{category.__name__}: {message}", fg="yellow", err=True)
+    else:
+        typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)
 
 
 __all__ = ["app", "main"]
