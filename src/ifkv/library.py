@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ifkv.checks import naming_request
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import (
     DocumentNotFoundError,
@@ -108,6 +109,38 @@ class Library:
             self._origins.setdefault(key, (document.token_ids, document.prefix_ids))
             found.append(document)
         return found
+
+    def get_many(
+        self, requests: Sequence[Sequence[str] | None]
+    ) -> tuple[list[list[str]], dict[str, DocumentCache]]:
+        """Documents of several requests, each once however many share it.
+
+        Rows stay in the store until they are used, so that no more are held than are at work.
+
+        Args:
+            requests: For each its keys; all that were added if None.
+
+        Returns:
+            Each request's keys, and the documents by key.
+
+        Raises:
+            InvalidInputError: As of :meth:`get`, naming the request.
+            StoreCorruptionError: As of :meth:`get`.
+        """
+        wanted: list[list[str]] = []
+        found: dict[str, DocumentCache] = {}
+        for index, keys in enumerate(requests):
+            with naming_request(index):
+                own = self.keys if keys is None else keys
+                new = (
+                    own
+                    if isinstance(own, str)
+                    else [k for k in dict.fromkeys(own) if k not in found]
+                )
+                if new or not own:
+                    found.update(zip(new, self.get(new, lazy=True), strict=True))
+                wanted.append(list(own))
+        return wanted, found
 
     def make_again(self, key: str, error: StoreError) -> DocumentCache:
         """Prefill a document that the store has lost from its tokens, put it, and say so.

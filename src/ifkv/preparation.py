@@ -15,13 +15,15 @@ from ifkv.documents import DocumentCache
 from ifkv.recomputation import recompute
 from ifkv.reordering import reorder as reorder_documents
 from ifkv.scoring import chosen_layers
-from ifkv.selectors import Budget, Request, Selector, sentence_groups
+from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ifkv.layer_loading import LayerLoader
+    from ifkv.stitched_cache import StitchedCache
 
 
 # Share of the context that counts as found by a question when documents are reordered and the
@@ -36,17 +38,18 @@ class Stopwatch:
 
     Attributes:
         timings: Seconds of each step; a step that is run twice has the sum.
-        loader: What reads the documents in the background, if anything does.
+        loaders: What reads the documents in the background, if anything does.
 
     Args:
         model: Whose device is waited for.
+        since: Count :attr:`seconds` from when this one was made.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, since: Stopwatch | None = None):
         self.timings: dict[str, float] = {}
-        self.loader: LayerLoader | None = None
+        self.loaders: list[LayerLoader] = []
         self._device = model.device
-        self._started = time.perf_counter()
+        self._started: float = time.perf_counter() if since is None else since._started
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -67,7 +70,7 @@ class Stopwatch:
 
     @property
     def _waited(self) -> float:
-        return 0.0 if self.loader is None else self.loader.wait_seconds
+        return sum(loader.wait_seconds for loader in self.loaders)
 
     @property
     def seconds(self) -> float:
@@ -112,12 +115,12 @@ def prepare(
     order, spent = None, Cost()
     shape = ModelShape.of(model)
     if reorder:
-        ratio = REORDER_RATIO if budget.ratio is None else budget.ratio
+        ratio = reorder_ratio(budget)
         with timed("reorder"):
             order = reorder_documents(model, documents, prompt_ids, ratio=ratio, layers=layers)
     with timed("stitch"):
         cache = stitch(model, documents, order=order)
-    timed.loader = cache.loader
+    timed.loaders = loaders_of([cache])
     if reorder:
         scoring = chosen_layers(shape.num_layers, layers)
         spent += scoring_cost(shape, len(prompt_ids), cache.context_length, scoring)
@@ -129,16 +132,51 @@ def prepare(
     with timed("recompute and prompt"):
         logits = recompute(model, cache, selection.slots, prompt_ids=prompt_ids)
     assert logits is not None
+    return finished(model, cache, prompt_ids, logits, selection, selector, spent, timed)
+
+
+def reorder_ratio(budget: Budget) -> float:
+    """Share of the context that counts as found when documents are reordered."""
+    return REORDER_RATIO if budget.ratio is None else budget.ratio
+
+
+def loaders_of(caches: Sequence[StitchedCache]) -> list[LayerLoader]:
+    """What reads the documents of these caches in the background."""
+    return [cache.loader for cache in caches if cache.loader is not None]
+
+
+def finished(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    prompt_ids: list[int],
+    logits: Tensor,
+    selection: Selection,
+    selector: Selector,
+    spent: Cost,
+    timed: Stopwatch,
+) -> Prepared:
+    """What is known once a request's first token is decided.
+
+    Args:
+        model: The model.
+        cache: The repaired cache with the prompt in it.
+        prompt_ids: The prompt's tokens.
+        logits: Of the first answered token, ``[vocabulary]``.
+        selection: What was recomputed.
+        selector: What chose it.
+        spent: What choosing has cost, reordering included.
+        timed: Started when the question arrived.
+    """
     return Prepared(
         cache=cache,
         prompt_ids=prompt_ids,
         logits=logits,
         scores=selection.scores,
         slots=selection.slots,
-        timings=timed.timings,
+        timings=dict(timed.timings),
         ttft_seconds=timed.seconds,
         speedup_bound=speedup_bound(
-            shape,
+            ModelShape.of(model),
             context_length=cache.context_length,
             query_length=len(prompt_ids),
             ratio=len(selection.slots) / cache.context_length,

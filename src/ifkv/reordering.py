@@ -15,6 +15,8 @@ from ifkv.stitching import stitch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.stitched_cache import StitchedCache
+
 
 def reorder(
     model: PreTrainedModel,
@@ -46,7 +48,17 @@ def reorder(
     """
     budget(1, ratio)  # refuse a bad ratio before any work
     cache = stitch(model, documents, geometry="hl-tp")
-    scores = score(model, cache, query_ids, layers=layers)
+    return order_by_hits(cache, score(model, cache, query_ids, layers=layers), ratio)
+
+
+def order_by_hits(cache: StitchedCache, scores: Tensor, ratio: float) -> list[int]:
+    """The order of :func:`reorder` from scores that have been taken.
+
+    Args:
+        cache: The cache that was scored, stitched in the documents' given order.
+        scores: ``[T]``; those of the prefix are overwritten.
+        ratio: As in :func:`reorder`.
+    """
     # No document is first yet, so none is protected; the prefix stays in front and has no order.
     scores[: cache.prefix_length] = scores.min() - 1
     selected = select(cache, scores, ratio=ratio, protect_first=False).cpu()

@@ -24,6 +24,9 @@ from ifkv.store import session_store
 from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
+# Tokens that a batch of ask_many holds when the caller does not say.
+DEFAULT_REQUEST_TOKENS = 16384
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -163,7 +166,7 @@ class Session:
                 know its tokens. Otherwise it is prefilled again, with a ``StoreWarning``.
         """
         check_positive(max_new_tokens, "max_new_tokens")  # before any work
-        _check_kwargs(self.model, generate_kwargs)
+        check_answer_kwargs(self.model, generate_kwargs)
         ready = self.prepare(
             question,
             documents=documents,
@@ -173,6 +176,79 @@ class Session:
             layers=layers,
         )
         return self.complete(ready, max_new_tokens=max_new_tokens, stream=stream, **generate_kwargs)
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        *,
+        documents: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
+        ratio: float | Budget = 0.15,
+        reorder: bool = False,
+        selector: str | Selector = "attention-norm",
+        max_new_tokens: int = 32,
+        stream: Callable[[int, str], None] | None = None,
+        layers: Sequence[int] | None = None,
+        batch_tokens: int = DEFAULT_REQUEST_TOKENS,
+        **generate_kwargs: Any,
+    ) -> list[Answer]:
+        """Answer several questions, in batches that share every read of the weights.
+
+        The answers are those of :meth:`ask`, one question after another. Greedy answers are
+        decoded side by side; sampling, beams and further settings of ``model.generate()`` one by
+        one. The default selector scores a batch's questions in one pass, others one by one.
+
+        Args:
+            questions: The questions; their prompts may have any lengths.
+            documents: Keys of the documents of all questions, or for each question a list of its
+                own (None in it for all documents). Documents that questions share are read once.
+            ratio: As in :meth:`ask`.
+            reorder: As in :meth:`ask`.
+            selector: As in :meth:`ask`.
+            max_new_tokens: Length of each answer at most.
+            stream: Called with a question's number and each piece of its answer as it comes.
+            layers: As in :meth:`ask`.
+            batch_tokens: Tokens of context, prompt and answer that a batch holds at most, over
+                its questions (a longer one goes alone): it bounds the memory.
+            **generate_kwargs: As in :meth:`ask`.
+
+        Returns:
+            The answers, in order. ``ttft_seconds`` counts from this call; a step's timing is that
+            of its batch.
+
+        Raises:
+            InvalidInputError: As of :meth:`ask`, naming the question (request) that it is about.
+                Everything is checked before any answer is worked on.
+            StoreCorruptionError: As of :meth:`ask`.
+
+        Example:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> lamp, door = session.add(["The lamp is red.", "The door is green."])
+            >>> answers = session.ask_many(
+            ...     ["Which colour is the lamp?", "And the door?"],
+            ...     documents=[[lamp], [lamp, door]],
+            ...     max_new_tokens=4,
+            ... )
+            >>> [len(answer.document_slices) for answer in answers]
+            [1, 2]
+        """
+        from ifkv.batch_asking import ask_many
+
+        return ask_many(
+            self,
+            questions,
+            documents=documents,
+            ratio=ratio,
+            reorder=reorder,
+            selector=selector,
+            max_new_tokens=max_new_tokens,
+            stream=stream,
+            layers=layers,
+            batch_tokens=batch_tokens,
+            generate_kwargs=generate_kwargs,
+        )
 
     def prepare(
         self,
@@ -190,7 +266,7 @@ class Session:
         """
         timed = Stopwatch(self.model)
         budget = Budget.of(ratio)  # refuse a bad one before any work
-        rule = _with_layers(resolve(selector), layers)
+        rule = selector_with_layers(resolve(selector), layers)
         prompt = self.format.prompt_ids(question)
         run = functools.partial(
             prepare,
@@ -225,7 +301,7 @@ class Session:
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
-        _check_kwargs(self.model, generate_kwargs)
+        check_answer_kwargs(self.model, generate_kwargs)
         decoding = time.perf_counter()
         generate_kwargs.setdefault("do_sample", False)
         generate_kwargs.setdefault("pad_token_id", self.pad_token_id)
@@ -238,11 +314,14 @@ class Session:
             **generate_kwargs,
         )
         token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
+        return self._answer(ready, token_ids, time.perf_counter() - decoding)
+
+    def _answer(self, ready: Prepared, token_ids: Tensor, decode_seconds: float) -> Answer:
         return Answer(
             text=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
             token_ids=token_ids,
             ttft_seconds=ready.ttft_seconds,
-            timings={**ready.timings, "decode": time.perf_counter() - decoding},
+            timings={**ready.timings, "decode": decode_seconds},
             scores=None if ready.scores is None else ready.scores.cpu(),
             slots=ready.slots.cpu(),
             order=ready.cache.order,
@@ -269,7 +348,7 @@ class Session:
         return self.tokenizer.eos_token_id if pad is None else pad
 
 
-def _with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
+def selector_with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
     """The default selector with these scoring layers."""
     if layers is None:
         return selector
@@ -281,7 +360,7 @@ def _with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
     return AttentionNorm(layers=Layers.of(layers))
 
 
-def _check_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
+def check_answer_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
     """Refuse, before any work, what one answer has no place for."""
     for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
         if key in generate_kwargs:

@@ -89,15 +89,7 @@ def stitch_many(
             message names the request.
         FingerprintMismatchError: As of :func:`ifkv.stitch`.
     """
-    given = [None] * len(requests) if orders is None else list(orders)
-    if len(given) != len(requests):
-        raise InvalidInputError(
-            f"{len(given)} orders were given for {len(requests)} requests; give one each, or none."
-        )
-    plans = []
-    for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
-        with naming_request(index):
-            plans.append(_Plan.checked(model, documents, order, geometry))
+    plans = _checked(model, requests, orders, geometry)
     kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
     if len(kinds) != 1 or len(plans) == 1:
         return [
@@ -110,6 +102,29 @@ def stitch_many(
         start += plan.capacity
         caches.append(_fill(model, plan, keys[..., own, :], values[..., own, :], shared=True))
     return caches
+
+
+def check_stitchable(model: PreTrainedModel, requests: Sequence[Sequence[DocumentCache]]) -> None:
+    """Refuse what :func:`stitch_many` would refuse, without stitching."""
+    _checked(model, requests, None, "global")
+
+
+def _checked(
+    model: PreTrainedModel,
+    requests: Sequence[Sequence[DocumentCache]],
+    orders: Sequence[Sequence[int] | None] | None,
+    geometry: str,
+) -> list[_Plan]:
+    given = [None] * len(requests) if orders is None else list(orders)
+    if len(given) != len(requests):
+        raise InvalidInputError(
+            f"{len(given)} orders were given for {len(requests)} requests; give one each, or none."
+        )
+    plans = []
+    for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
+        with naming_request(index):
+            plans.append(_Plan.checked(model, documents, order, geometry))
+    return plans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,17 @@ from torch import Tensor
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost, ModelShape, scoring_cost
 from ifkv.positions import Geometry
-from ifkv.scoring import attention_norm, measure_query
+from ifkv.scoring import (
+    Scoring,
+    attention_norm,
+    mean_over_layers,
+    measure_query,
+    run_scorings,
+)
+from ifkv.selectors.budget import Budget
 from ifkv.selectors.geometry import in_geometry
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
-from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.protocol import Ranked, Request, Selection
 from ifkv.selectors.registry import register
 
 if TYPE_CHECKING:
@@ -66,6 +73,36 @@ class AttentionNorm(Ranked):
             model, scored, queries_of(request, self.query), layers, attention_norm(self.reduction)
         )
         return scores, cost + spent
+
+    def select_many(
+        self,
+        model: PreTrainedModel,
+        caches: Sequence[StitchedCache],
+        requests: Sequence[Request],
+        budget: Budget | float,
+    ) -> list[Selection]:
+        """See :meth:`Selector.select_many`; the queries of all requests run in one pass."""
+        allowed = Budget.of(budget)
+        if type(self) is not AttentionNorm or allowed.everything or allowed.nothing or not caches:
+            return super().select_many(model, caches, requests, allowed)
+        shape = ModelShape.of(model)
+        layers = self.layers.within(shape.num_layers)
+        jobs, costs = [], []
+        for cache, request in zip(caches, requests, strict=True):
+            scored, cost = in_geometry(model, cache, request, self.geometry)
+            for query in queries_of(request, self.query):
+                jobs.append(Scoring.checked(model, scored, query))
+                cost += scoring_cost(shape, len(query), cache.context_length, layers)
+            costs.append(cost)
+        norms = run_scorings(model, jobs, layers, attention_norm(self.reduction))
+        passes = len(jobs) // len(caches)
+        chosen = []
+        for index, (cache, request) in enumerate(zip(caches, requests, strict=True)):
+            own = norms[index * passes : (index + 1) * passes]
+            scores = torch.stack([mean_over_layers(each) for each in own]).sum(dim=0)
+            slots = allowed.pick(cache, scores, request.groups)
+            chosen.append(Selection(slots, scores, costs[index]))
+        return chosen
 
 
 def queries_of(request: Request, query: Query) -> list[Sequence[int]]:

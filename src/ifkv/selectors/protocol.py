@@ -101,6 +101,22 @@ class Selector(ABC):
             FingerprintMismatchError: The cache belongs to another model.
         """
 
+    def select_many(
+        self,
+        model: PreTrainedModel,
+        caches: Sequence[StitchedCache],
+        requests: Sequence[Request],
+        budget: Budget | float,
+    ) -> list[Selection]:
+        """Choose slots of several requests; takes what :meth:`select` takes, for each.
+
+        A selector that can look at all of them in one pass does; this one takes them one by one.
+        """
+        return [
+            self.select(model, cache, request, budget)
+            for cache, request in zip(caches, requests, strict=True)
+        ]
+
     def __str__(self) -> str:
         return spec_of(self)
 

@@ -1,0 +1,226 @@
+"""Several questions to a session at once: checked together, answered batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.answer import Answer, Prepared
+from ifkv.batch_generation import GreedySettings, decode, greedy_settings
+from ifkv.batch_preparation import prepare_many
+from ifkv.checks import check_positive, naming_request
+from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.forward import num_layers
+from ifkv.patching import handle_of
+from ifkv.preparation import Stopwatch
+from ifkv.scoring import chosen_layers
+from ifkv.selectors import Budget, Selector, resolve
+from ifkv.stitching import check_stitchable
+from ifkv.streaming import text_streamer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.documents import DocumentCache
+    from ifkv.session import Session
+
+Stream = Callable[[int, str], None]
+
+
+def ask_many(
+    session: Session,
+    questions: Sequence[str],
+    *,
+    documents: Sequence[str] | Sequence[Sequence[str] | None] | None,
+    ratio: float | Budget,
+    reorder: bool,
+    selector: str | Selector,
+    max_new_tokens: int,
+    stream: Stream | None,
+    layers: Sequence[int] | None,
+    batch_tokens: int,
+    generate_kwargs: dict[str, Any],
+) -> list[Answer]:
+    """See :meth:`ifkv.Session.ask_many`."""
+    from ifkv.session import check_answer_kwargs, selector_with_layers
+
+    watch = Stopwatch(session.model)
+    budget = Budget.of(ratio)
+    rule = selector_with_layers(resolve(selector), layers)
+    check_positive(max_new_tokens, "max_new_tokens")
+    check_positive(batch_tokens, "batch_tokens")
+    check_answer_kwargs(session.model, generate_kwargs)
+    chosen_layers(num_layers(session.model), layers)
+    if isinstance(questions, str):
+        raise InvalidInputError("questions is one string; give a list, or call ask().")
+    prompts = []
+    for index, question in enumerate(questions):
+        with naming_request(index):
+            prompts.append(session.format.prompt_ids(question))
+    bare = [session.format.encode(question) for question in questions]
+    keys, found = session._library.get_many(_keys_of(documents, len(prompts)))
+    sizes = _checked_sizes(
+        session.model, [[found[key] for key in own] for own in keys], prompts, max_new_tokens
+    )
+    answers: list[Answer] = []
+    for batch in _batches(sizes, batch_tokens):
+        run = functools.partial(
+            prepare_many,
+            session.model,
+            prompts=prompts[batch],
+            questions=bare[batch],
+            timed=Stopwatch(session.model, watch),
+            budget=budget,
+            reorder=reorder,
+            selector=rule,
+            layers=layers,
+            tokenizer=session.tokenizer,
+        )
+        ready = _repairing(session, keys[batch], found, run)
+        ready = [
+            dataclasses.replace(one, question=question)
+            for one, question in zip(ready, questions[batch], strict=True)
+        ]
+        own_stream = None if stream is None else functools.partial(_shifted, stream, batch.start)
+        answers += _complete(session, ready, max_new_tokens, own_stream, generate_kwargs)
+        later = {key for own in keys[batch.stop :] for key in own}
+        found = {key: document for key, document in found.items() if key in later}
+    return answers
+
+
+def _repairing(
+    session: Session,
+    keys: Sequence[list[str]],
+    found: dict[str, DocumentCache],
+    run: Callable[[list[list[DocumentCache]]], list[Prepared]],
+) -> list[Prepared]:
+    """Run over documents by key; one that turns out damaged as it is read is made again, once."""
+    repaired: set[str] = set()
+    while True:
+        try:
+            return run([[found[key] for key in own] for own in keys])
+        except StoreCorruptionError as error:
+            if error.key in repaired or error.key not in found:
+                raise
+            repaired.add(error.key)
+            found[error.key] = session._library.make_again(error.key, error)
+
+
+def _keys_of(
+    documents: Sequence[str] | Sequence[Sequence[str] | None] | None, count: int
+) -> list[Sequence[str] | None]:
+    """Keys of each question's documents; None for all."""
+    if documents is None:
+        return [None] * count
+    if isinstance(documents, str):
+        raise InvalidInputError("documents is one string; give a list of keys, for example [key].")
+    given: list[Any] = list(documents)
+    shared = [isinstance(each, str) for each in given]
+    if given and all(shared):
+        return [given] * count
+    if any(shared):
+        raise InvalidInputError(
+            "documents holds both keys and lists; give keys for all questions to share, or one "
+            "list of keys for each question."
+        )
+    if len(given) != count:
+        raise InvalidInputError(
+            f"documents has {len(given)} lists for {count} questions; give one each, or a flat "
+            "list of keys for all."
+        )
+    return given
+
+
+def _checked_sizes(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[DocumentCache]],
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+) -> list[int]:
+    """Tokens of each request at its end; refuses what would fail in the midst of the work."""
+    check_stitchable(model, documents)
+    rope = handle_of(model).rope
+    sizes = []
+    for index, (own, prompt) in enumerate(zip(documents, prompts, strict=True)):
+        length = len(own[0].prefix_ids) + sum(map(len, own)) + len(prompt)
+        with naming_request(index):
+            rope.check_length(length, "context and prompt")
+            if rope.rope_type == "longrope":
+                rope.check_length(length + max_new_tokens - 1, "context, prompt and answer")
+        sizes.append(length + max_new_tokens)
+    return sizes
+
+
+def _batches(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Cut requests, in order, into batches of at most so many tokens, or of one request."""
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > limit:
+            yield slice(start, index)
+            start, total = index, 0
+        total += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
+
+
+def _shifted(stream: Stream, first: int, index: int, text: str) -> None:
+    stream(first + index, text)
+
+
+def _complete(
+    session: Session,
+    ready: Sequence[Prepared],
+    max_new_tokens: int,
+    stream: Stream | None,
+    generate_kwargs: dict[str, Any],
+) -> list[Answer]:
+    """Decode a batch: side by side if that gives what generate() would, one by one otherwise."""
+    settings = greedy_settings(session.model, generate_kwargs)
+    if not isinstance(settings, GreedySettings):
+        return [
+            session.complete(
+                one,
+                max_new_tokens=max_new_tokens,
+                stream=False if stream is None else functools.partial(stream, index),
+                **generate_kwargs,
+            )
+            for index, one in enumerate(ready)
+        ]
+    decoding = time.perf_counter()
+    device = session.model.device
+    prompts = [torch.tensor(one.prompt_ids, device=device) for one in ready]
+    streamers = []
+    if stream is not None:
+        for index, prompt in enumerate(prompts):
+            streamers.append(text_streamer(session.tokenizer, functools.partial(stream, index)))
+            streamers[index].put(prompt[None].cpu())
+
+    def emit(index: int, token: int) -> None:
+        streamers[index].put(torch.tensor([token]))
+
+    caches = [one.cache for one in ready]
+    try:
+        found = decode(
+            session.model,
+            caches,
+            prompts,
+            [one.logits for one in ready],
+            settings,
+            max_new_tokens,
+            emit if streamers else None,
+        )
+    finally:
+        for cache in caches:
+            cache.crop()
+    for streamer in streamers:
+        streamer.end()
+    seconds = time.perf_counter() - decoding
+    return [
+        session._answer(one, token_ids, seconds)
+        for one, token_ids in zip(ready, found, strict=True)
+    ]
