@@ -9,13 +9,52 @@ from torch import Tensor
 _EXPLICIT_ELEMENTS = 1 << 24
 
 
+class RowMask:
+    """Where rows must not look, and what follows from it, made once and used in every layer.
+
+    Attributes:
+        hidden: Bool ``[rows, n]``, True where a row must not look.
+
+    Args:
+        hidden: As the attribute.
+    """
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+        self._biases: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._blind: Tensor | None = None
+        self._blind_known = False
+
+    def bias(self, dtype: torch.dtype, group: int) -> Tensor:
+        """What is added to the logits of ``group`` heads laid behind one another as rows.
+
+        Returns:
+            ``[1, 1, group * rows, n]``: 0, or -inf where hidden.
+        """
+        key = (dtype, group)
+        if key not in self._biases:
+            bias = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
+            bias.masked_fill_(self.hidden, float("-inf"))
+            self._biases[key] = bias.repeat(group, 1)[None, None]
+        return self._biases[key]
+
+    @property
+    def blind(self) -> Tensor | None:
+        """Bool ``[rows]``, True for rows that see nothing; None if there is none (looks at it)."""
+        if not self._blind_known:
+            blind = self.hidden.all(dim=-1)
+            self._blind = blind if bool(blind.any()) else None
+            self._blind_known = True
+        return self._blind
+
+
 def attend_partial(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     scaling: float,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | RowMask | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention and log-sum-exp over the given keys; key heads are shared, never repeated.
@@ -25,20 +64,22 @@ def attend_partial(
         keys: ``[1, kv_heads, n, head_dim]``.
         values: Of the same shape.
         scaling: Factor on the logits.
-        mask: Bool ``[rows, n]``, True where a row must not look. A row may be all True: its
-            output is 0 and its log-sum-exp -inf.
+        mask: Bool ``[rows, n]``, True where a row must not look, or the same as a mask that is
+            used in many layers. A row may be all True: its output is 0, its log-sum-exp -inf.
         causal: Row i sees keys 0 to i; only with ``rows == n`` and no mask.
 
     Returns:
         Output ``[1, heads, rows, head_dim]`` in the query's dtype and natural log-sum-exp
         ``[1, heads, rows]`` in float32 (float64 if the query is).
     """
+    if isinstance(mask, Tensor):
+        mask = RowMask(mask)
     if query.device.type == "cpu" and keys.shape[2] > 0 and query.shape[2] > 0:
         return _attend_flash(query, keys, values, scaling, mask, causal)
     if causal:
         row = torch.arange(query.shape[2], device=query.device)
-        mask = row > row[:, None]
-    return _attend_explicit(query, keys, values, scaling, mask)
+        mask = RowMask(row > row[:, None])
+    return _attend_explicit(query, keys, values, scaling, None if mask is None else mask.hidden)
 
 
 def _attend_flash(
@@ -46,7 +87,7 @@ def _attend_flash(
     keys: Tensor,
     values: Tensor,
     scaling: float,
-    mask: Tensor | None,
+    mask: RowMask | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """What ``scaled_dot_product_attention`` runs on a CPU, called by its own name.
@@ -61,15 +102,14 @@ def _attend_flash(
         group = shape[1] // keys.shape[1]
         query = query.unflatten(1, (keys.shape[1], group)).flatten(2, 3)
         if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-            bias = bias.masked_fill_(mask, float("-inf")).repeat(group, 1)[None, None]
+            bias = mask.bias(query.dtype, group)
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, 0.0, causal, attn_mask=bias, scale=scaling
     )
     out, logsumexp = out.reshape(shape), logsumexp.reshape(shape[:3])
-    if mask is not None:
+    if mask is not None and mask.blind is not None:
         # The kernel says 0, not -inf, of a row that sees nothing.
-        logsumexp.masked_fill_(mask.all(dim=-1), float("-inf"))
+        logsumexp.masked_fill_(mask.blind, float("-inf"))
     return out, logsumexp
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
 from ifkv.backends.norms import blocked_attention_norm, hidden_by_window
-from ifkv.backends.partial import attend_partial, merge_partial
+from ifkv.backends.partial import RowMask, attend_partial, merge_partial
 
 # Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
 TILE_ROWS = 128
@@ -72,6 +72,33 @@ def cut_into_tiles(slots: list[int]) -> tuple[Tile, ...]:
     return tuple(tiles)
 
 
+class TiledRows:
+    """Tiles of one forward, and the masks of their fringes, which every layer shares.
+
+    A mask is as wide as its tile, at most ``TILE_SPAN``; together they hold rows times the tiles'
+    mean width, however long the context is.
+
+    Args:
+        slots: Long ``[rows]``, ascending, on the compute device.
+        tiles: Their tiles.
+    """
+
+    def __init__(self, slots: Tensor, tiles: tuple[Tile, ...]):
+        self.slots = slots
+        self.tiles = tiles
+        self._masks: dict[tuple[Tile, int, int | None], RowMask] = {}
+
+    def mask(self, tile: Tile, begin: int, window: int | None) -> RowMask:
+        """What a tile's rows must not see of the slots from ``begin`` to the tile's last."""
+        key = (tile, begin, window)
+        if key not in self._masks:
+            rows = self.slots[tile.start : tile.stop]
+            keys = torch.arange(begin, tile.last + 1, device=rows.device)
+            hidden = hidden_by_window(rows, keys, window)
+            self._masks[key] = RowMask(keys > rows[:, None] if hidden is None else hidden)
+        return self._masks[key]
+
+
 class ReferenceBackend(Backend):
     """Attention in plain torch."""
 
@@ -104,16 +131,18 @@ class ReferenceBackend(Backend):
             # Behind one another, prefix and document are a little cache whose last rows we want.
             seen_keys = torch.cat((prefix_keys, keys[:, :, rows]), dim=2)
             seen_values = torch.cat((prefix_values, values[:, :, rows]), dim=2)
-            tile = Tile(rows.start, rows.stop, prefix, prefix + length - 1)
+            tile = Tile(0, length, prefix, prefix + length - 1)
             slots = torch.arange(prefix, prefix + length, device=query.device)
+            planned = TiledRows(slots, (tile,))
             out[:, rows] = _attend_tile(
-                query[:, :, rows], seen_keys, seen_values, tile, slots, scaling, window
+                query[:, :, rows], seen_keys, seen_values, tile, planned, scaling, window
             ).transpose(1, 2)
         return out
 
     def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
         """See :meth:`Backend.plan_rows`."""
-        return RowPlan(slots.to(device), kv_length, cut_into_tiles(slots.tolist()))
+        moved = slots.to(device)
+        return RowPlan(moved, kv_length, TiledRows(moved, cut_into_tiles(slots.tolist())))
 
     def attend_rows(
         self,
@@ -127,11 +156,11 @@ class ReferenceBackend(Backend):
     ) -> Tensor:
         """See :meth:`Backend.attend_rows`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        tiles: tuple[Tile, ...] = plan.detail
-        for tile in tiles:
+        planned: TiledRows = plan.detail
+        for tile in planned.tiles:
             rows = slice(tile.start, tile.stop)
             out[:, rows] = _attend_tile(
-                query[:, :, rows], keys, values, tile, plan.slots[rows], scaling, window
+                query[:, :, rows], keys, values, tile, planned, scaling, window
             ).transpose(1, 2)
         return out
 
@@ -184,7 +213,7 @@ def _attend_tile(
     keys: Tensor,
     values: Tensor,
     tile: Tile,
-    slots: Tensor,
+    planned: TiledRows,
     scaling: float,
     window: int | None,
 ) -> Tensor:
@@ -193,8 +222,7 @@ def _attend_tile(
     if window is not None and tile.last >= window:
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
-        key_slots = torch.arange(begin, end, device=query.device)
-        mask = hidden_by_window(slots, key_slots, window)
+        mask = planned.mask(tile, begin, window)
         return attend_partial(
             query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
         )[0]
@@ -202,8 +230,7 @@ def _attend_tile(
     if tile.adjacent:
         seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
     else:
-        key_slots = torch.arange(first, end, device=query.device)
-        mask = key_slots > slots[:, None]
+        mask = planned.mask(tile, first, None)
         seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
     if first == 0:
         return seen[0]
