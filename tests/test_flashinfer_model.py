@@ -242,3 +242,72 @@ def test_a_package_that_is_too_old_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.6.3")
     with pytest.raises(BackendUnavailableError, match=r"0\.6\.3 is installed"):
         FlashInferBackend()
+
+
+def test_all_that_ifkv_calls_is_there_in_the_standin():
+    assert availability.refusal_of_module(FlashInferStandIn()) is None
+
+
+@pytest.mark.parametrize("name", [name for name in availability.USED if "." not in name])
+def test_a_module_without_a_function_is_refused_by_its_name(name):
+    module = FlashInferStandIn()
+    setattr(module, name, None)
+    with pytest.raises(BackendUnavailableError, match=rf"has no {name}.*pip install"):
+        FlashInferBackend(module)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name, arguments in availability.USED.items()
+        if name.endswith((".plan", ".run"))
+        for argument in arguments
+    ],
+)
+def test_a_module_without_an_argument_is_refused_by_its_name(name, argument):
+    """As a release would be that renamed one: everything else is there."""
+    import inspect
+
+    module = FlashInferStandIn()
+    wrapper, method = name.split(".")
+    cls = getattr(module, wrapper)
+    whole = inspect.signature(getattr(cls, method))
+
+    def renamed(self, *args, **kwargs):
+        raise AssertionError("called")
+
+    renamed.__signature__ = whole.replace(
+        parameters=[p for p in whole.parameters.values() if p.name != argument]
+    )
+    setattr(cls, method, renamed)
+    with pytest.raises(BackendUnavailableError) as caught:
+        FlashInferBackend(module)
+    assert f"has no {name}({argument}=), which ifkv calls" in str(caught.value)
+
+
+def test_every_argument_that_ifkv_hands_over_is_looked_for():
+    """What the backend really calls with, caught on the way, is in the list."""
+    module = FlashInferStandIn(relaxed=True)
+    seen = set()
+
+    def listening(inner, name):
+        def listener(self, *args, **kwargs):
+            seen.update((name, key) for key in kwargs)
+            return inner(self, *args, **kwargs)
+
+        return listener
+
+    for name in availability.USED:
+        if "." not in name:
+            continue
+        wrapper, method = name.split(".")
+        cls = getattr(module, wrapper)
+        setattr(cls, method, listening(getattr(cls, method), name))
+    model = shared_tiny_model("llama")
+    for mask in ("split", "positions"):
+        backend = FlashInferBackend(module, mask=mask, workspace_bytes=2**20)
+        answered(model, backend, max_new_tokens=2, do_sample=False)
+    looked_for = {(name, key) for name, keys in availability.USED.items() for key in keys}
+    assert seen
+    assert seen <= looked_for, sorted(seen - looked_for)

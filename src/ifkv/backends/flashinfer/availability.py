@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,30 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 # Turing: the oldest generation FlashInfer has kernels for.
 CAPABILITY = (7, 5)
+
+# What ifkv calls, and by which names it hands arguments over. A version number says what a release
+# should have; this is looked for in the module that is there.
+_PLAN = (
+    "qo_indptr",
+    "num_qo_heads",
+    "num_kv_heads",
+    "head_dim_qk",
+    "causal",
+    "sm_scale",
+    "q_data_type",
+    "kv_data_type",
+)
+_PAGES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "page_size")
+_MASKS = ("custom_mask", "packed_custom_mask")
+USED: dict[str, tuple[str, ...]] = {
+    "BatchPrefillWithPagedKVCacheWrapper": ("kv_layout", "backend", "jit_args"),
+    "BatchPrefillWithPagedKVCacheWrapper.plan": (*_PLAN, *_PAGES, *_MASKS),
+    "BatchPrefillWithPagedKVCacheWrapper.run": ("return_lse", "k_scale", "v_scale"),
+    "BatchPrefillWithRaggedKVCacheWrapper": ("kv_layout", "backend"),
+    "BatchPrefillWithRaggedKVCacheWrapper.plan": (*_PLAN, "kv_indptr", "window_left"),
+    "BatchPrefillWithRaggedKVCacheWrapper.run": (),
+    "merge_state": (),
+}
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
@@ -43,6 +68,35 @@ def refusal_of_version(version: str) -> str | None:
         return None
     text = ">={},<{}".format(*(".".join(map(str, bound)) for bound in VERSIONS))
     return f"flashinfer-python {version} is installed, but ifkv knows the call rules of {text} only"
+
+
+def refusal_of_module(module: Any) -> str | None:
+    """Why this FlashInfer lacks what ifkv calls; None if all of it is there.
+
+    Args:
+        module: FlashInfer, of whatever version.
+    """
+    missing = []
+    for name, arguments in USED.items():
+        found = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not callable(found):
+            missing.append(name)
+            continue
+        try:
+            parameters = inspect.signature(found).parameters.values()
+        except (TypeError, ValueError):  # compiled, and says nothing of itself
+            continue
+        # Names that a catch-all might swallow are not vouched for, but not missing either.
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            continue
+        known = {parameter.name for parameter in parameters}
+        missing += [f"{name}({argument}=)" for argument in arguments if argument not in known]
+    if not missing:
+        return None
+    version = getattr(module, "__version__", "of an unknown version")
+    return f"flashinfer {version} has no {', '.join(missing)}, which ifkv calls"
 
 
 def refusal_of_model(dtype: torch.dtype, head_dims: set[int]) -> str | None:

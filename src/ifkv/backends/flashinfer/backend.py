@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
-from ifkv.backends.flashinfer.availability import load
+from ifkv.backends.flashinfer.availability import INSTALL, load, refusal_of_module
 from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
 from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages, view_together
@@ -24,6 +24,7 @@ from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
 from ifkv.backends.flashinfer.tiles import MaskForm, Part
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
 from ifkv.backends.norms import attention_norm
+from ifkv.errors import BackendUnavailableError
 
 
 class FlashInferBackend(Backend):
@@ -37,7 +38,8 @@ class FlashInferBackend(Backend):
         workspace_bytes: FlashInfer's scratch memory, one per device and stream.
 
     Raises:
-        BackendUnavailableError: FlashInfer is not installed or cannot be imported.
+        BackendUnavailableError: FlashInfer is not installed, cannot be imported, or lacks a
+            function or argument that ifkv calls.
     """
 
     name = "flashinfer"
@@ -50,6 +52,9 @@ class FlashInferBackend(Backend):
         workspace_bytes: int = WORKSPACE_BYTES,
     ):
         self._module = load() if module is None else module
+        refusal = refusal_of_module(self._module)
+        if refusal is not None:
+            raise BackendUnavailableError(f"backend 'flashinfer' cannot run: {refusal}: {INSTALL}")
         self._mask = mask
         self._pool = WrapperPool(self._module, workspace_bytes)
         self._step = threading.local()
