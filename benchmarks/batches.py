@@ -28,6 +28,7 @@ import transformers
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
+from ifkv.store import MemoryStore
 
 SIZES = (1, 2, 4, 8)
 RATIO = 0.15
@@ -136,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer, name = load(getattr(torch, arguments.dtype), arguments.model)
     model.generation_config.eos_token_id = None  # both sides decode as many tokens
-    session = ifkv.Session(model, tokenizer)
+    session = ifkv.Session(model, tokenizer, store=MemoryStore())
     rows = [
         row
         for size in SIZES
