@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from ifkv.cost import ModelShape, mean_position, speedup_bound
+from ifkv.cost import (
+    ModelShape,
+    decode_cost,
+    documents_cost,
+    mean_position,
+    speedup_bound,
+    spread_pairs,
+    stitch_cost,
+)
 from ifkv.testing import tiny_model
 
 
@@ -55,3 +64,38 @@ def test_shape_is_read_from_the_weights(family: str) -> None:
 
 def test_no_rows_lie_in_the_middle() -> None:
     assert mean_position(torch.zeros(0, dtype=torch.long), 10) == 0.5
+
+
+def test_a_model_without_weights_has_a_shape() -> None:
+    model = tiny_model("qwen3", head_dim=16)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    assert ModelShape.of(empty) == ModelShape.of(model)
+
+
+def test_documents_are_causal_rows_behind_their_prefix() -> None:
+    shape = ModelShape.of(tiny_model("llama"))
+    together = documents_cost(shape, [5, 7], 3)
+    apart = documents_cost(shape, [5], 3) + documents_cost(shape, [7], 3)
+    assert together.flops == apart.flops
+    assert together.bytes < apart.bytes  # weights and prefix are read once
+
+
+def test_stitching_moves_what_a_store_holds_twice() -> None:
+    shape = ModelShape.of(tiny_model("llama"))
+    assert stitch_cost(shape, 100).bytes == 2 * 100 * shape.token_bytes
+    elements = 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+    assert shape.token_bytes == elements * 8  # tiny models are float64
+
+
+def test_decoding_is_recomputing_one_row_at_the_end() -> None:
+    shape = ModelShape.of(tiny_model("llama"))
+    one = shape.layer(1, 50, 50)
+    assert decode_cost(shape, 50).flops == (shape.num_layers * one + shape.head()).flops
+    assert shape.head().flops == 2 * shape.vocabulary * shape.hidden_size
+
+
+def test_spread_rows_have_as_many_pairs_as_their_slots_say() -> None:
+    slots = torch.arange(3, 1000, 7)
+    exact = float((slots + 1).sum())
+    assert spread_pairs(len(slots), 1000, mean_position(slots, 1000)) == pytest.approx(exact)

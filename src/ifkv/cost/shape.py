@@ -1,0 +1,132 @@
+"""Operations and bytes, and the sizes of a model that they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Operations and bytes; costs add up, and are multiplied by numbers.
+
+    Attributes:
+        flops: Floating-point operations.
+        bytes: Bytes of weights, keys and values read or written.
+
+    >>> Cost(2.0, 1.0) + 2 * Cost(1.0)
+    Cost(flops=4.0, bytes=1.0)
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.flops * times, self.bytes * times)
+
+    __rmul__ = __mul__
+
+
+NO_COST = Cost()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one decoder layer, read from its weights.
+
+    Attributes:
+        layer_parameters: Elements of the layer's weight matrices.
+        attention_width: Query heads times head_dim.
+        num_layers: Decoder layers.
+        attention_parameters: Elements of the matrices of its attention block.
+        kv_width: Key heads times head_dim: elements of one row's keys.
+        element_size: Bytes of an element.
+        hidden_size: Width of the hidden states.
+        head_dim: Elements of one head.
+        vocabulary: Rows of the output embedding.
+
+    >>> from ifkv.testing import tiny_model
+    >>> shape = ModelShape.of(tiny_model("qwen3", num_heads=4, num_kv_heads=2, head_dim=8))
+    >>> shape.heads, shape.kv_heads, shape.attention_width
+    (4, 2, 32)
+    """
+
+    layer_parameters: int
+    attention_width: int
+    num_layers: int
+    attention_parameters: int = 0
+    kv_width: int = 0
+    element_size: int = 0
+    hidden_size: int = 0
+    head_dim: int = 0
+    vocabulary: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelShape:
+        """The shape of a model's first layer, which stands for all.
+
+        Nothing but shapes is read: a model on the ``meta`` device has them, too.
+        """
+        base: Any = model.base_model
+        layer = base.layers[0]
+        matrices = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+        attention = sum(p.numel() for p in layer.self_attn.parameters() if p.ndim == 2)
+        # o_proj takes all heads' outputs side by side, whatever the projections before it; what
+        # those give beside the queries is keys and values.
+        weight = layer.self_attn.o_proj.weight
+        hidden, width = weight.shape
+        kv_width = (attention // hidden - 2 * width) // 2
+        head: Any = model.get_output_embeddings()
+        return cls(
+            layer_parameters=matrices,
+            attention_width=width,
+            num_layers=len(base.layers),
+            attention_parameters=attention,
+            kv_width=kv_width,
+            element_size=weight.element_size(),
+            hidden_size=hidden,
+            head_dim=layer.self_attn.head_dim,
+            vocabulary=head.weight.shape[0],
+        )
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.attention_width // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads."""
+        return self.kv_width // self.head_dim
+
+    def product(self, parameters: int, rows: int) -> Cost:
+        """Rows through matrices of so many elements."""
+        return Cost(2.0 * parameters * rows, float(parameters * self.element_size))
+
+    def attention(self, pairs: float, keys: int) -> Cost:
+        """Attention over so many pairs of a row and a key it sees, reading keys and values."""
+        return Cost(4.0 * self.attention_width * pairs, 2.0 * keys * self.row_bytes)
+
+    def layer(self, rows: int, pairs: float, keys: int) -> Cost:
+        """Rows through one whole decoder layer."""
+        return self.product(self.layer_parameters, rows) + self.attention(pairs, keys)
+
+    def head(self) -> Cost:
+        """Logits of one row."""
+        return self.product(self.vocabulary * self.hidden_size, 1)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's keys, or values, in one layer."""
+        return self.kv_width * self.element_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers: what a store holds of it."""
+        return 2 * self.num_layers * self.row_bytes
