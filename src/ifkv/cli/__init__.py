@@ -1,4 +1,4 @@
-"""The command line: ``ifkv demo | ask | verify | encode | store``."""
+"""The command line: ``ifkv demo | ask | eval | verify | encode | store``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from ifkv.cli.ask import ask
 from ifkv.cli.demo import demo
 from ifkv.cli.encode import encode
+from ifkv.cli.eval import evaluate
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
 from ifkv.errors import IfkvError, StoreWarning
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(ask)
 app.command()(encode)
+app.command("eval")(evaluate)
 app.command()(verify)
 app.add_typer(store_app, name="store")
 

@@ -1,0 +1,162 @@
+"""``ifkv eval``: which way of choosing tokens answers best, at what cost."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ifkv.evaluation.summary import Summary
+
+
+def evaluate(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)
+    ],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Folder or hub id of the model.", show_default=False),
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="hotpotqa, squad, needle, needle-multikey, needle-multivalue, needle-chain; or a "
+            ".jsonl in LongBench's format; or the official .json of HotpotQA or SQuAD.",
+            show_default=False,
+        ),
+    ] = "",
+    selectors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--selectors",
+            "-s",
+            help="Selectors by name, with options behind a colon, separated by commas; may be "
+            "given several times. All that there are by default.",
+            show_default=False,
+        ),
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option(help="Recompute ratios, separated by commas.")
+    ] = ".05,.10,.15,.30",
+    geometries: Annotated[
+        str,
+        typer.Option(
+            help="Also score in these geometries, where a selector can: global, hl-hp, tl-tp, "
+            "hl-tp.",
+            show_default=False,
+        ),
+    ] = "",
+    reorder: Annotated[
+        bool, typer.Option("--reorder", help="Also with the richest documents put last.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Questions at most.", min=1)] = None,
+    passages: Annotated[
+        int | None,
+        typer.Option(help="Passages a question; those its answer needs stay.", min=2),
+    ] = None,
+    split: Annotated[
+        int | None,
+        typer.Option(help="Cut passages into documents of so many tokens.", min=1),
+    ] = None,
+    answers: Annotated[
+        bool, typer.Option(help="Decode answers too, for F1 and exact match.")
+    ] = True,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 24,
+    short_answer: Annotated[
+        str | None,
+        typer.Option(help="Instruction behind every question.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of questions, distractors, order and intervals.")] = 0,
+    summarize_only: Annotated[
+        bool,
+        typer.Option("--summarize-only", help="Only write the summary of what OUT holds already."),
+    ] = False,
+) -> None:
+    """Compare selectors over many questions: quality against full prefill, and cost.
+
+    Example: ifkv eval --model path/to/model --data needle --limit 20
+    --selectors "attention-norm,attention-norm:layers=0.0-1.0,query=question,epic"
+    --ratios .05,.15 --out results
+
+    Each question is answered by full prefill, by stitching alone, and with every selector at every
+    ratio. Results go to OUT one question at a time: after an interruption the same command goes
+    on where it stopped, and more selectors, ratios or questions are added to what is there. The
+    summary is written as Markdown, CSV and a page with plots.
+    """
+    from rich.console import Console
+
+    from ifkv.errors import InvalidInputError
+    from ifkv.evaluation.ledger import Ledger
+    from ifkv.evaluation.publishing import publish
+
+    console = Console()
+    if summarize_only:
+        summary, written = publish(Ledger(out), seed=seed)
+        _show(console, summary, written)
+        return
+    for value, option in ((model, "--model"), (data, "--data")):
+        if not value:
+            raise InvalidInputError(f"{option} is missing; give it, or use --summarize-only.")
+
+    from ifkv.cli.loading import load_model, load_tokenizer
+    from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
+    from ifkv.evaluation.progress import ways_bar
+    from ifkv.evaluation.specs import numbers, split_specs
+    from ifkv.selectors import names
+
+    wanted = [spec for text in selectors or names() for spec in split_specs(text)]
+    ways = matrix(
+        wanted,
+        numbers(ratios),
+        geometries=[name.strip() for name in geometries.split(",") if name.strip()],
+        reorder=reorder,
+    )
+    dataset = load(data, seed=seed)
+    questions = draw(dataset, limit=limit, passages=passages, seed=seed)
+    tokenizer = load_tokenizer(model)
+    with console.status("loading the model"):
+        loaded = load_model(model, dtype=dtype, device=device)
+    bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens)
+    if short_answer is not None:
+        bench.short_answer = short_answer
+    settings = settings_of(bench, dataset, seed=seed, passages=passages)
+    console.print(
+        f"{len(questions)} questions, {len(ways)} ways of answering each, into {out}",
+        markup=False,
+        soft_wrap=True,
+    )
+    with ways_bar(len(questions) * len(ways)) as advance:
+        done = run(bench, questions, ways, out, settings=settings, answers=answers, advance=advance)
+    for question, failure in done.failures.items():
+        console.print(f"not answered: {question}: {failure}", style="red", markup=False)
+    if done.seconds:
+        median = statistics.median(done.seconds)
+        console.print(
+            f"{len(done.seconds)} questions asked now, {median:.1f} s each in the median."
+        )
+    summary, written = publish(done.ledger, seed=seed)
+    _show(console, summary, written)
+    if done.failures:
+        raise typer.Exit(1)
+
+
+def _show(console: Console, summary: Summary, written: list[Path]) -> None:
+    """The main table in the terminal, and where the rest is."""
+    from rich.table import Table
+
+    from ifkv.evaluation.tables import quality_table
+
+    heads, cells = quality_table(summary.rows)
+    table = Table(*heads, title=f"{summary.count} questions")
+    for line in cells:
+        table.add_row(*(cell.replace("[", "\\[") for cell in line))
+    console.print(table)
+    for path in written:
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

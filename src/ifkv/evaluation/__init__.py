@@ -1,0 +1,40 @@
+"""Compare ways of answering over many questions: data sets, metrics, and the runs between them.
+
+The command ``ifkv eval`` is built from these parts:
+
+    >>> from ifkv.evaluation import draw, load, matrix
+    >>> questions = draw(load("needle"), limit=2, passages=4)
+    >>> [len(question.passages) for question in questions]
+    [4, 4]
+    >>> [way.key for way in matrix(["epic"], [0.15])]
+    ['stitch only @0', 'epic @0.15']
+"""
+
+from ifkv.evaluation.datasets import load, names
+from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.questions import Dataset, Passage, Question, draw
+from ifkv.evaluation.runner import Run, run, settings_of
+from ifkv.evaluation.statistics import Bootstrap, Estimate
+from ifkv.evaluation.trial import Bench, Trial
+from ifkv.evaluation.ways import Reference, Result, Way, matrix
+
+__all__ = [
+    "Bench",
+    "Bootstrap",
+    "Dataset",
+    "Estimate",
+    "Ledger",
+    "Passage",
+    "Question",
+    "Reference",
+    "Result",
+    "Run",
+    "Trial",
+    "Way",
+    "draw",
+    "load",
+    "matrix",
+    "names",
+    "run",
+    "settings_of",
+]

@@ -1,0 +1,125 @@
+"""Run a matrix of ways over questions, picking up where an earlier run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ifkv.errors import IfkvError, InvalidInputError
+from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.questions import Dataset, Question
+from ifkv.evaluation.trial import Bench, Trial
+from ifkv.evaluation.ways import Way
+from ifkv.patching import handle_of
+
+# Raised when what a result means changes, so that old and new ones are not mixed.
+FORMAT = 1
+# A mistake in the set-up fails every question; no need to prefill hundreds to say so.
+_GIVE_UP_AFTER = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run did.
+
+    Attributes:
+        ledger: The folder with all results, those of earlier runs included.
+        seconds: Wall time of each question asked in this run.
+        failures: What went wrong, by question.
+    """
+
+    ledger: Ledger
+    seconds: list[float]
+    failures: dict[str, str]
+
+
+def settings_of(bench: Bench, dataset: Dataset, **further: Any) -> dict[str, Any]:
+    """What all results in one folder share.
+
+    Args:
+        bench: Model and layout.
+        dataset: Where the questions are from.
+        **further: What else decides how questions are asked: seed, passages.
+    """
+    model: Any = bench.model
+    text = bench.format.prefix_text + "\0" + bench.tokenizer.decode(bench.format.prompt_ids("?"))
+    return {
+        "format": FORMAT,
+        "model": handle_of(model).fingerprints.of(model),
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layout": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "data": dataset.name,
+        "digest": dataset.digest,
+        "split": bench.split,
+        "short_answer": bench.short_answer,
+        "max_new_tokens": bench.max_new_tokens,
+        **further,
+    }
+
+
+def run(
+    bench: Bench,
+    questions: Sequence[Question],
+    ways: Sequence[Way],
+    folder: Path,
+    *,
+    settings: dict[str, Any],
+    answers: bool = True,
+    advance: Callable[[int, str], None] = lambda done, text: None,
+) -> Run:
+    """Measure what is not in the folder yet.
+
+    Args:
+        bench: Model and layout.
+        questions: The questions; ids must differ.
+        ways: The ways of answering each.
+        folder: Where results are kept.
+        settings: As of :func:`settings_of`; a folder made with others is refused.
+        answers: Whether to decode answers, too, which takes longer than everything else.
+        advance: Called after every way with how many are done more, and what is going on.
+
+    Returns:
+        What was done. A question that fails with one of our errors is named there, and asked
+        again by the next run.
+
+    Raises:
+        InvalidInputError: Other settings, questions that share an id, or none that can be asked.
+    """
+    ids = [question.id for question in questions]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise InvalidInputError(f"two questions have the id {twice!r}; ids must differ.")
+    ledger = Ledger(folder, settings)
+    done = Run(ledger, [], {})
+    for number, question in enumerate(questions, start=1):
+        keys = [way.key for way in ways]
+        missing = set(ledger.missing(question.id, keys, answers=answers))
+        advance(len(ways) - len(missing), f"question {number} of {len(questions)}")
+        if not missing:
+            continue
+        started = time.perf_counter()
+        try:
+            trial = Trial(bench, question)
+            results = []
+            for result in trial.measure([w for w in ways if w.key in missing], answers=answers):
+                results.append(result)
+                advance(1, f"question {number} of {len(questions)}, {result.way.key}")
+        except IfkvError as error:
+            done.failures[question.id] = f"{type(error).__name__}: {error}"
+            if not done.seconds and len(done.failures) == min(_GIVE_UP_AFTER, len(questions)):
+                raise InvalidInputError(
+                    f"none of the first {len(done.failures)} questions could be asked; the last, "
+                    f"{question.id!r}: {error}"
+                ) from error
+            continue
+        except Exception as error:
+            error.add_note(f"while question {question.id!r} was asked; results are in {folder}")
+            raise
+        ledger.add(question.id, trial.reference, results)
+        done.seconds.append(time.perf_counter() - started)
+    return done

@@ -1,0 +1,305 @@
+"""What an evaluation found: every way's quality and cost, and paired differences between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ifkv.errors import InvalidInputError
+from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.statistics import Bootstrap, Estimate, Values, at_costs
+from ifkv.evaluation.ways import STITCH_ONLY
+
+FULL = "full prefill"
+SOLVED_F1 = 0.5
+# Where fewer questions than this share have a measured cost on both sides, nothing is compared.
+_COVERED = 0.9
+
+Key = tuple[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way over all questions that were asked in it.
+
+    Attributes:
+        way: Its name: the selector's string, "full prefill" or "stitch only".
+        ratio: Its recompute ratio.
+        count: Questions.
+        rows: Slots recomputed, as a share of the context; mean over questions.
+        flops: Operations to the first token, as a share of full prefill's, pooled.
+        selecting: The part of it that choosing takes.
+        gap: Share of the KL gap between stitching alone and full prefill recovered, pooled.
+        nll_gap: The same of the gold answer's likelihood.
+        kl: KL(full || this), mean over the answer's tokens and over questions, nats.
+        top1: Share of tokens with the same most likely continuation.
+        nll: -log p of the gold answer's tokens, nats.
+        f1: Token F1 of the answers; None if not every question has one.
+        em: Exact match; None likewise.
+    """
+
+    way: str
+    ratio: float
+    count: int
+    rows: float
+    flops: float
+    selecting: float
+    gap: Estimate
+    nll_gap: Estimate
+    kl: Estimate
+    top1: Estimate
+    nll: Estimate
+    f1: Estimate | None
+    em: Estimate | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much more of the KL gap one way recovers than another, over the same questions.
+
+    Attributes:
+        first: The way that is compared.
+        second: What it is compared with.
+        ratio: The first one's ratio.
+        gap: Difference of the shares of the gap, first minus second.
+        f1: Difference of F1, at equal ratio and if both have answers.
+    """
+
+    first: str
+    second: str
+    ratio: float
+    gap: Estimate
+    f1: Estimate | None
+
+
+class Summary:
+    """Results of a folder, by way.
+
+    Args:
+        ledger: The folder.
+        seed: Of the resamples.
+        solved: Look only at the questions that full prefill answers with an F1 of 0.5 or more.
+        only: Look only at these questions.
+
+    Raises:
+        InvalidInputError: There is no question left.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        seed: int = 0,
+        solved: bool = False,
+        only: Sequence[str] | None = None,
+    ):
+        self._seed = seed
+        self._results = {
+            question: results
+            for question, results in ledger.results.items()
+            if f"{STITCH_ONLY} @0" in results
+            and (not solved or ledger.references[question]["f1"] >= SOLVED_F1)
+            and (only is None or question in only)
+        }
+        if not self._results:
+            kind = " that full prefill solves" if solved else ""
+            raise InvalidInputError(
+                f"{ledger.folder} holds no finished question{kind}; there is nothing to summarise."
+            )
+        self._references = ledger.references
+        keys: dict[Key, None] = {}
+        for results in self._results.values():
+            keys.update(((way["way"], float(way["ratio"])), None) for way in results.values())
+        self.keys = list(keys)
+
+    @property
+    def count(self) -> int:
+        """Questions."""
+        return len(self._results)
+
+    @property
+    def ways(self) -> list[str]:
+        """Names of the ways that recompute, in the order they were measured."""
+        return list(dict.fromkeys(way for way, _ in self.keys if way != STITCH_ONLY))
+
+    def ratios(self, way: str) -> list[float]:
+        """The ratios a way was measured at, ascending."""
+        return sorted(ratio for name, ratio in self.keys if name == way)
+
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        """Full prefill, stitching alone, then every way by ratio."""
+        named = [(way, ratio) for way in self.ways for ratio in self.ratios(way)]
+        return [self._full(), *(self._row(key) for key in [(STITCH_ONLY, 0.0), *named])]
+
+    def differences(self, *, equal_cost: bool = False) -> Iterator[Difference]:
+        """Every way against every other, at each of the first one's ratios.
+
+        Args:
+            equal_cost: Against the other's quality at the first one's operations, on the line
+                between measured points (stitching alone is one), instead of at the same ratio.
+        """
+        for first in self.ways:
+            for ratio in self.ratios(first):
+                if ratio in (0.0, 1.0):
+                    continue
+                for second in self.ways:
+                    if second == first:
+                        continue
+                    compare = self._at_equal_cost if equal_cost else self._at_equal_ratio
+                    found = compare(first, second, ratio)
+                    if found is not None:
+                        yield found
+
+    def best(self, ratio: float, exclude: Sequence[str] = ()) -> str | None:
+        """The way that recovers most at a ratio; ways whose names start with ``exclude`` aside."""
+        rows = [
+            row
+            for row in self.rows
+            if row.ratio == ratio
+            and row.way not in (FULL, STITCH_ONLY)
+            and not row.way.startswith(tuple(exclude))
+        ]
+        return max(rows, key=lambda row: row.gap.value).way if rows else None
+
+    def _bootstrap(self, count: int) -> Bootstrap:
+        return _bootstrap(count, self._seed)
+
+    def _questions(self, *keys: Key) -> list[str]:
+        """Questions that were asked in all of these ways."""
+        wanted = [_text(key) for key in keys]
+        return [
+            question
+            for question, results in self._results.items()
+            if all(key in results for key in wanted)
+        ]
+
+    def _column(self, key: Key, what: str, questions: Sequence[str]) -> Values:
+        text = _text(key)
+        values = [self._results[question][text][what] for question in questions]
+        return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+    def _reference(self, what: str, questions: Sequence[str]) -> Values:
+        return np.array([self._references[question][what] for question in questions], dtype=float)
+
+    def _full(self) -> Row:
+        questions = list(self._results)
+        boot = self._bootstrap(len(questions))
+        zero, one = np.zeros(len(questions)), np.ones(len(questions))
+        stitched: Key = (STITCH_ONLY, 0.0)
+        nll = self._reference("nll", questions)
+        return Row(
+            way=FULL,
+            ratio=1.0,
+            count=len(questions),
+            rows=1.0,
+            flops=1.0,
+            selecting=0.0,
+            gap=boot.gap_share(zero, self._column(stitched, "kl", questions), zero),
+            nll_gap=boot.gap_share(nll, self._column(stitched, "nll", questions), nll),
+            kl=boot.mean(zero),
+            top1=boot.mean(one),
+            nll=boot.mean(nll),
+            f1=boot.mean(self._reference("f1", questions)),
+            em=boot.mean(self._reference("em", questions)),
+        )
+
+    def _row(self, key: Key) -> Row:
+        questions = self._questions(key)
+        boot = self._bootstrap(len(questions))
+        full = self._reference("flops", questions).sum()
+        context = self._reference("context", questions)
+        stitched: Key = (STITCH_ONLY, 0.0)
+
+        def column(what: str, of: Key = key) -> Values:
+            return self._column(of, what, questions)
+
+        def mean(what: str) -> Estimate | None:
+            values = column(what)
+            return None if np.isnan(values).any() else boot.mean(values)
+
+        return Row(
+            way=key[0],
+            ratio=key[1],
+            count=len(questions),
+            rows=float((column("rows") / context).mean()),
+            flops=float(column("flops").sum() / full),
+            selecting=float(column("selecting_flops").sum() / full),
+            gap=boot.gap_share(column("kl"), column("kl", stitched), np.zeros(len(questions))),
+            nll_gap=boot.gap_share(
+                column("nll"), column("nll", stitched), self._reference("nll", questions)
+            ),
+            kl=boot.mean(column("kl")),
+            top1=boot.mean(column("top1")),
+            nll=boot.mean(column("nll")),
+            f1=mean("f1"),
+            em=mean("em"),
+        )
+
+    def _at_equal_ratio(self, first: str, second: str, ratio: float) -> Difference | None:
+        keys: list[Key] = [(first, ratio), (second, ratio)]
+        if keys[1] not in self.keys:
+            return None
+        questions = self._questions(*keys)
+        if not questions:
+            return None
+        one, two = (self._column(key, "kl", questions) for key in keys)
+        f1 = None
+        scores = [self._column(key, "f1", questions) for key in keys]
+        if not np.isnan(scores).any():
+            f1 = self._bootstrap(len(questions)).difference(*scores)
+        return Difference(first, second, ratio, self._gap(one, two, questions), f1)
+
+    def _at_equal_cost(self, first: str, second: str, ratio: float) -> Difference | None:
+        """None if the second was not measured around the first one's cost."""
+        key: Key = (first, ratio)
+        points: list[Key] = [(STITCH_ONLY, 0.0)]
+        points += [(second, other) for other in self.ratios(second) if other > 0]
+        asked = self._questions(key, *points)
+        if not asked:
+            return None
+        costs, quality = (
+            np.stack([self._column(point, what, asked) for point in points], axis=1)
+            for what in ("flops", "kl")
+        )
+        interpolated = at_costs(costs, quality, self._column(key, "flops", asked))
+        covered = ~np.isnan(interpolated)
+        if covered.sum() < _COVERED * len(asked):
+            return None
+        questions = [question for question, here in zip(asked, covered, strict=True) if here]
+        one = self._column(key, "kl", questions)
+        return Difference(
+            first, second, ratio, self._gap(one, interpolated[covered], questions), None
+        )
+
+    def _gap(self, one: Values, two: Values, questions: Sequence[str]) -> Estimate:
+        boot = self._bootstrap(len(questions))
+        stitched = self._column((STITCH_ONLY, 0.0), "kl", questions)
+        return boot.gap_share_difference(one, two, stitched, np.zeros(len(questions)))
+
+
+@functools.lru_cache(maxsize=8)
+def _bootstrap(count: int, seed: int) -> Bootstrap:
+    return Bootstrap(count, seed=seed)
+
+
+def _text(key: Key) -> str:
+    return f"{key[0]} @{key[1]:g}"
+
+
+def as_dict(row: Row | Difference) -> dict[str, Any]:
+    """A row's numbers side by side, intervals as ``name_low`` and ``name_high``."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if "Estimate" in str(field.type):
+            for part in ("value", "low", "high"):
+                name = field.name if part == "value" else f"{field.name}_{part}"
+                flat[name] = None if value is None else getattr(value, part)
+        else:
+            flat[field.name] = value
+    return flat

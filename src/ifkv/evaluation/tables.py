@@ -1,0 +1,153 @@
+"""A summary as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ifkv.evaluation.statistics import Estimate
+from ifkv.evaluation.summary import FULL, Difference, Row, Summary, as_dict
+from ifkv.evaluation.ways import STITCH_ONLY
+from ifkv.selectors import names, selector_class
+
+_NOTE = (
+    "Brackets are 95 % bootstrap intervals over questions. *gap* is the share of the KL divergence "
+    "between stitching alone and full prefill that a way recovers, pooled over questions; *cost* "
+    "is operations to the first token as a share of full prefill's."
+)
+
+
+def estimate(value: Estimate | None, digits: int = 3, percent: bool = False) -> str:
+    """A number with its interval.
+
+    >>> estimate(Estimate(0.5, 0.25, 0.75, 9), percent=True)
+    '50 % [25, 75]'
+    """
+    if value is None:
+        return "–"
+    if percent:
+        return (
+            f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]".replace("%", " %")
+            .replace(" %,", ",")
+            .replace(" %]", "]")
+        )
+    return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of what each way reached."""
+    heads = ["way", "r", "cost", "gap", "KL", "top-1", "NLL", "F1", "EM"]
+    cells = []
+    for row in rows:
+        plain = row.way in (FULL, STITCH_ONLY)
+        cells.append(
+            [
+                row.way,
+                "" if plain else f"{row.ratio:g}",
+                f"{row.flops:.3f}",
+                "" if plain else estimate(row.gap, percent=True),
+                estimate(row.kl),
+                f"{row.top1.value:.3f}",
+                estimate(row.nll, 2),
+                estimate(row.f1),
+                "–" if row.em is None else f"{row.em.value:.3f}",
+            ]
+        )
+    return heads, cells
+
+
+def difference_table(found: Iterable[Difference]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of paired differences."""
+    heads = ["way", "against", "r", "more of the gap", "F1", "clear"]
+    cells = [
+        [
+            one.first,
+            one.second,
+            f"{one.ratio:g}",
+            estimate(one.gap, percent=True),
+            estimate(one.f1),
+            ("ahead" if one.gap.value > 0 else "behind") if one.gap.excludes_zero else "no",
+        ]
+        for one in found
+    ]
+    return heads, cells
+
+
+def leaders(summary: Summary, found: Iterable[Difference]) -> list[Difference]:
+    """Of all differences, those of the way that recovers most at each ratio."""
+    chosen = []
+    best: dict[float, str | None] = {}
+    for one in found:
+        if one.ratio not in best:
+            best[one.ratio] = summary.best(one.ratio, evaluation_only())
+        if best[one.ratio] == one.first:
+            chosen.append(one)
+    return sorted(chosen, key=lambda one: one.ratio)
+
+
+def evaluation_only() -> list[str]:
+    """Selectors that know what a request cannot."""
+    return [name for name in names() if selector_class(name).evaluation_only]
+
+
+def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def sections(
+    summary: Summary,
+    solved: Summary | None,
+    equal_ratio: Sequence[Difference],
+    equal_cost: Sequence[Difference],
+) -> list[tuple[str, str, list[str], list[list[str]]]]:
+    """What every form of the summary shows: title, explanation, headings, cells."""
+    parts = [(f"All {summary.count} questions", _NOTE, *quality_table(summary.rows))]
+    if solved is not None:
+        parts.append(
+            (
+                f"The {solved.count} questions that full prefill solves",
+                "Those whose full-prefill answer has an F1 of 0.5 or more.",
+                *quality_table(solved.rows),
+            )
+        )
+    leading = (
+        "The way that recovers most at each ratio against all others, question by question; who "
+        "leads was found on the same questions. *clear* means that the interval excludes zero."
+    )
+    parts.append(
+        (
+            "Differences at equal ratio",
+            leading,
+            *difference_table(leaders(summary, equal_ratio)),
+        )
+    )
+    parts.append(
+        (
+            "Differences at equal cost",
+            "The same, against what the other reaches with the leader's operations, on the line "
+            "between measured points. A pair is missing where the other was not measured at such a "
+            "cost.",
+            *difference_table(leaders(summary, equal_cost)),
+        )
+    )
+    return parts
+
+
+def comma_separated(lines: Sequence[dict[str, Any]]) -> str:
+    """CSV with a heading, full precision."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def csv_of(rows: Iterable[Row | Difference], **further: Any) -> list[dict[str, Any]]:
+    """Rows for :func:`comma_separated`, with further columns in front."""
+    return [{**further, **as_dict(row)} for row in rows]

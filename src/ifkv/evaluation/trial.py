@@ -1,0 +1,254 @@
+"""One question on one model: what full prefill says, and what every other way of answering does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ifkv.cost import Cost, ModelShape, prefill_cost, recompute_cost, scoring_cost
+from ifkv.documents import DocumentCache, prefill_documents
+from ifkv.errors import InvalidInputError
+from ifkv.evaluation.decoding import greedy, teacher_forced
+from ifkv.evaluation.questions import Question
+from ifkv.evaluation.splitting import fixed_length
+from ifkv.evaluation.text_metrics import best, exact_match, token_f1
+from ifkv.evaluation.token_metrics import agreement, divergence, negative_log_likelihood
+from ifkv.evaluation.ways import Reference, Result, Way
+from ifkv.patching import patch
+from ifkv.recomputation import recompute
+from ifkv.reordering import reorder
+from ifkv.scoring import default_layers
+from ifkv.selectors import Budget, Ranked, Request, Selection, Selector
+from ifkv.stitching import stitch
+from ifkv.text import PromptFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.stitched_cache import StitchedCache
+
+SHORT_ANSWER = "Answer with as few words as possible and without a sentence around them."
+
+
+@dataclasses.dataclass
+class Bench:
+    """A model and how questions are put to it.
+
+    Attributes:
+        model: It is patched if it is not.
+        tokenizer: Its tokenizer; requests are laid out as :class:`ifkv.Session` does.
+        short_answer: Put behind every question, so that answers can be compared with gold ones;
+            the bare question that selectors may score does not have it.
+        split: Tokens of a document, cut from the passages one after another; None makes every
+            passage a document.
+        max_new_tokens: Length of an answer at most.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    short_answer: str = SHORT_ANSWER
+    split: int | None = None
+    max_new_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        patch(self.model)
+        self.format = PromptFormat(self.tokenizer)
+        self.shape = ModelShape.of(self.model)
+        self._prefix: DocumentCache | None = None
+
+    def documents(self, question: Question) -> list[DocumentCache]:
+        """The question's passages, or pieces of them, prefilled."""
+        parts = [self.format.document_ids(passage.document) for passage in question.passages]
+        if self.split is not None:
+            parts = fixed_length(parts, self.split)
+        if len(parts) < 2:
+            raise InvalidInputError(
+                f"question {question.id!r} has one document, which is exact as it is: there is "
+                "nothing to recompute. Cut it into pieces of a fixed length (split)."
+            )
+        made = prefill_documents(self.model, parts, prefix=self._prefix or self.format.prefix_ids())
+        self._prefix = made[0].prefix
+        return made
+
+    def prompt(self, question: Question) -> list[int]:
+        """Token ids of the prompt."""
+        text = f"{question.text}\n{self.short_answer}" if self.short_answer else question.text
+        return self.format.prompt_ids(text)
+
+    def gold(self, question: Question, prompt: Sequence[int]) -> Tensor:
+        """Token ids of the first gold answer, as they follow the prompt, long ``[tokens]``."""
+        space = "" if self.tokenizer.decode(prompt)[-1:].isspace() else " "
+        return torch.tensor(self.format.encode(space + question.answers[0]))
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        config: Any = self.model.generation_config
+        ends = config.eos_token_id if config is not None else None
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        if ends is None:
+            return frozenset()
+        return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+class Trial:
+    """A question, prefilled in full and stitched; ways of answering are then measured on it.
+
+    Args:
+        bench: Model and layout.
+        question: The question.
+
+    Attributes:
+        reference: Full prefill's answer and what the ways are compared with.
+
+    Raises:
+        InvalidInputError: There are fewer than two documents, or too many tokens for the model.
+    """
+
+    def __init__(self, bench: Bench, question: Question):
+        self._bench, self._question = bench, question
+        self._documents = bench.documents(question)
+        self._prompt = bench.prompt(question)
+        self._gold = bench.gold(question, self._prompt).to(bench.model.device)
+        self._request = Request(
+            prompt_ids=self._prompt,
+            question_ids=bench.format.encode(question.text),
+            documents=self._documents,
+        )
+        self._caches: dict[tuple[int, ...] | None, StitchedCache] = {}
+        self._rankings: dict[tuple[str, tuple[int, ...] | None], tuple[Tensor, Cost]] = {}
+        self._orders: dict[float, tuple[int, ...]] = {}
+        self.reference = self._full_prefill()
+
+    def measure(self, ways: Sequence[Way], *, answers: bool = True) -> Iterator[Result]:
+        """Measure ways of answering, one after the other.
+
+        Args:
+            ways: The ways. Those that differ in the ratio alone share one ranking.
+            answers: Whether to decode answers, and score them against the gold ones, too.
+        """
+        for way in ways:
+            yield self._measured(way, answers)
+
+    @torch.no_grad()
+    def _full_prefill(self) -> Reference:
+        """The model's own forward over the same ids; its answer is the others' yardstick."""
+        bench, model = self._bench, self._bench.model
+        ids = torch.cat([d.token_ids for d in self._parts()] + [torch.tensor(self._prompt)])
+        # A plain cache keeps every key, so that it can be cropped where layers slide.
+        run: Any = model
+        out = run(
+            ids[None].to(model.device),
+            use_cache=True,
+            past_key_values=DynamicCache(),
+            logits_to_keep=1,
+        )
+        cache, first = out.past_key_values, out.logits[0, -1]
+        self._reply, _ = greedy(
+            model, cache, first, max_new_tokens=bench.max_new_tokens, stop=bench.stop
+        )
+        # Read anew in one forward, as the other ways read it: rows alone round differently.
+        self._truth = teacher_forced(model, cache, first, self._reply)
+        gold_logits = teacher_forced(model, cache, first, self._gold)
+        text = self._text(self._reply)
+        return Reference(
+            context=len(ids) - len(self._prompt),
+            prompt=len(self._prompt),
+            documents=len(self._documents),
+            tokens=len(self._reply),
+            flops=prefill_cost(bench.shape, len(ids)).flops,
+            nll=negative_log_likelihood(gold_logits, self._gold),
+            answer=text,
+            f1=best(token_f1, text, self._question.answers),
+            em=best(exact_match, text, self._question.answers),
+        )
+
+    def _parts(self) -> list[DocumentCache]:
+        prefix = self._documents[0].prefix
+        return ([] if prefix is None else [prefix]) + self._documents
+
+    @torch.no_grad()
+    def _measured(self, way: Way, answers: bool) -> Result:
+        bench, model = self._bench, self._bench.model
+        order, spent = self._order(way)
+        selection = self._selection(way, order)
+        spent += selection.cost
+        cache = self._stitched(order).clone()
+        first = recompute(model, cache, selection.slots, prompt_ids=self._prompt)
+        assert first is not None
+        logits = teacher_forced(model, cache, first, self._reply)
+        gold = teacher_forced(model, cache, first, self._gold)
+        text = None
+        if answers:
+            tokens, _ = greedy(
+                model,
+                cache,
+                first,
+                max_new_tokens=bench.max_new_tokens,
+                stop=bench.stop,
+                draft=self._reply,
+                draft_logits=logits,
+            )
+            text = self._text(tokens)
+        recomputed = recompute_cost(
+            bench.shape, selection.slots.cpu(), cache.context_length, len(self._prompt)
+        )
+        golds = self._question.answers
+        return Result(
+            way=way,
+            rows=len(selection.slots),
+            flops=spent.flops + recomputed.flops,
+            selecting_flops=spent.flops,
+            selecting_bytes=spent.bytes,
+            kl=divergence(self._truth, logits),
+            top1=agreement(self._truth, logits),
+            nll=negative_log_likelihood(gold, self._gold),
+            answer=text,
+            f1=None if text is None else best(token_f1, text, golds),
+            em=None if text is None else best(exact_match, text, golds),
+        )
+
+    def _order(self, way: Way) -> tuple[tuple[int, ...] | None, Cost]:
+        """The documents' order, if it is not the one given, and what finding it cost."""
+        if not way.reorder:
+            return None, Cost()
+        model = self._bench.model
+        if way.ratio not in self._orders:
+            found = reorder(model, self._documents, self._prompt, ratio=way.ratio)
+            self._orders[way.ratio] = tuple(found)
+        cost = scoring_cost(
+            self._bench.shape,
+            len(self._prompt),
+            self.reference.context,
+            default_layers(self._bench.shape.num_layers),
+        )
+        return self._orders[way.ratio], cost
+
+    def _stitched(self, order: tuple[int, ...] | None) -> StitchedCache:
+        """The documents stitched in an order; read, never written."""
+        if order not in self._caches:
+            self._caches[order] = stitch(self._bench.model, self._documents, order=order)
+        return self._caches[order]
+
+    def _selection(self, way: Way, order: tuple[int, ...] | None) -> Selection:
+        cache = self._stitched(order)
+        if way.selector is None:
+            return Selection(torch.zeros(0, dtype=torch.long), None, Cost())
+        selector: Selector = way.selector
+        budget = Budget.of(way.ratio)
+        if not isinstance(selector, Ranked) or budget.nothing or budget.everything:
+            return selector.select(self._bench.model, cache, self._request, budget)
+        key = str(selector), order
+        if key not in self._rankings:
+            self._rankings[key] = selector.rank(self._bench.model, cache, self._request)
+        scores, cost = self._rankings[key]
+        return Selection(budget.pick(cache, scores, self._request.groups), scores, cost)
+
+    def _text(self, tokens: Tensor) -> str:
+        text: str = self._bench.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()

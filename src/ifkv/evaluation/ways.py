@@ -1,0 +1,160 @@
+"""Ways of answering, and what is measured of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ifkv.errors import InvalidInputError
+from ifkv.positions import GEOMETRIES
+from ifkv.selection import budget
+from ifkv.selectors import Selector, resolve
+
+STITCH_ONLY = "stitch only"
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of answering from stitched documents.
+
+    Attributes:
+        selector: What chooses the slots to recompute; None recomputes none.
+        ratio: The recompute ratio.
+        reorder: Whether documents are put in the order :func:`ifkv.reorder` finds first.
+    """
+
+    selector: Selector | None = None
+    ratio: float = 0.0
+    reorder: bool = False
+
+    @property
+    def name(self) -> str:
+        """The selector as a string, and whether documents are reordered."""
+        if self.selector is None:
+            return STITCH_ONLY
+        return f"{self.selector} +reorder" if self.reorder else str(self.selector)
+
+    @property
+    def key(self) -> str:
+        """What tells it from every other way."""
+        return f"{self.name} @{self.ratio:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A question's full prefill.
+
+    Attributes:
+        context: Tokens of prefix and documents, T.
+        prompt: Tokens of the prompt, Q.
+        documents: How many.
+        tokens: Length of the answer.
+        flops: Operations of the prefill.
+        nll: Mean -log p of the gold answer's tokens, in nats.
+        answer: The greedy answer.
+        f1: Its token F1 against the best gold answer.
+        em: Its exact match.
+    """
+
+    context: int
+    prompt: int
+    documents: int
+    tokens: int
+    flops: float
+    nll: float
+    answer: str
+    f1: float
+    em: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One question answered in one way.
+
+    Attributes:
+        way: The way.
+        rows: Slots recomputed.
+        flops: Operations until the first token: choosing, recomputing, prompt.
+        selecting_flops: Of these, what choosing took, reordering included.
+        selecting_bytes: Bytes that choosing read and wrote.
+        kl: Mean over full prefill's answer of KL(full || this), in nats.
+        top1: Share of these tokens for which both find the same one most likely.
+        nll: Mean -log p of the gold answer's tokens, in nats.
+        answer: The greedy answer, or None if none was decoded.
+        f1: Its token F1 against the best gold answer.
+        em: Its exact match.
+    """
+
+    way: Way
+    rows: int
+    flops: float
+    selecting_flops: float
+    selecting_bytes: float
+    kl: float
+    top1: float
+    nll: float
+    answer: str | None
+    f1: float | None
+    em: float | None
+
+    def record(self) -> dict[str, Any]:
+        """What is written of it: plain JSON."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "way"
+        }
+        way = self.way
+        return {"way": way.name, "ratio": way.ratio, "reorder": way.reorder, **values}
+
+
+def matrix(
+    selectors: Sequence[str | Selector],
+    ratios: Sequence[float],
+    *,
+    geometries: Sequence[str] = (),
+    reorder: bool = False,
+) -> list[Way]:
+    """Every way that a matrix asks for: stitching alone first, then selector by selector.
+
+    Args:
+        selectors: Selectors, or strings that name them with their options.
+        ratios: Recompute ratios.
+        geometries: Try each selector that has an option ``geometry`` in each of these; as the
+            selector says if empty.
+        reorder: Try every selector with documents reordered, too.
+
+    Returns:
+        The ways, each once.
+
+    Raises:
+        InvalidInputError: An unknown selector, option or geometry, a ratio outside [0, 1], or none.
+
+    >>> [way.key for way in matrix(["random"], [0.05, 0.15])]
+    ['stitch only @0', 'random @0.05', 'random @0.15']
+    """
+    if not selectors or not ratios:
+        raise InvalidInputError(
+            f"there are {len(selectors)} selectors and {len(ratios)} ratios; give one of each."
+        )
+    for ratio in ratios:
+        budget(1, ratio)
+    for geometry in geometries:
+        if geometry not in GEOMETRIES:
+            raise InvalidInputError(
+                f"geometry {geometry!r} is unknown; choose from {', '.join(GEOMETRIES)}."
+            )
+    chosen: dict[str, Selector] = {}
+    for given in selectors:
+        selector = resolve(given) if isinstance(given, str) else given
+        options: Any = selector
+        variants = [selector]
+        if geometries and hasattr(selector, "geometry"):
+            variants = [dataclasses.replace(options, geometry=name) for name in geometries]
+        chosen.update((str(variant), variant) for variant in variants)
+    ways = [Way()]
+    for selector in chosen.values():
+        for moved in (False, True) if reorder else (False,):
+            ways += [Way(selector, float(ratio), moved) for ratio in sorted(set(ratios))]
+    return ways
