@@ -1,0 +1,29 @@
+"""Draw the documentation's figures into docs/figures; run it again after new measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from figures import attention, flow, geometries, speed
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "figures"
+
+
+def figures() -> dict[str, str]:
+    """Every figure's file name and content."""
+    drawn = {
+        "attention.svg": attention.draw(),
+        "flow.svg": flow.draw(),
+        "geometries.svg": geometries.draw(),
+    }
+    for results in sorted((ROOT / "benchmarks" / "results").glob("ttft-*.json")):
+        drawn[f"{results.stem}.svg"] = speed.draw(results)
+    return drawn
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in figures().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+        print(f"docs/figures/{name}")
