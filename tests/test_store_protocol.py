@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlite_store import SqliteStore
 
 import ifkv
 from ifkv.errors import (
@@ -55,6 +56,7 @@ MAKERS: dict[str, Callable[[Path], DocumentStore]] = {
     "tiered": lambda path: TieredStore(MemoryStore(), DiskStore(path)),
     "remote-local": lambda path: RemoteStore(path.as_uri()),
     "remote-memory": lambda path: RemoteStore(f"memory://{path}"),
+    "example": lambda path: SqliteStore(path / "documents.sqlite3"),
     "three-tiers": lambda path: TieredStore(
         MemoryStore(200), TieredStore(DiskStore(path / "disk"), RemoteStore(f"memory://{path}"))
     ),

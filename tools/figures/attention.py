@@ -44,7 +44,7 @@ def _panel(canvas: Canvas, x: float, y: float, title: str, note: str, *, stage: 
 def draw() -> str:
     """The three stages side by side."""
     canvas = Canvas(
-        760,
+        784,
         400,
         "Three triangles of which token sees which key. Encoded alone: each document sees the "
         "prefix and itself. Stitched: the prompt sees everything, documents still only themselves. "

@@ -10,7 +10,7 @@ COLOURS = {
     "ink": ("#1c1b19", "#e9e6df"),
     "soft": ("#5b5a57", "#aeb0b6"),
     "line": ("#b9b6ae", "#565a63"),
-    "none": ("#f0eee9", "#2a2d34"),
+    "none": ("#ebe8e1", "#383c45"),
     "prefix": ("#c9cbd1", "#555b68"),
     "old": ("#9cc3ee", "#2f5d92"),
     "new": ("#f2b24c", "#a8680a"),

@@ -1,0 +1,135 @@
+"""A store in one SQLite file: an example of a store that is not part of ifkv."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from ifkv import DocumentCache
+from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
+from ifkv.store import StoredDocument, StoreStats, document_key, key_for, key_of
+from ifkv.store.codecs import resolve_codec
+from ifkv.store.format import FormatError
+from ifkv.store.keys import check_document
+from ifkv.store.reading import BytesSource, DocumentReader
+from ifkv.store.writing import DocumentFile
+
+
+class SqliteStore:
+    """Documents as blobs, at most 1 GB each; grows without a limit.
+
+    Args:
+        path: The database; made if it is not there.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = str(path)
+        self._codec = resolve_codec("exact")
+        # Documents share the object of their prefix for as long as anyone uses it.
+        self._prefixes: weakref.WeakValueDictionary[str, DocumentCache]
+        self._prefixes = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+        with closing(self._open()) as db, db:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS documents "
+                "(key TEXT PRIMARY KEY, behind TEXT, tokens INTEGER, data BLOB)"
+            )
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=60)  # one a call: connections have one thread
+
+    def key_for(self, model, token_ids: Sequence[int], prefix: Sequence[int] = ()) -> str:
+        """The key of a document."""
+        return key_for(model, token_ids, prefix)
+
+    def put(self, document: DocumentCache) -> str:
+        """Store a document and its prefix in one transaction: both or neither."""
+        check_document(document)
+        behind = None if document.prefix is None else key_of(document.prefix)
+        rows = [(document, behind)]
+        if document.prefix is not None:
+            rows.append((document.prefix, None))
+        with closing(self._open()) as db, db:
+            for part, prefix_key in rows:
+                db.execute(
+                    "INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?)",
+                    (
+                        key_of(part),
+                        prefix_key,
+                        len(part),
+                        DocumentFile(part, self._codec).tobytes(),
+                    ),
+                )
+        return key_of(document)
+
+    def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
+        """The document under a key, checked; `lazy` makes no difference here."""
+        with self._lock:
+            if (shared := self._prefixes.get(key)) is not None and key in self:
+                self._hits += 1
+                return shared
+        with closing(self._open()) as db:
+            row = db.execute("SELECT data FROM documents WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            self._misses += 1
+            raise DocumentNotFoundError(
+                f"no document {key} in {self._path}; prefill it and put it."
+            )
+        try:
+            reader = DocumentReader(BytesSource(row[0]), key)
+            prefix = None
+            if len(reader.prefix_ids):
+                none = reader.prefix_ids[:0]
+                prefix = self.get(document_key(reader.header.fingerprint, none, reader.prefix_ids))
+
+            def read_layer(layer, out) -> None:
+                reader.read_layer(layer, verify=True, out=out)
+
+            document = StoredDocument(reader, read_layer, prefix).whole()
+        except FormatError as error:
+            self.delete(key)  # never served again
+            raise StoreCorruptionError(
+                f"document {key} in {self._path} cannot be trusted: {error}. It has been removed; "
+                "prefill it again and put it.",
+                key=key,
+                reason=str(error),
+            ) from error
+        if prefix is None:
+            with self._lock:
+                document = self._prefixes.setdefault(key, document)
+        self._hits += 1
+        return document
+
+    def __contains__(self, key: object) -> bool:
+        # A document without its prefix is not there.
+        query = (
+            "SELECT 1 FROM documents AS d WHERE key = ? AND "
+            "(behind IS NULL OR EXISTS (SELECT 1 FROM documents WHERE key = d.behind))"
+        )
+        with closing(self._open()) as db:
+            return isinstance(key, str) and db.execute(query, (key,)).fetchone() is not None
+
+    def delete(self, key: str) -> None:
+        """Drop a document, and with a prefix all behind it."""
+        with closing(self._open()) as db, db:
+            found = db.execute("DELETE FROM documents WHERE key = ?", (key,)).rowcount
+            db.execute("DELETE FROM documents WHERE behind = ?", (key,))
+        if not found:
+            raise DocumentNotFoundError(f"no document {key} in {self._path} to delete.")
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all entries."""
+        with closing(self._open()) as db:
+            return iter([key for (key,) in db.execute("SELECT key FROM documents ORDER BY rowid")])
+
+    def stats(self) -> StoreStats:
+        """What the store holds."""
+        query = "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(length(data)), 0)"
+        with closing(self._open()) as db:
+            found = db.execute(f"{query} FROM documents").fetchone()
+        return StoreStats(*found, hits=self._hits, misses=self._misses)

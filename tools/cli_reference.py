@@ -1,0 +1,33 @@
+"""Write docs/cli.md from the command line itself: `python tools/cli_reference.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import typer
+from typer.cli import get_docs_for_click
+
+from ifkv.cli import app
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+INTRODUCTION = """\
+Made from the command line itself by `tools/cli_reference.py`; a test compares the two. \
+`ifkv COMMAND --help` says the same."""
+
+
+def reference() -> str:
+    """The page: every command, argument and option."""
+    command = typer.main.get_command(app)
+    made = get_docs_for_click(
+        obj=command, ctx=click.Context(command), name="ifkv", title="Command line"
+    )
+    title, _, rest = made.partition("\n\n")
+    # One blank line at the end, none at the ends of lines.
+    lines = "\n".join(line.rstrip() for line in f"{title}\n\n{INTRODUCTION}\n\n{rest}".splitlines())
+    return lines.rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference(), encoding="utf-8")
+    print(f"docs/{PAGE.name}")
