@@ -29,7 +29,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 # What another run may print otherwise: durations, and what is computed from them.
 _TIMES = re.compile(r"\d[\d,.]*\s*(?:ms|s|seconds?)\b|[\d.]+\s?×")
-_SHARES = re.compile(r"\d+\s?%")
+_SHARES = re.compile(r"\d[\d.]*\s?%")
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 _FRAME = re.compile(r"[─│╭╮╰╯]+")
 
@@ -103,13 +103,18 @@ def _command(line: str, model: Path) -> str:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    before = Path.cwd()
+    """A folder to work in, and a store in it: nobody's cache folder changes what is shown."""
+    before, store = Path.cwd(), os.environ.get("IFKV_STORE")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        os.environ["IFKV_STORE"] = str(Path(folder, "default-store"))
         try:
             yield
         finally:
             os.chdir(before)
+            del os.environ["IFKV_STORE"]
+            if store is not None:
+                os.environ["IFKV_STORE"] = store
 
 
 def _tidy(text: str, model: Path) -> str:
