@@ -135,7 +135,7 @@ def generate_many(
         GeometryError: A cache's geometry is not global.
         FingerprintMismatchError: A cache belongs to another model.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
         >>> model = tiny_model("llama")

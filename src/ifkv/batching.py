@@ -58,7 +58,7 @@ def score_many(
         NotPatchedError: The model is not patched.
         FingerprintMismatchError: A cache belongs to another model.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
         >>> model = tiny_model("llama")
@@ -108,7 +108,7 @@ def recompute_many(
         GeometryError: A cache's geometry is not global.
         FingerprintMismatchError: A cache belongs to another model.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
         >>> model = tiny_model("llama")

@@ -115,7 +115,7 @@ def prefill_documents(
             that was itself encoded behind a prefix.
         FingerprintMismatchError: ``prefix`` was made by another model.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
         >>> model = tiny_model("llama")

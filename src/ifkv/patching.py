@@ -166,7 +166,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
         BackendUnavailableError: The backend asked for cannot run here.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
         >>> model = tiny_model("llama")

@@ -48,7 +48,7 @@ class Session:
         instruction: Text before the documents, when the prefix is not given.
         backend: For :func:`ifkv.patch`.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model, tiny_tokenizer
         >>> tokenizer = tiny_tokenizer()
@@ -220,7 +220,7 @@ class Session:
                 Everything is checked before any answer is worked on.
             StoreCorruptionError: As of :meth:`ask`.
 
-        Example:
+        Examples:
             >>> import ifkv
             >>> from ifkv.testing import tiny_model, tiny_tokenizer
             >>> tokenizer = tiny_tokenizer()

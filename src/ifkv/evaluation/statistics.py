@@ -52,7 +52,7 @@ class Bootstrap:
         resamples: How often they are drawn anew.
         seed: Decides the draws.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> half = Bootstrap(4).mean(np.array([0.0, 1.0, 0.0, 1.0]))
         >>> half.value, half.low <= 0.5 <= half.high

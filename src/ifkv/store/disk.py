@@ -49,7 +49,7 @@ class DiskStore:
         StoreError: The folder cannot be used.
         InvalidInputError: An option is unknown.
 
-    Example:
+    Examples:
         >>> import ifkv, tempfile
         >>> from ifkv.store import DiskStore
         >>> from ifkv.testing import tiny_model

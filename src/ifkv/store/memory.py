@@ -29,7 +29,7 @@ class MemoryStore:
     Raises:
         InvalidInputError: ``max_bytes`` is negative.
 
-    Example:
+    Examples:
         >>> import ifkv
         >>> from ifkv.store import MemoryStore
         >>> from ifkv.testing import tiny_model
