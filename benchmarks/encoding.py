@@ -1,0 +1,188 @@
+"""Tokens per second of encoding a corpus, against plain prefill of the same tokens.
+
+    python benchmarks/encoding.py [--dtype float32|bfloat16] [--repeats 5] [--documents 24]
+                                  [--model FOLDER]
+
+The baseline is transformers' own forward of the decoder stack (no logits) with SDPA attention on
+the unpatched model, the faster of two ways: each document alone, and padded batches of documents of
+like length. It computes the documents' tokens only; ours, ``ifkv.prefill_documents`` at several
+``batch_tokens``, also has them look at a prefix that was encoded before. Tokens per second count
+document tokens, never padding. Ways are interleaved, and shares are medians within a round. Peak
+memory is the largest resident size seen above what was resident before, sampled every 2 ms, each
+way in a process of its own (Linux only).
+
+Writes a JSON file and a Markdown table into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+import ifkv
+from ifkv.demo.corpus import load_corpus
+from ifkv.text import PromptFormat
+
+BUDGETS = (256, 1024, 4096)
+PADDED_BATCH = 4
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object, str]:
+    """The demo's model, or one in a folder."""
+    if folder is not None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder), Path(folder).name
+    from ifkv.demo.model import load_demo_model
+
+    return *load_demo_model(dtype=dtype), "SmolLM2-135M-Instruct"
+
+
+def ways_of(model, layout: PromptFormat, count: int) -> tuple[dict[str, Callable[[], None]], int]:
+    """Every way by name, and how many document tokens each encodes."""
+    passages = load_corpus().passages
+    documents = [
+        torch.tensor(layout.document_ids(f"{i}. {passages[i % len(passages)].text}"))
+        for i in range(count)
+    ]
+    with ifkv.patch(model):
+        prefix = ifkv.prefill_documents(model, documents[:1], prefix=layout.prefix_ids())[0].prefix
+
+    @torch.no_grad()
+    def alone() -> None:
+        for ids in documents:
+            model.base_model(ids[None], use_cache=True)
+
+    @torch.no_grad()
+    def padded() -> None:
+        ordered = sorted(documents, key=len)
+        for start in range(0, len(ordered), PADDED_BATCH):
+            some = ordered[start : start + PADDED_BATCH]
+            ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence(
+                [torch.ones_like(one) for one in some], batch_first=True
+            )
+            model.base_model(ids, attention_mask=mask, use_cache=True)
+
+    def ours(budget: int) -> Callable[[], None]:
+        def run() -> None:
+            with ifkv.patch(model):
+                ifkv.prefill_documents(model, documents, prefix=prefix, batch_tokens=budget)
+
+        return run
+
+    ways = {"plain, one by one": alone, "plain, padded batches": padded}
+    ways |= {f"ifkv, batch_tokens={budget}": ours(budget) for budget in BUDGETS}
+    return ways, sum(map(len, documents))
+
+
+def peak_of(name: str, dtype: str, folder: str | None, count: int, threads: int, queue) -> None:
+    """In a process of its own: bytes that a way's peak lies above where it started."""
+    torch.set_num_threads(threads)
+    model, tokenizer, _ = load(getattr(torch, dtype), folder)
+    ways, _ = ways_of(model, PromptFormat(tokenizer), count)
+    before, seen, done = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ways[name]()
+    done.set()
+    watcher.join()
+    queue.put(max(0, max(seen) - before))
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; 0 where there is no /proc to ask."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--model", help="folder of another model")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    model, tokenizer, name = load(getattr(torch, arguments.dtype), arguments.model)
+    ways, tokens = ways_of(model, PromptFormat(tokenizer), arguments.documents)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(-1, arguments.repeats):  # the first round warms up and is not counted
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if repeat >= 0:
+                seconds[way].append(time.perf_counter() - start)
+    plain = [min(pair) for pair in zip(*list(seconds.values())[:2], strict=True)]
+    spawn = multiprocessing.get_context("spawn")
+    rows = []
+    for way, times in seconds.items():
+        queue = spawn.Queue()
+        given = (arguments.dtype, arguments.model, arguments.documents, torch.get_num_threads())
+        process = spawn.Process(target=peak_of, args=(way, *given, queue))
+        process.start()
+        peak = queue.get(timeout=600)
+        process.join()
+        rows.append(
+            {
+                "way": way,
+                "tokens_per_second": tokens / statistics.median(times),
+                "share": statistics.median(p / t for p, t in zip(plain, times, strict=True)),
+                "peak_bytes": peak,
+            }
+        )
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "model": name,
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": arguments.repeats,
+        "documents": arguments.documents,
+        "tokens": tokens,
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ifkv": ifkv.__version__,
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    stem = arguments.results / f"encoding-cpu-{arguments.dtype}"
+    text = json.dumps({"about": about, "rows": rows}, indent=1)
+    stem.with_suffix(".json").write_text(text + "\n")
+    lines = [
+        f"# Encoding a corpus, {name}, {arguments.dtype}, {about['threads']} CPU threads",
+        "",
+        f"{about['date']}, torch {about['torch']}, transformers {about['transformers']}; "
+        f"{arguments.documents} documents of {tokens} tokens together; {arguments.repeats} "
+        "interleaved repeats; the share is of the faster plain way within a round. Peak memory is "
+        "above weights, documents' rows included. Made by `python benchmarks/encoding.py`.",
+        "",
+        "| way | tokens/s | share of plain prefill | peak memory |",
+        "|:--|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['way']} | {r['tokens_per_second']:.0f} | {r['share']:.0%} "
+        f"| {r['peak_bytes'] / 2**20:.0f} MiB |"
+        for r in rows
+    ]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
