@@ -1,4 +1,4 @@
-"""Write the summary of a folder into it: Markdown, CSV and one page with plots."""
+"""Write the summary of a folder into it: Markdown, CSV, and a CSV of all pairs of ways."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ifkv.evaluation.ledger import Ledger
 from ifkv.evaluation.summary import Summary
 from ifkv.evaluation.tables import comma_separated, csv_of, markdown, sections
 
-SUMMARY, TABLE, PAIRS, PAGE = "summary.md", "summary.csv", "differences.csv", "summary.html"
+SUMMARY, TABLE, PAIRS = "summary.md", "summary.csv", "differences.csv"
 
 
 def publish(
