@@ -260,7 +260,9 @@ def test_stitching_allocates_the_cache_and_little_else(model: PreTrainedModel) -
 
 def test_stitching_multiplies_no_matrices(model: PreTrainedModel) -> None:
     parts = documents(model, 600)
-    assert operations(lambda: ifkv.stitch(model, parts)) == 0
+    # transformers 5.4 makes the angles, one per position and frequency, by a matrix product.
+    angles = 2 * 600 * model.base_model.rotary_emb.inv_freq.numel()
+    assert operations(lambda: ifkv.stitch(model, parts)) <= angles
 
 
 def test_a_request_costs_a_share_of_a_full_prefill(model: PreTrainedModel) -> None:
