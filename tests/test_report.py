@@ -124,8 +124,9 @@ def test_a_character_of_several_tokens_belongs_to_the_last() -> None:
         ({"scores": [1.0]}, "scores"),
         ({"titles": ["a", "b", "c"]}, "titles has 3 entries for 2"),
         ({"order": [0]}, "order"),
-        ({"document_slices": [slice(1, 2), slice(3, 4)]}, "begin at slot 2"),
-        ({"document_slices": [slice(1, 3)], "order": [0]}, "end at slot 3"),
+        ({"document_slices": [slice(1, 3), slice(2, 4)]}, "begin at slot 3"),
+        ({"document_slices": [slice(0, 3)], "order": [0]}, "begin at slot 1"),
+        ({"document_slices": [slice(1, 5)], "order": [0]}, "end at slot 5"),
         ({"recomputed": frozenset({4})}, "outside"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import ifkv
 from ifkv import layer_loading
 from ifkv.errors import StoreCorruptionError
-from ifkv.stitched_cache import StitchedLayer
+from ifkv.stitched_layer import StitchedLayer
 from ifkv.store import DiskStore, MemoryStore, RemoteStore, StoredDocument, TieredStore
 from ifkv.testing import assert_bit_equal, tiny_model
 

@@ -24,7 +24,8 @@ from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
 from ifkv.documents import DocumentCache
 from ifkv.scoring import default_layers
-from ifkv.stitched_cache import StitchedCache, capacity_for
+from ifkv.stitched_cache import StitchedCache
+from ifkv.stitched_layer import capacity_for
 from ifkv.testing import tiny_model
 
 PROMPT = [7] * 24

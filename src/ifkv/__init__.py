@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from ifkv.answer import Answer
     from ifkv.batch_generation import generate_many
     from ifkv.batching import recompute_many, score_many
+    from ifkv.conversation import Conversation
     from ifkv.cost import speedup_bound
     from ifkv.documents import DocumentCache, prefill_documents
     from ifkv.errors import IfkvError
+    from ifkv.extending import extend
     from ifkv.generation import generate
     from ifkv.patching import PatchHandle, patch, unpatch
     from ifkv.recomputation import recompute
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "answer",
+    "Conversation": "conversation",
     "DocumentCache": "documents",
     "IfkvError": "errors",
     "PatchHandle": "patching",
     "Session": "session",
     "StitchedCache": "stitched_cache",
+    "extend": "extending",
     "generate": "generation",
     "generate_many": "batch_generation",
     "patch": "patching",
@@ -57,11 +61,13 @@ _HOME = {
 
 __all__ = [
     "Answer",
+    "Conversation",
     "DocumentCache",
     "IfkvError",
     "PatchHandle",
     "Session",
     "StitchedCache",
+    "extend",
     "generate",
     "generate_many",
     "patch",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ifkv.answer import Answer, Prepared
+from ifkv.answering import answer_of, check_answer_kwargs, selector_with_layers
 from ifkv.batch_generation import GreedySettings, decode, greedy_settings
 from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
@@ -47,8 +48,6 @@ def ask_many(
     generate_kwargs: dict[str, Any],
 ) -> list[Answer]:
     """See :meth:`ifkv.Session.ask_many`."""
-    from ifkv.session import check_answer_kwargs, selector_with_layers
-
     watch = Stopwatch(session.model)
     budget = Budget.of(ratio)
     rule = selector_with_layers(resolve(selector), layers)
@@ -221,6 +220,6 @@ def _complete(
         streamer.end()
     seconds = time.perf_counter() - decoding
     return [
-        session._answer(one, token_ids, seconds)
+        answer_of(session.tokenizer, one, token_ids, seconds)
         for one, token_ids in zip(ready, found, strict=True)
     ]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ifkv.answering import pad_token_id
+
 if TYPE_CHECKING:
     from ifkv.answer import Answer, Prepared
     from ifkv.selectors import Selector
@@ -84,7 +86,7 @@ def compare(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=session.pad_token_id,
+        pad_token_id=pad_token_id(session.tokenizer),
         past_key_values=_shorter(first.past_key_values),
     )
     reply = generated[0, ids.shape[1] :]

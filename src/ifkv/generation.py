@@ -65,6 +65,23 @@ def generate(
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
+    return run_generate(model, cache, prompt_ids, generate_kwargs, keep=False)
+
+
+@torch.no_grad()
+def run_generate(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    prompt_ids: Sequence[int] | Tensor,
+    generate_kwargs: dict[str, Any],
+    *,
+    keep: bool,
+) -> Any:
+    """See :func:`generate`; with ``keep`` the rows that were run stay behind the context.
+
+    Those are the prompt's and the answer's but for its last token, which has not been run; of
+    beams and of several sequences, whose rows lie in copies, the prompt's but for its last.
+    """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
     ready = has_prompt(cache, prompt)
@@ -93,7 +110,8 @@ def generate(
             **kwargs,
         )
     finally:
-        cache.crop()
+        if not keep:
+            cache.crop()
     if isinstance(out, Tensor):
         return out[:, context:]
     out.sequences = out.sequences[:, context:]

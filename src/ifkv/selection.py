@@ -50,6 +50,7 @@ def select(
         ratio: Recompute ratio r: ``max(1, floor(r T))`` slots, fewer if there are not so many
             candidates; none if r is 0.
         protect_first: Leave out prefix and first document, which a stitched cache holds exactly.
+            A cache that names its candidates has them chosen from in any case.
 
     Returns:
         Long ``[k]``, ascending, on the scores' device. Of equal scores the lower slot wins, so
@@ -59,9 +60,7 @@ def select(
         InvalidInputError: The ratio lies outside [0, 1], or scores are not finite or not ``[T]``.
     """
     check_stitched(cache)
-    return top_slots(
-        cache, scores, budget(cache.context_length, ratio), protect_first=protect_first
-    )
+    return top_slots(cache, scores, budget(cache.budget_length, ratio), protect_first=protect_first)
 
 
 def top_slots(
@@ -80,6 +79,10 @@ def top_slots(
         )
     if not bool(torch.isfinite(scores).all()):
         raise InvalidInputError("scores hold NaN or infinity; nothing sensible can be selected.")
+    if cache.candidates is not None:
+        among = cache.candidates.to(scores.device)
+        ranked = torch.sort(scores[among], descending=True, stable=True).indices
+        return among[ranked[:count]].sort().values
     start = cache.document_slices[0].stop if protect_first else 0
     candidates = scores[start:]
     ranked = torch.sort(candidates, descending=True, stable=True).indices

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
+from ifkv.answering import check_answer_kwargs, complete, selector_with_layers
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
-from ifkv.generation import check_generate_kwargs, generate
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
-from ifkv.selectors import AttentionNorm, Budget, Layers, Selector, resolve
+from ifkv.selectors import Budget, Selector, resolve
 from ifkv.store import session_store
-from ifkv.streaming import text_streamer
 from ifkv.text import INSTRUCTION, PromptFormat
 
 # Tokens that a batch of ask_many holds when the caller does not say.
@@ -30,6 +28,7 @@ DEFAULT_REQUEST_TOKENS = 16384
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.conversation import Conversation
     from ifkv.store import DocumentStore
 
 
@@ -301,71 +300,43 @@ class Session:
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
-        check_answer_kwargs(self.model, generate_kwargs)
-        decoding = time.perf_counter()
-        generate_kwargs.setdefault("do_sample", False)
-        generate_kwargs.setdefault("pad_token_id", self.pad_token_id)
-        sequence = generate(
+        return complete(
             self.model,
-            ready.cache,
-            ready.prompt_ids,
+            self.tokenizer,
+            ready,
             max_new_tokens=max_new_tokens,
-            streamer=text_streamer(self.tokenizer, stream),
-            **generate_kwargs,
+            stream=stream,
+            generate_kwargs=generate_kwargs,
         )
-        token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
-        return self._answer(ready, token_ids, time.perf_counter() - decoding)
 
-    def _answer(self, ready: Prepared, token_ids: Tensor, decode_seconds: float) -> Answer:
-        return Answer(
-            text=self.tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
-            token_ids=token_ids,
-            ttft_seconds=ready.ttft_seconds,
-            timings={**ready.timings, "decode": decode_seconds},
-            scores=None if ready.scores is None else ready.scores.cpu(),
-            slots=ready.slots.cpu(),
-            order=ready.cache.order,
-            context_ids=ready.cache.token_ids.cpu(),
-            document_slices=ready.cache.document_slices,
-            prompt_ids=torch.tensor(ready.prompt_ids),
-            first_logits=ready.logits.float().cpu(),
-            speedup_bound=ready.speedup_bound,
-            question=ready.question,
-            selector=ready.selector,
-            selection_cost=ready.selection_cost,
-            tokenizer=self.tokenizer,
-        )
+    def conversation(self, documents: Sequence[str] | None = None) -> Conversation:
+        """Begin a conversation: questions that follow one another over one repaired cache.
+
+        Args:
+            documents: Keys of the documents to begin with, in order; all that this session added
+                if None. :meth:`Conversation.add` brings in more.
+
+        Raises:
+            InvalidInputError: There is none, or one is not in the store; or the tokenizer's chat
+                template rewrites earlier turns, which a kept cache cannot follow.
+
+        Examples:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> chat = session.conversation(session.add(["The lamp is red."]))
+            >>> first = chat.ask("Which colour is the lamp?", max_new_tokens=4)
+            >>> chat.add(session.add(["The door is green."]))
+            >>> second = chat.ask("And the door?", max_new_tokens=4)
+            >>> len(second.document_slices), len(chat.answers)
+            (2, 2)
+        """
+        from ifkv.conversation import Conversation
+
+        return Conversation(self, documents)
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
         """Tokens of prefix and documents, long ``[T]``, as they are given to :meth:`ask`."""
         chosen = self._library.get(documents, lazy=True)
         return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
-        pad: int | None = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
-
-
-def selector_with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
-    """The default selector with these scoring layers."""
-    if layers is None:
-        return selector
-    if selector != AttentionNorm():
-        raise InvalidInputError(
-            f"layers={layers!r} is for the default selector, but the selector is {selector}; give "
-            "its layers as an option, for example 'attention-norm:layers=22+23'."
-        )
-    return AttentionNorm(layers=Layers.of(layers))
-
-
-def check_answer_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
-    """Refuse, before any work, what one answer has no place for."""
-    for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
-        if key in generate_kwargs:
-            raise InvalidInputError(
-                f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
-                "use ifkv.generate for it (and stream= for streaming)."
-            )
-    check_generate_kwargs(model, generate_kwargs)

@@ -3,185 +3,46 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
-from ifkv.marks import mark_stitched
 from ifkv.patching import PatchHandle, handle_of
+from ifkv.stitched_layer import StitchedLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from ifkv.layer_loading import LayerLoader
     from ifkv.positions import Layout
-
-# Slots kept free behind the context for prompt and answer, and what capacity is rounded up to.
-HEADROOM = 256
-PAGE = 64
-
-
-def capacity_for(length: int) -> int:
-    """Slots to allocate for a context: headroom for prompt and answer, rounded up to pages."""
-    return -(-(length + HEADROOM) // PAGE) * PAGE
-
-
-class StitchedLayer(DynamicLayer):
-    """One layer's keys and values, with room to append in place.
-
-    Attributes:
-        keys: ``[1, kv_heads, length, head_dim]``, after the rotation; a view of :attr:`key_buffer`.
-        values: As keys.
-        settle: Fills the buffers, where they are being loaded; called before their first use.
-        shared: Whether caches of other requests lie in the buffers' allocation.
-    """
-
-    def __init__(self, key_buffer: Tensor, value_buffer: Tensor, length: int, refusal: str = ""):
-        self._key_buffer = key_buffer
-        self._value_buffer = value_buffer
-        self.settle: Callable[[], None] | None = None
-        self.shared = False
-        self.length = length
-        self.limit: int | None = None
-        self._refusal = refusal
-        cast(Any, super()).__init__()
-        self.dtype, self.device = key_buffer.dtype, key_buffer.device
-        self.is_initialized = True
-
-    @property
-    def key_buffer(self) -> Tensor:
-        """Keys with the room behind them, ``[1, kv_heads, capacity, head_dim]``."""
-        self._settled()
-        return self._key_buffer
-
-    @key_buffer.setter
-    def key_buffer(self, buffer: Tensor) -> None:
-        self._settled()
-        self._key_buffer = buffer
-
-    @property
-    def value_buffer(self) -> Tensor:
-        """As :attr:`key_buffer`."""
-        self._settled()
-        return self._value_buffer
-
-    @value_buffer.setter
-    def value_buffer(self, buffer: Tensor) -> None:
-        self._settled()
-        self._value_buffer = buffer
-
-    def _settled(self) -> None:
-        settle = self.settle  # looked at once: another thread may be done with it meanwhile
-        if settle is not None:
-            settle()
-            self.settle = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settled()  # copies, as pickles, are of rows that are there
-        state = self.__dict__.copy()
-        if self.shared:  # and take nothing of other requests along
-            state["_key_buffer"] = self._key_buffer.clone()
-            state["_value_buffer"] = self._value_buffer.clone()
-            state["shared"] = False
-        return state
-
-    @property
-    def keys(self) -> Tensor:
-        """The keys in use."""
-        return self.key_buffer[:, :, : self.length]
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        # transformers assigns whole tensors (beams, offloading); its constructor assigns None.
-        if keys is not None:
-            self.key_buffer, self.length = keys, keys.shape[2]
-
-    @property
-    def values(self) -> Tensor:
-        """The values in use."""
-        return self.value_buffer[:, :, : self.length]
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        if values is not None:
-            self.value_buffer, self.length = values, values.shape[2]
-
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` slots; buffers that have it already stay where they are."""
-        capacity = self._key_buffer.shape[2]  # known before the rows are there
-        if length <= capacity:
-            return
-        capacity = -(-max(length, capacity + capacity // 2) // PAGE) * PAGE
-        for name in ("key_buffer", "value_buffer"):
-            old: Tensor = getattr(self, name)
-            batch, kv_heads, _, head_dim = old.shape
-            new = old.new_empty(batch, kv_heads, capacity, head_dim)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
-
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write rows at slots within the buffers; :attr:`length` stays as it is.
-
-        Args:
-            slots: Long ``[rows]``.
-            keys: ``[1, kv_heads, rows, head_dim]``.
-            values: Of the same shape.
-        """
-        self.key_buffer.index_copy_(2, slots, keys)
-        self.value_buffer.index_copy_(2, slots, values)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append rows, as transformers asks of a cache layer."""
-        if self._refusal:
-            raise GeometryError(self._refusal)
-        end = self.length + key_states.shape[2]
-        if self.limit is not None and end > self.limit:
-            raise GeometryError(
-                f"the answer reaches position {end - 1}, but longrope changes its frequencies at "
-                f"{self.limit}; stop before (max_new_tokens) or use fewer documents."
-            )
-        self.reserve(end)
-        self.key_buffer[:, :, self.length : end] = key_states
-        self.value_buffer[:, :, self.length : end] = value_states
-        self.length = end
-        return mark_stitched(self.keys), self.values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop that many rows (given as a negative number) from the end."""
-        self.length -= abs(tokens_to_remove)
-
-    def clone(self) -> StitchedLayer:
-        """A layer of its own with the same contents."""
-        twin = StitchedLayer(
-            self.key_buffer.clone(), self.value_buffer.clone(), self.length, self._refusal
-        )
-        twin.limit = self.limit
-        return twin
 
 
 class StitchedCache(Cache):
     """The cache of one request: prefix and documents side by side, then whatever is appended.
 
     A transformers ``Cache``: it works in ``model(...)`` and ``model.generate(...)``. It is private
-    to its request; the documents it was stitched from are never written.
+    to its request; the documents it was stitched from are never written. The context can grow:
+    by rows that were appended (:meth:`keep`) and by documents (:func:`ifkv.extend`).
 
     Attributes:
         token_ids: Long ``[T]``, the context's tokens, on the model's device.
         positions: Long ``[T]``, their RoPE positions.
-        document_slices: Slots of each document, in the cache's order.
+        document_slices: Slots of each document, in the cache's order. Between them and behind them
+            may be rows that were appended and kept.
         prefix_length: Slots of the prefix, which come first.
         query_position: Position of the first token behind the context.
         geometry: ``"global"``, ``"hl-hp"``, ``"tl-tp"`` or ``"hl-tp"``.
         order: For each document of the cache, its index among the documents given.
         fingerprint: Identity of the model that it belongs to.
         prompt_ids: Tokens whose rows a fused :func:`ifkv.recompute` has appended, or None.
+        candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
+            ascending, on the model's device; see :meth:`choosing`. If None, all behind the first
+            document, and a ratio counts the whole context.
         layers: One :class:`StitchedLayer` per decoder layer.
         loader: What reads the documents, if a store does so lazily; None otherwise.
     """
@@ -207,11 +68,109 @@ class StitchedCache(Cache):
         self.order = order
         self.fingerprint = fingerprint
         self.prompt_ids: Tensor | None = None
+        self.candidates: Tensor | None = None
 
     @property
     def context_length(self) -> int:
-        """Slots of prefix and documents, T."""
+        """Slots of the context, T: prefix, documents, and rows that were kept."""
         return len(self.token_ids)
+
+    @property
+    def budget_length(self) -> int:
+        """How many slots a recompute ratio is a share of."""
+        return self.context_length if self.candidates is None else len(self.candidates)
+
+    @property
+    def first_candidate(self) -> int:
+        """The lowest slot that a selector may choose."""
+        if self.candidates is None:
+            return int(self.document_slices[0].stop)
+        return int(self.candidates[0]) if len(self.candidates) else self.context_length
+
+    def choosing(self, candidates: Tensor) -> StitchedCache:
+        """This cache as a selector shall see it: the same rows, other slots to choose from.
+
+        Args:
+            candidates: As the attribute.
+        """
+        view = copy.copy(self)
+        view.candidates = candidates
+        return view
+
+    def keep(self, token_ids: Sequence[int] | Tensor) -> None:
+        """Make the rows appended behind the context part of it, as exact as they are.
+
+        A prompt and the answer that :func:`ifkv.generate` gave (without its last token, which was
+        never run) become the past that the next prompt follows.
+
+        Args:
+            token_ids: The tokens that the appended rows are of.
+
+        Raises:
+            InvalidInputError: There is not one token for each appended row.
+            GeometryError: The cache's geometry is not global.
+        """
+        appended = self.get_seq_length() - self.context_length
+        if self.geometry != "global":
+            raise GeometryError(f"keep() needs the geometry 'global', not {self.geometry!r}.")
+        if len(token_ids) != appended:
+            raise InvalidInputError(
+                f"{len(token_ids)} tokens were given for the {appended} rows behind the context; "
+                "give one for each."
+            )
+        self._lengthen(torch.as_tensor(token_ids))
+
+    def take_documents(self, lengths: Sequence[int], token_ids: Tensor) -> None:
+        """Count rows just written behind the context as documents; for :func:`ifkv.extend`.
+
+        Args:
+            lengths: Tokens of each document.
+            token_ids: Long ``[sum of lengths]``.
+        """
+        slices, start = list(self.document_slices), self.context_length
+        for length in lengths:
+            slices.append(slice(start, start + length))
+            start += length
+        # New lists: answers hold on to the old ones.
+        self.document_slices = slices
+        self.order = [*self.order, *range(len(self.order), len(slices))]
+        self._lengthen(token_ids)
+        for layer in self.layers:
+            layer.length = self.context_length
+
+    def _lengthen(self, token_ids: Tensor) -> None:
+        device, start = self.token_ids.device, self.context_length
+        self.token_ids = torch.cat((self.token_ids, token_ids.to(device)))
+        end = self.context_length
+        self.positions = torch.cat((self.positions, torch.arange(start, end, device=device)))
+        self.query_position = end
+        self.prompt_ids = None
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[Callable[[Tensor], None]]:
+        """If the block raises, the cache is afterwards what it was before.
+
+        Yields:
+            A function to be called with slots of the context, long ``[k]``, before their rows are
+            overwritten; rows that are appended need no such care.
+        """
+        before, lengths = dict(self.__dict__), [layer.length for layer in self.layers]
+        saved: list[tuple[StitchedLayer, Tensor, Tensor, Tensor]] = []
+
+        def save(slots: Tensor) -> None:
+            at = slots.to(self.token_ids.device)
+            for layer in self.layers if len(at) else ():
+                saved.append((layer, at, layer.key_buffer[:, :, at], layer.value_buffer[:, :, at]))
+
+        try:
+            yield save
+        except BaseException:
+            self.__dict__.update(before)
+            for layer, length in zip(self.layers, lengths, strict=True):
+                layer.length = length
+            for layer, at, keys, values in reversed(saved):
+                layer.write(at, keys, values)
+            raise
 
     def crop(self, tokens_to_remove: int | None = None) -> None:
         """Drop what was appended behind the context.

@@ -17,7 +17,8 @@ from ifkv.layer_loading import LayerLoader
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.positions import Layout, layout
 from ifkv.rope import rotate
-from ifkv.stitched_cache import StitchedCache, StitchedLayer, capacity_for
+from ifkv.stitched_cache import StitchedCache
+from ifkv.stitched_layer import StitchedLayer, capacity_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,7 +146,7 @@ class _Plan:
     ) -> _Plan:
         handle = handle_of(model)
         handle.rope.check_frequencies()
-        _check_documents(model, handle, documents)
+        check_documents(model, handle, documents)
         arranged = _arrange(documents, order)
         ordered = [documents[i] for i in arranged]
         placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
@@ -222,7 +223,7 @@ def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) ->
     return arranged
 
 
-def _check_documents(
+def check_documents(
     model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
 ) -> None:
     """Refuse documents that do not belong to the model or to one another."""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
@@ -30,3 +36,56 @@ def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
                 emit(text)
 
     return _Callback(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def pieces_of(run: Callable[..., object]) -> Iterator[str]:
+    """What a run emits, piece by piece; the run goes on in a thread as pieces are taken.
+
+    To close the iterator asks the run to stop, and waits until it has.
+
+    Args:
+        run: Called as ``run(emit, stopping)`` once the first piece is asked for: a function that
+            takes each piece, and a stopping criterion for ``model.generate()``.
+
+    Yields:
+        The pieces.
+
+    Raises:
+        BaseException: What the run raised.
+    """
+    import torch
+
+    pieces: queue.Queue[str | None] = queue.Queue(maxsize=1)  # no further ahead than one piece
+    stopped, inference = threading.Event(), torch.is_inference_mode_enabled()
+    failures: list[BaseException] = []
+
+    def emit(piece: str) -> None:
+        if not stopped.is_set():
+            pieces.put(piece)
+
+    def stopping(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
+
+    def work() -> None:
+        try:
+            with torch.inference_mode(inference):  # a thread starts without its maker's
+                run(emit, stopping)
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            if not stopped.is_set():
+                pieces.put(None)
+
+    worker = threading.Thread(target=work, name="ifkv-stream", daemon=True)
+    worker.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            yield piece
+    finally:
+        stopped.set()
+        while worker.is_alive():
+            with contextlib.suppress(queue.Empty):  # a piece that it is about to hand over
+                pieces.get(timeout=0.01)
+        worker.join()
+        if failures:
+            raise failures[0]

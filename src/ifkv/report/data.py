@@ -92,16 +92,16 @@ class Report:
                     f"{name} has {len(found)} entries for {len(self.document_slices)} documents; "
                     "give one for each."
                 )
-        # Slices are walked as they stand, so each must begin where the one before it ended.
+        # What lies between are earlier turns of a conversation, which are not shown.
         stop = self.prefix_length
         for part in self.document_slices:
-            if part.start != stop or part.stop < stop or part.step not in (None, 1):
+            if part.start < stop or part.stop < part.start or part.step not in (None, 1):
                 raise InvalidInputError(
-                    f"document slice {part} should begin at slot {stop}: documents follow the "
-                    "prefix and one another without a gap."
+                    f"document slice {part} should begin at slot {stop} or behind it: documents "
+                    "follow the prefix and one another."
                 )
             stop = part.stop
-        if stop != length:
+        if stop > length:
             raise InvalidInputError(f"the documents end at slot {stop}, the context at {length}.")
         if outside := sorted(slot for slot in self.recomputed if not 0 <= slot < length):
             raise InvalidInputError(f"recomputed slot {outside[0]} is outside [0, {length}).")
@@ -130,8 +130,10 @@ class Report:
         prefix_length = slices[0].start if slices else len(ids)
         texts: list[str] = []
         # Piece by piece: a character cut at the end of one document is none of the next one's.
-        for part in (slice(0, prefix_length), *slices):
+        for part in slices:
+            texts += token_pieces(tokenizer, ids[len(texts) : part.start])
             texts += token_pieces(tokenizer, ids[part])
+        texts += token_pieces(tokenizer, ids[len(texts) :])
         scores = [1.0] * len(ids) if answer.scores is None else answer.scores.tolist()
         by_attention = answer.selector.partition(":")[0] in ("attention-norm", "two-round")
         return cls(

@@ -73,6 +73,6 @@ def strongest(report: Report, count: int) -> list[Sentence]:
 
 
 def _mean(report: Report) -> float:
-    documents = report.scores[report.prefix_length :]
+    documents = [score for part in report.document_slices for score in report.scores[part]]
     total = sum(documents)
     return total / len(documents) if total > 0 else 1.0

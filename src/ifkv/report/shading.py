@@ -88,7 +88,7 @@ def runs(report: Report, slots: slice) -> list[Run]:
         report: What is shown.
         slots: Some of its slots, as one document's.
     """
-    documents = report.scores[report.prefix_length :]
+    documents = [score for part in report.document_slices for score in report.scores[part]]
     mean = sum(documents) / len(documents) if documents else 0.0
     found: list[Run] = []
     score, weight, marked = 0.0, 0.0, False

@@ -124,7 +124,7 @@ class Budget:
         return top_slots(cache, smooth, self._count(cache, smooth))
 
     def _count(self, cache: StitchedCache, scores: Tensor) -> int:
-        total = cache.context_length
+        total = cache.budget_length
         if self.nothing:
             return 0
         if self.ratio is not None:
@@ -132,7 +132,8 @@ class Budget:
         if self.number is not None:
             return self.number
         assert self.mass is not None
-        candidates = scores[cache.document_slices[0].stop :].double()
+        among = slice(cache.first_candidate, None) if cache.candidates is None else cache.candidates
+        candidates = scores[among].double()
         if bool((candidates < 0).any()):
             raise InvalidInputError(
                 f"scores go down to {float(candidates.min()):g}, but a budget by mass needs scores "

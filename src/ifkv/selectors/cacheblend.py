@@ -62,7 +62,7 @@ class CacheBlend(Ranked):
                 "cacheblend compares the second layer's keys and values, but the model has "
                 f"{len(cache.layers)}, which is exact without recompute; use another selector."
             )
-        start, total = cache.document_slices[0].stop, cache.context_length
+        start, total = cache.first_candidate, cache.context_length
         scores = torch.zeros(total, dtype=torch.float32, device=model.device)
         for first in range(start, total, BLOCK_ROWS):
             rows = torch.arange(first, min(first + BLOCK_ROWS, total))

@@ -67,7 +67,7 @@ class Oracle(Ranked):
     ) -> tuple[Tensor, Cost]:
         """See :meth:`Ranked.rank`."""
         check_answerable(cache, "the oracle")
-        start, total = cache.document_slices[0].stop, cache.context_length
+        start, total = cache.first_candidate, cache.context_length
         truth = cache.clone()
         rows = torch.arange(start, total)
         recompute(model, truth, rows)

@@ -65,7 +65,7 @@ class ProphetKV(Ranked):
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
         """See :meth:`Ranked.rank`; prefix and first document score 0."""
-        start, total = cache.document_slices[0].stop, cache.context_length
+        start, total = cache.first_candidate, cache.context_length
         proposed = math.ceil(self.shortlist * (total - start))
 
         def fuse(per_layer: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""From a prepared question to its answer: decoding, and what may be asked of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.answer import Answer, Prepared
+from ifkv.errors import InvalidInputError
+from ifkv.generation import check_generate_kwargs, run_generate
+from ifkv.selectors import AttentionNorm, Layers, Selector
+from ifkv.streaming import text_streamer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ready: Prepared,
+    *,
+    max_new_tokens: int,
+    stream: bool | Callable[[str], None],
+    generate_kwargs: dict[str, Any],
+    keep: bool = False,
+) -> Answer:
+    """Decode the answer to a prepared question.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        ready: The question.
+        max_new_tokens: As in :meth:`ifkv.Session.ask`.
+        stream: As in :meth:`ifkv.Session.ask`.
+        generate_kwargs: As in :meth:`ifkv.Session.ask`.
+        keep: Whether the rows that were run stay in the cache, behind its context.
+
+    Raises:
+        InvalidInputError: A bad keyword.
+    """
+    check_answer_kwargs(model, generate_kwargs)
+    decoding = time.perf_counter()
+    settings = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer), **generate_kwargs}
+    settings |= {"max_new_tokens": max_new_tokens, "streamer": text_streamer(tokenizer, stream)}
+    sequence = run_generate(model, ready.cache, ready.prompt_ids, settings, keep=keep)
+    token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
+    return answer_of(tokenizer, ready, token_ids, time.perf_counter() - decoding)
+
+
+def answer_of(tokenizer: Any, ready: Prepared, token_ids: Tensor, decode_seconds: float) -> Answer:
+    """The answer that consists of these tokens.
+
+    Args:
+        tokenizer: The session's tokenizer.
+        ready: The question.
+        token_ids: The answer's tokens, long ``[new]``, on the CPU.
+        decode_seconds: How long they took.
+    """
+    return Answer(
+        text=tokenizer.decode(token_ids, skip_special_tokens=True).strip(),
+        token_ids=token_ids,
+        ttft_seconds=ready.ttft_seconds,
+        timings={**ready.timings, "decode": decode_seconds},
+        scores=None if ready.scores is None else ready.scores.cpu(),
+        slots=ready.slots.cpu(),
+        order=ready.cache.order,
+        context_ids=ready.cache.token_ids.cpu(),
+        document_slices=ready.cache.document_slices,
+        prompt_ids=torch.tensor(ready.prompt_ids),
+        first_logits=ready.logits.float().cpu(),
+        speedup_bound=ready.speedup_bound,
+        question=ready.question,
+        selector=ready.selector,
+        selection_cost=ready.selection_cost,
+        tokenizer=tokenizer,
+    )
+
+
+def pad_token_id(tokenizer: Any) -> int | None:
+    """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
+    pad: int | None = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
+
+
+def stop_tokens(
+    model: PreTrainedModel, tokenizer: Any, generate_kwargs: dict[str, Any]
+) -> frozenset[int]:
+    """Tokens that end an answer.
+
+    Args:
+        model: The model, whose generation config counts.
+        tokenizer: Its tokenizer.
+        generate_kwargs: Keywords for ``model.generate()``, which come before it.
+    """
+    config = generate_kwargs.get("generation_config") or model.generation_config
+    given = generate_kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = [] if given is None else torch.as_tensor(given).flatten().tolist()
+    return frozenset([*ends, tokenizer.eos_token_id])
+
+
+def selector_with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
+    """The default selector with these scoring layers."""
+    if layers is None:
+        return selector
+    if selector != AttentionNorm():
+        raise InvalidInputError(
+            f"layers={layers!r} is for the default selector, but the selector is {selector}; give "
+            "its layers as an option, for example 'attention-norm:layers=22+23'."
+        )
+    return AttentionNorm(layers=Layers.of(layers))
+
+
+def check_answer_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
+    """Refuse, before any work, what one answer has no place for."""
+    for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
+        if key in generate_kwargs:
+            raise InvalidInputError(
+                f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
+                "use ifkv.generate for it (and stream= for streaming)."
+            )
+    check_generate_kwargs(model, generate_kwargs)

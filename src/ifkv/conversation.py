@@ -1,0 +1,264 @@
+"""Questions that follow one another over one repaired cache, and documents that join later."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.answer import Answer
+from ifkv.answering import complete, stop_tokens
+from ifkv.errors import InvalidInputError
+from ifkv.patching import handle_of
+from ifkv.preparation import Stopwatch
+from ifkv.stitched_cache import StitchedCache, check_cache
+from ifkv.streaming import pieces_of
+from ifkv.turns import Asked, Turn, prepare_turn
+
+if TYPE_CHECKING:
+    from ifkv.documents import DocumentCache
+    from ifkv.selectors import Budget, Selector
+    from ifkv.session import Session
+
+Stream = bool | Callable[[str], None]
+
+
+class Conversation:
+    """Turns over documents of a session, each of which costs only what is new in it.
+
+    The first question is answered as :meth:`Session.ask` answers it. Then the repaired documents,
+    the question and the answer stay in the cache, as they are, and the next turn's rows attend to
+    all of them: the same logits as the model's own forward over this cache. The tokenizer's chat
+    template decides what stands between turns. Documents that are added lie behind the turns
+    before them, in the next question's message, and a turn recomputes the selected of their slots
+    under everything that stands before them. With ratio 1 in every turn all equals a full prefill
+    of :attr:`token_ids`.
+
+    Below ratio 1 rows of earlier turns are what they were when they were computed: a document's
+    slot that a later turn recomputes (``revisit``) does not change them.
+
+    A call that raises, or is interrupted, leaves the conversation as it was before the call.
+    One thread at a time may use it.
+
+    Made by :meth:`Session.conversation`.
+
+    Attributes:
+        answers: The answers so far. An answer's ``context_ids`` are all tokens before its
+            ``prompt_ids``, and ``slots`` those recomputed in its turn. ``speedup_bound`` of a
+            later turn compares with running all of its new tokens over the same cache: 1 without
+            new documents.
+    """
+
+    def __init__(self, session: Session, documents: Sequence[str] | None = None):
+        self.answers: list[Answer] = []
+        self._session = session
+        self._cache: StitchedCache | None = None
+        self._pending: list[int] = []  # tokens of the last answer that have no rows yet
+        self._waiting: list[str] = []  # documents for the next question
+        self._waiting_tokens = 0
+        self._recomputed = torch.zeros(0, dtype=torch.long)
+        self._busy = threading.Lock()
+        _ = session.format.opening  # refuses a template that rewrites earlier turns
+        self.add(session.keys if documents is None else documents)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """All tokens so far, long ``[n]``, on the CPU: documents, questions and answers.
+
+        Without the stop token of the last answer, which the next turn begins with, and without
+        documents that no question has followed yet.
+        """
+        if self._cache is None:
+            return torch.tensor(self._session.prefix_ids, dtype=torch.long)
+        return torch.cat((self._cache.token_ids.cpu(), torch.tensor(self._pending).long()))
+
+    def add(self, documents: Sequence[str]) -> None:
+        """Bring documents in; the next question is the first to see them.
+
+        Nothing is computed now. They stay in the conversation from that question on.
+
+        Args:
+            documents: Their keys, in order, as :meth:`Session.add` returned them.
+
+        Raises:
+            InvalidInputError: There is none, one is not in the store, or the conversation would be
+                longer than the model's positions.
+        """
+        with self._alone():
+            found = self._session._library.get(documents, lazy=True)
+            tokens = sum(map(len, found))
+            self._check_length(len(self._new_ids("?")[0]), documents=tokens)
+            self._waiting += list(documents)
+            self._waiting_tokens += tokens
+
+    def ask(
+        self,
+        question: str,
+        *,
+        ratio: float | Budget = 0.15,
+        revisit: bool = False,
+        selector: str | Selector = "attention-norm",
+        max_new_tokens: int = 32,
+        stream: Stream = False,
+        layers: Sequence[int] | None = None,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """Answer the next question.
+
+        Args:
+            question: The question.
+            ratio: Share of the new documents' tokens to recompute (in the first turn of all tokens
+                before the question, as in :meth:`Session.ask`), or a budget. A turn without new
+                documents has nothing to recompute.
+            revisit: Let the question choose among the slots of earlier documents, too, that no
+                turn has recomputed yet; the ratio then counts these as well. Rows of earlier turns
+                are not run again.
+            selector: As in :meth:`Session.ask`; behind the first turn one that scores in the
+                conversation's own positions (``geometry=global``).
+            max_new_tokens: Length of the answer at most.
+            stream: As in :meth:`Session.ask`.
+            layers: As in :meth:`Session.ask`.
+            **generate_kwargs: As in :meth:`Session.ask`. Beams decode copies of the cache, and
+                their answer is run once more with the next question.
+
+        Returns:
+            The answer, which is also the last of :attr:`answers`.
+
+        Raises:
+            InvalidInputError: A bad argument, or more tokens than the model has positions; nothing
+                has been computed.
+            FingerprintMismatchError: The model's weights have changed since the last turn.
+            NotPatchedError: The model has been unpatched.
+        """
+        asked = Asked.checked(
+            self._session,
+            question,
+            ratio=ratio,
+            revisit=revisit,
+            selector=selector,
+            max_new_tokens=max_new_tokens,
+            layers=layers,
+            **generate_kwargs,
+        )
+        return self._answer(asked, stream)
+
+    def stream(self, question: str, **options: Any) -> Iterator[str]:
+        """The next answer, piece by piece as it is generated.
+
+        Work begins with the first piece. To leave the loop, or to close the iterator, stops the
+        answer there: what has been generated is the turn's answer. It is the last of
+        :attr:`answers` either way.
+
+        Args:
+            question: The question.
+            **options: As of :meth:`ask`.
+
+        Raises:
+            InvalidInputError: As of :meth:`ask`, with this call or with the first piece.
+        """
+        asked = Asked.checked(self._session, question, **options)
+        return pieces_of(functools.partial(self._answer, asked))
+
+    def _answer(
+        self, asked: Asked, stream: Stream, stopping: Callable[..., Tensor] | None = None
+    ) -> Answer:
+        """One turn, from the question to the rows that are kept."""
+        session, kwargs = self._session, dict(asked.generate_kwargs)
+        if stopping is not None:
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopping]
+        with self._alone():
+            watch = Stopwatch(session.model)
+            before, prompt = self._new_ids(asked.question)
+            self._check_length(len(before) + len(prompt), asked.max_new_tokens)
+            with contextlib.ExitStack() as whole:
+                if self._cache is None:
+                    ready = session.prepare(
+                        asked.question,
+                        documents=self._waiting,
+                        ratio=asked.budget,
+                        selector=asked.selector,
+                    )
+                else:
+                    save = whole.enter_context(self._cache.all_or_nothing())
+                    turn = self._turn(asked, before, prompt, watch)
+                    ready = prepare_turn(session, self._cache, asked, turn, watch, save)
+                answer = complete(
+                    session.model,
+                    session.tokenizer,
+                    ready,
+                    max_new_tokens=asked.max_new_tokens,
+                    stream=stream,
+                    generate_kwargs=kwargs,
+                    keep=True,
+                )
+                said = [*ready.prompt_ids, *answer.token_ids.tolist()]
+                ran = ready.cache.get_seq_length() - ready.cache.context_length
+                ready.cache.keep(said[:ran])
+            self._pending = said[ran:]
+            if self._pending[-1] in stop_tokens(session.model, session.tokenizer, kwargs):
+                self._pending.pop()  # the template has its own end of an answer
+            self._cache = ready.cache
+            self._recomputed = torch.cat((self._recomputed, answer.slots))
+            self._waiting, self._waiting_tokens = [], 0
+            self.answers.append(answer)
+            return answer
+
+    def _turn(self, asked: Asked, before: list[int], prompt: list[int], timed: Stopwatch) -> Turn:
+        """A later turn, its documents read."""
+        session = self._session
+        assert self._cache is not None
+        handle_of(session.model).fingerprints.of(session.model)  # weights may have changed since
+        check_cache(session.model, self._cache)
+        own = getattr(asked.selector, "geometry", "global")
+        if own != "global" and (asked.revisit or self._waiting):
+            raise InvalidInputError(
+                f"selector {asked.selector} scores documents in positions of their own, but behind "
+                "the first turn they have those of the conversation; give geometry=global."
+            )
+        documents: list[DocumentCache] = []
+        if self._waiting:
+            with timed("load"):
+                documents = session._library.get(self._waiting)
+        open_slots = torch.zeros(self._cache.context_length, dtype=torch.bool)
+        for rows in self._cache.document_slices[1:] if asked.revisit else ():
+            open_slots[rows] = True
+        open_slots[self._recomputed] = False
+        old = open_slots.nonzero()[:, 0].to(session.model.device)
+        return Turn(documents, before, prompt, old)
+
+    def _new_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """What stands before the waiting documents and has no rows yet, and what follows them."""
+        layout = self._session.format
+        if self._cache is None:
+            return self._session.prefix_ids, layout.prompt_ids(question)
+        if self._waiting:
+            return self._pending + layout.further_ids(), layout.prompt_ids(question)
+        return [], self._pending + layout.turn_ids(question)
+
+    def _check_length(self, new: int, max_new_tokens: int = 0, documents: int = 0) -> None:
+        """Refuse tokens that do not fit behind what is there and the waiting documents."""
+        rope = handle_of(self._session.model).rope
+        length = new + self._waiting_tokens + documents
+        if self._cache is not None:
+            length += self._cache.context_length
+        rope.check_length(length, "the conversation")
+        if rope.rope_type == "longrope":
+            rope.check_length(length + max(0, max_new_tokens - 1), "the conversation and answer")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse to be used while an answer is being made."""
+        if not self._busy.acquire(blocking=False):
+            raise InvalidInputError(
+                "an answer of this conversation is still being made; read its stream to the end, "
+                "or close() it, before the next call."
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()

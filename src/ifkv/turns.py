@@ -1,0 +1,133 @@
+"""What a later turn of a conversation runs before its first token: only what is new."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.answering import check_answer_kwargs, selector_with_layers
+from ifkv.checks import check_positive
+from ifkv.cost import Cost, ModelShape, recompute_cost
+from ifkv.extending import extend
+from ifkv.preparation import Stopwatch, finished
+from ifkv.recomputation import recompute
+from ifkv.selectors import Budget, Request, Selection, Selector, resolve, sentence_groups
+
+if TYPE_CHECKING:
+    from ifkv.answer import Prepared
+    from ifkv.documents import DocumentCache
+    from ifkv.session import Session
+    from ifkv.stitched_cache import StitchedCache
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """A question of a conversation, and how to answer it; as :meth:`Conversation.ask` takes it."""
+
+    question: str
+    budget: Budget
+    selector: Selector
+    revisit: bool
+    max_new_tokens: int
+    generate_kwargs: dict[str, Any]
+
+    @classmethod
+    def checked(
+        cls,
+        session: Session,
+        question: str,
+        *,
+        ratio: float | Budget = 0.15,
+        revisit: bool = False,
+        selector: str | Selector = "attention-norm",
+        max_new_tokens: int = 32,
+        layers: Sequence[int] | None = None,
+        **generate_kwargs: Any,
+    ) -> Asked:
+        """From its arguments; refuses bad ones before any work."""
+        check_positive(max_new_tokens, "max_new_tokens")
+        check_answer_kwargs(session.model, generate_kwargs)
+        session.format.prompt_ids(question)
+        budget, rule = Budget.of(ratio), selector_with_layers(resolve(selector), layers)
+        return cls(question, budget, rule, revisit, max_new_tokens, generate_kwargs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """What comes behind the rows of earlier turns.
+
+    Attributes:
+        documents: Further documents, in order.
+        before_ids: Tokens that stand before these documents and have no rows yet; none without
+            documents.
+        prompt_ids: Tokens that follow them.
+        old_slots: Slots of earlier documents that may be recomputed now, long, ascending, on the
+            model's device.
+    """
+
+    documents: Sequence[DocumentCache]
+    before_ids: list[int]
+    prompt_ids: list[int]
+    old_slots: Tensor
+
+
+def prepare_turn(
+    session: Session,
+    cache: StitchedCache,
+    asked: Asked,
+    turn: Turn,
+    timed: Stopwatch,
+    save: Callable[[Tensor], None],
+) -> Prepared:
+    """Append a turn's documents, repair them for its prompt, and run the prompt.
+
+    Without documents and old slots that is the prompt's rows over the cache and nothing else.
+
+    Args:
+        session: The conversation's session.
+        cache: The conversation's cache, which ends with its context.
+        asked: The question; its budget is of the slots that may be recomputed.
+        turn: What is new.
+        timed: Started when the question arrived.
+        save: Called with slots of earlier documents before they are recomputed.
+
+    Returns:
+        The cache with the prompt in it, and the first token's logits.
+
+    Raises:
+        InvalidInputError: As of the steps.
+    """
+    model, budget, selector = session.model, asked.budget, asked.selector
+    start, candidates = cache.context_length, turn.old_slots
+    if turn.documents:
+        with timed("recompute and prompt"):
+            recompute(model, cache, [], prompt_ids=turn.before_ids)
+            cache.keep(turn.before_ids)
+        with timed("stitch"):
+            candidates = torch.cat((candidates, extend(model, cache, turn.documents)))
+    selection = Selection(candidates, None, Cost())  # no slots, if there are none to choose from
+    if len(candidates):
+        with timed("select"):
+            view = cache.choosing(candidates)
+            groups = sentence_groups(session.tokenizer, view) if budget.sentences else None
+            question = session.format.encode(asked.question)
+            request = Request(turn.prompt_ids, question, None, groups)
+            selection = selector.select(model, view, request, budget)
+    slots = selection.slots
+    with timed("recompute and prompt"):
+        save(slots[slots < start])
+        logits = recompute(model, cache, slots, prompt_ids=turn.prompt_ids)
+    assert logits is not None
+    ready = finished(
+        model, cache, turn.prompt_ids, logits, selection, selector, selection.cost, timed
+    )
+    shape, length = ModelShape.of(model), cache.context_length
+    ran = torch.cat((torch.arange(start, start + len(turn.before_ids)), slots.cpu()))
+    new = recompute_cost(shape, torch.arange(start, length), length, len(turn.prompt_ids))
+    own = recompute_cost(shape, ran, length, len(turn.prompt_ids)) + selection.cost
+    bound = new.flops / own.flops
+    return dataclasses.replace(ready, question=asked.question, speedup_bound=bound)
