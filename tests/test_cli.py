@@ -182,3 +182,11 @@ def test_help_teaches(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert len(result.output) > 300
+
+
+def test_the_package_can_be_run_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ifkv", "eval", "--summarize-only", "--out", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 1
+    assert "holds no evaluation" in told.stderr
+    assert "Traceback" not in told.stderr

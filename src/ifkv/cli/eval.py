@@ -88,7 +88,7 @@ def evaluate(
     Each question is answered by full prefill, by stitching alone, and with every selector at every
     ratio. Results go to OUT one question at a time: after an interruption the same command goes
     on where it stopped, and more selectors, ratios or questions are added to what is there. The
-    summary is written as Markdown and CSV.
+    summary is written as a page with plots, Markdown and CSV.
     """
     from rich.console import Console
 

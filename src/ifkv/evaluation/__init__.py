@@ -10,12 +10,13 @@ The command ``ifkv eval`` is built from these parts:
     ['stitch only @0', 'epic @0.15']
 """
 
+from ifkv.evaluation.bench import Bench
 from ifkv.evaluation.datasets import load, names
 from ifkv.evaluation.ledger import Ledger
 from ifkv.evaluation.questions import Dataset, Passage, Question, draw
 from ifkv.evaluation.runner import Run, run, settings_of
 from ifkv.evaluation.statistics import Bootstrap, Estimate
-from ifkv.evaluation.trial import Bench, Trial
+from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Reference, Result, Way, matrix
 
 __all__ = [

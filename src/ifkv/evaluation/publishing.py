@@ -1,4 +1,4 @@
-"""Write the summary of a folder into it: Markdown, CSV, and a CSV of all pairs of ways."""
+"""Write the summary of a folder into it: Markdown, a page, CSV, and a CSV of all pairs of ways."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.page import render
 from ifkv.evaluation.summary import Summary
 from ifkv.evaluation.tables import comma_separated, csv_of, markdown, sections
 
 SUMMARY, TABLE, PAIRS = "summary.md", "summary.csv", "differences.csv"
+PAGE = "summary.html"
 
 
 def publish(
@@ -51,6 +53,7 @@ def publish(
     pairs = csv_of(at_ratio, at="equal ratio") + csv_of(at_cost, at="equal cost")
     contents = {
         SUMMARY: "\n\n".join(text) + "\n",
+        PAGE: render(title, summary.rows, parts, settings),
         TABLE: comma_separated(lines),
         PAIRS: comma_separated(pairs),
     }

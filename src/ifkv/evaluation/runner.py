@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ifkv.errors import IfkvError, InvalidInputError
+from ifkv.evaluation.bench import Bench
 from ifkv.evaluation.ledger import Ledger
 from ifkv.evaluation.questions import Dataset, Question
-from ifkv.evaluation.trial import Bench, Trial
+from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Way
 from ifkv.patching import handle_of
 

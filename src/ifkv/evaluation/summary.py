@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.rows import FULL, Difference, Row
 from ifkv.evaluation.statistics import Bootstrap, Estimate, Values, at_costs
 from ifkv.evaluation.ways import STITCH_ONLY
 
-FULL = "full prefill"
 SOLVED_F1 = 0.5
 # Where fewer questions than this share have a measured cost on both sides, nothing is compared.
 _COVERED = 0.9
 
 Key = tuple[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One way over all questions that were asked in it.
-
-    Attributes:
-        way: Its name: the selector's string, "full prefill" or "stitch only".
-        ratio: Its recompute ratio.
-        count: Questions.
-        rows: Slots recomputed, as a share of the context; mean over questions.
-        flops: Operations to the first token, as a share of full prefill's, pooled.
-        selecting: The part of it that choosing takes.
-        gap: Share of the KL gap between stitching alone and full prefill recovered, pooled.
-        nll_gap: The same of the gold answer's likelihood.
-        kl: KL(full || this), mean over the answer's tokens and over questions, nats.
-        top1: Share of tokens with the same most likely continuation.
-        nll: -log p of the gold answer's tokens, nats.
-        f1: Token F1 of the answers; None if not every question has one.
-        em: Exact match; None likewise.
-    """
-
-    way: str
-    ratio: float
-    count: int
-    rows: float
-    flops: float
-    selecting: float
-    gap: Estimate
-    nll_gap: Estimate
-    kl: Estimate
-    top1: Estimate
-    nll: Estimate
-    f1: Estimate | None
-    em: Estimate | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """How much more of the KL gap one way recovers than another, over the same questions.
-
-    Attributes:
-        first: The way that is compared.
-        second: What it is compared with.
-        ratio: The first one's ratio.
-        gap: Difference of the shares of the gap, first minus second.
-        f1: Difference of F1, at equal ratio and if both have answers.
-    """
-
-    first: str
-    second: str
-    ratio: float
-    gap: Estimate
-    f1: Estimate | None
 
 
 class Summary:
@@ -289,17 +233,3 @@ def _bootstrap(count: int, seed: int) -> Bootstrap:
 
 def _text(key: Key) -> str:
     return f"{key[0]} @{key[1]:g}"
-
-
-def as_dict(row: Row | Difference) -> dict[str, Any]:
-    """A row's numbers side by side, intervals as ``name_low`` and ``name_high``."""
-    flat: dict[str, Any] = {}
-    for field in dataclasses.fields(row):
-        value = getattr(row, field.name)
-        if "Estimate" in str(field.type):
-            for part in ("value", "low", "high"):
-                name = field.name if part == "value" else f"{field.name}_{part}"
-                flat[name] = None if value is None else getattr(value, part)
-        else:
-            flat[field.name] = value
-    return flat

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ifkv.evaluation.rows import FULL, Difference, Row, as_dict
 from ifkv.evaluation.statistics import Estimate
-from ifkv.evaluation.summary import FULL, Difference, Row, Summary, as_dict
+from ifkv.evaluation.summary import Summary
 from ifkv.evaluation.ways import STITCH_ONLY
 from ifkv.selectors import names, selector_class
 
@@ -19,13 +21,19 @@ _NOTE = (
 )
 
 
+_UNEVEN = (
+    " Not every way was asked every question: *n* says how many. Rows over different questions "
+    "cannot be compared; run the same command again to fill them up, or read the differences."
+)
+
+
 def estimate(value: Estimate | None, digits: int = 3, percent: bool = False) -> str:
-    """A number with its interval.
+    """A number with its interval; a dash where there is none.
 
     >>> estimate(Estimate(0.5, 0.25, 0.75, 9), percent=True)
     '50 % [25, 75]'
     """
-    if value is None:
+    if value is None or not math.isfinite(value.value):
         return "–"
     if percent:
         return (
@@ -37,8 +45,11 @@ def estimate(value: Estimate | None, digits: int = 3, percent: bool = False) -> 
 
 
 def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of what each way reached."""
+    """Headings and cells of what each way reached; of how many questions, where that differs."""
     heads = ["way", "r", "cost", "gap", "KL", "top-1", "NLL", "F1", "EM"]
+    uneven = len({row.count for row in rows}) > 1
+    if uneven:
+        heads.insert(2, "n")
     cells = []
     for row in rows:
         plain = row.way in (FULL, STITCH_ONLY)
@@ -55,6 +66,8 @@ def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 "–" if row.em is None else f"{row.em.value:.3f}",
             ]
         )
+        if uneven:
+            cells[-1].insert(2, str(row.count))
     return heads, cells
 
 
@@ -107,7 +120,9 @@ def sections(
     equal_cost: Sequence[Difference],
 ) -> list[tuple[str, str, list[str], list[list[str]]]]:
     """What every form of the summary shows: title, explanation, headings, cells."""
-    parts = [(f"All {summary.count} questions", _NOTE, *quality_table(summary.rows))]
+    uneven = len({row.count for row in summary.rows}) > 1
+    note = _NOTE + (_UNEVEN if uneven else "")
+    parts = [(f"All {summary.count} questions", note, *quality_table(summary.rows))]
     if solved is not None:
         parts.append(
             (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,90 +9,22 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ifkv.cost import Cost, ModelShape, prefill_cost, recompute_cost, scoring_cost
-from ifkv.documents import DocumentCache, prefill_documents
-from ifkv.errors import InvalidInputError
+from ifkv.cost import Cost, prefill_cost, recompute_cost, scoring_cost
+from ifkv.documents import DocumentCache
+from ifkv.evaluation.bench import Bench
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.questions import Question
-from ifkv.evaluation.splitting import fixed_length
 from ifkv.evaluation.text_metrics import best, exact_match, token_f1
 from ifkv.evaluation.token_metrics import agreement, divergence, negative_log_likelihood
 from ifkv.evaluation.ways import Reference, Result, Way
-from ifkv.patching import patch
 from ifkv.recomputation import recompute
 from ifkv.reordering import reorder
 from ifkv.scoring import default_layers
 from ifkv.selectors import Budget, Ranked, Request, Selection, Selector
 from ifkv.stitching import stitch
-from ifkv.text import PromptFormat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ifkv.stitched_cache import StitchedCache
-
-SHORT_ANSWER = "Answer with as few words as possible and without a sentence around them."
-
-
-@dataclasses.dataclass
-class Bench:
-    """A model and how questions are put to it.
-
-    Attributes:
-        model: It is patched if it is not.
-        tokenizer: Its tokenizer; requests are laid out as :class:`ifkv.Session` does.
-        short_answer: Put behind every question, so that answers can be compared with gold ones;
-            the bare question that selectors may score does not have it.
-        split: Tokens of a document, cut from the passages one after another; None makes every
-            passage a document.
-        max_new_tokens: Length of an answer at most.
-    """
-
-    model: PreTrainedModel
-    tokenizer: Any
-    short_answer: str = SHORT_ANSWER
-    split: int | None = None
-    max_new_tokens: int = 24
-
-    def __post_init__(self) -> None:
-        patch(self.model)
-        self.format = PromptFormat(self.tokenizer)
-        self.shape = ModelShape.of(self.model)
-        self._prefix: DocumentCache | None = None
-
-    def documents(self, question: Question) -> list[DocumentCache]:
-        """The question's passages, or pieces of them, prefilled."""
-        parts = [self.format.document_ids(passage.document) for passage in question.passages]
-        if self.split is not None:
-            parts = fixed_length(parts, self.split)
-        if len(parts) < 2:
-            raise InvalidInputError(
-                f"question {question.id!r} has one document, which is exact as it is: there is "
-                "nothing to recompute. Cut it into pieces of a fixed length (split)."
-            )
-        made = prefill_documents(self.model, parts, prefix=self._prefix or self.format.prefix_ids())
-        self._prefix = made[0].prefix
-        return made
-
-    def prompt(self, question: Question) -> list[int]:
-        """Token ids of the prompt."""
-        text = f"{question.text}\n{self.short_answer}" if self.short_answer else question.text
-        return self.format.prompt_ids(text)
-
-    def gold(self, question: Question, prompt: Sequence[int]) -> Tensor:
-        """Token ids of the first gold answer, as they follow the prompt, long ``[tokens]``."""
-        space = "" if self.tokenizer.decode(prompt)[-1:].isspace() else " "
-        return torch.tensor(self.format.encode(space + question.answers[0]))
-
-    @property
-    def stop(self) -> frozenset[int]:
-        """Ids that end an answer."""
-        config: Any = self.model.generation_config
-        ends = config.eos_token_id if config is not None else None
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        if ends is None:
-            return frozenset()
-        return frozenset([ends] if isinstance(ends, int) else ends)
 
 
 class Trial:
