@@ -11,6 +11,7 @@ import ifkv
 from ifkv.comparison import Way, compare
 from ifkv.demo.corpus import load_corpus
 from ifkv.demo.model import load_demo_model
+from ifkv.text import FURTHER, INSTRUCTION
 
 pytestmark = pytest.mark.e2e
 
@@ -58,3 +59,34 @@ def test_generate_by_hand_continues_a_stitched_cache(session: ifkv.Session) -> N
         ids, past_key_values=ready.cache, max_new_tokens=4, do_sample=False, pad_token_id=2
     )
     assert torch.equal(by_hand[0, ids.shape[1] :], answer.token_ids)
+
+
+def test_a_conversation_is_the_models_own_over_the_same_history(session: ifkv.Session) -> None:
+    """Ratio 1: template, turns, a document that joins; greedy answers over the template's ids."""
+    model: Any = session.model
+    texts = ["The ferry leaves at 14:20.", "A ticket costs 7 crowns.", "The library is shut."]
+    ferry, ticket, library = session.add(texts)
+    chat = session.conversation([ferry, ticket])
+    parts = [f"{INSTRUCTION}{texts[0]}\n\n{texts[1]}\n\n", "", f"{FURTHER}{texts[2]}\n\n"]
+    questions = ["When does the ferry leave?", "How much is a ticket?", "Is the library open?"]
+    messages: list[dict[str, str]] = []
+    for part, question in zip(parts, questions, strict=True):
+        if part.startswith(FURTHER):
+            chat.add([library])
+        answer = chat.ask(question, ratio=1, max_new_tokens=24)
+        messages.append({"role": "user", "content": f"{part}Question: {question}"})
+        rendered = session.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = torch.cat((answer.context_ids, answer.prompt_ids))
+        assert session.tokenizer.decode(ids) == rendered
+        own = model.generate(
+            ids[None],
+            attention_mask=torch.ones_like(ids)[None],
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=2,
+        )
+        assert torch.equal(own[0, len(ids) :], answer.token_ids)
+        said = session.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": said})

@@ -120,6 +120,22 @@ class StitchedCache(Cache):
             )
         self._lengthen(torch.as_tensor(token_ids))
 
+    def add_tokens(self, token_ids: Sequence[int]) -> Tensor:
+        """Lengthen the context by tokens whose rows are not there yet.
+
+        Args:
+            token_ids: The tokens.
+
+        Returns:
+            Their slots, long ``[n]``, on the CPU; to be recomputed before anything reads them.
+        """
+        start = self.context_length
+        self._lengthen(torch.as_tensor(token_ids))
+        for layer in self.layers:
+            layer.reserve(self.context_length)
+            layer.length = self.context_length
+        return torch.arange(start, self.context_length)
+
     def take_documents(self, lengths: Sequence[int], token_ids: Tensor) -> None:
         """Count rows just written behind the context as documents; for :func:`ifkv.extend`.
 

@@ -105,8 +105,7 @@ def prepare_turn(
     start, candidates = cache.context_length, turn.old_slots
     if turn.documents:
         with timed("recompute and prompt"):
-            recompute(model, cache, [], prompt_ids=turn.before_ids)
-            cache.keep(turn.before_ids)
+            recompute(model, cache, cache.add_tokens(turn.before_ids))
         with timed("stitch"):
             candidates = torch.cat((candidates, extend(model, cache, turn.documents)))
     selection = Selection(candidates, None, Cost())  # no slots, if there are none to choose from

@@ -1,0 +1,162 @@
+"""Time to the first token of a conversation's turns, on the demo's model.
+
+    python benchmarks/turns.py [--dtype float32|bfloat16] [--repeats 5] [--context 2048]
+                               [--added 512] [--model FOLDER]
+
+A conversation over documents of about the context's length has had its first turn. Then comes a
+turn without new documents, and one with documents of about ``--added`` tokens. Each is measured
+three ways, interleaved: in the conversation; as a question by itself over the same documents
+(``Session.prepare``, which does not know the turns); and by plain transformers that keeps its own
+cache of the whole history and runs all new tokens over it. Times are medians.
+
+Writes a JSON file and a Markdown table into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from batches import load, seconds
+
+import ifkv
+from ifkv.demo.corpus import load_corpus
+from ifkv.store import MemoryStore
+
+RATIO = 0.15
+RESULTS = Path(__file__).parent / "results"
+QUESTIONS = [question.text for question in load_corpus().questions]
+
+
+def passages(session: ifkv.Session, tokens: int, edition: str) -> list[str]:
+    """Keys of passages of the corpus, told apart by their edition, of about so many tokens."""
+    texts, length, number = [], 0, 0
+    while length < tokens:
+        number += 1
+        for passage in load_corpus().passages:
+            texts.append(f"Edition {edition}{number}. {passage.text}")
+            length += len(session.format.document_ids(texts[-1]))
+            if length >= tokens:
+                break
+    return session.add(texts)
+
+
+def plain_turn(model: Any, ids: torch.Tensor, kept: int) -> Callable[[], object]:
+    """Plain transformers: the tokens behind the first ``kept``, over a cache that holds those."""
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(ids[None, :kept], past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def run() -> object:
+        logits = model(ids[None, kept:], past_key_values=cache, logits_to_keep=1).logits
+        return int(logits[0, -1].argmax())
+
+    def restored() -> object:
+        token = run()
+        cache.crop(kept - len(ids))
+        return token
+
+    return restored
+
+
+def measure(session: ifkv.Session, context: int, added: int, repeats: int) -> list[dict[str, Any]]:
+    """The two kinds of later turns, each on conversations of their own."""
+    first, more = passages(session, context, "A"), passages(session, added, "B")
+    rows = []
+    for what, further in (("no new documents", []), ("with new documents", more)):
+        found: dict[str, list[float]] = {"conversation": [], "by itself": [], "plain": []}
+        plain: Callable[[], object] | None = None
+        for repeat in range(-1, repeats):  # the first round warms up and is not counted
+            chat = session.conversation(first)
+            chat.ask(QUESTIONS[0], ratio=RATIO, max_new_tokens=16)
+            kept = len(chat.token_ids) - len(chat._pending)
+            if further:
+                chat.add(further)
+            answer = chat.ask(QUESTIONS[1], ratio=RATIO, max_new_tokens=1)
+            alone, _ = seconds(
+                lambda own=[*first, *further]: session.prepare(
+                    QUESTIONS[1], documents=own, ratio=RATIO
+                )
+            )
+            ids = torch.cat((answer.context_ids, answer.prompt_ids))
+            plain = plain or plain_turn(session.model, ids, kept)
+            spent, _ = seconds(plain)
+            if repeat >= 0:
+                found["conversation"].append(answer.ttft_seconds)
+                found["by itself"].append(alone)
+                found["plain"].append(spent)
+        rows.append(
+            {
+                "turn": what,
+                "kept": kept,
+                "new": len(ids) - kept,
+                "recomputed": len(answer.slots),
+                "bound": answer.speedup_bound,
+                "seconds": {way: statistics.median(times) for way, times in found.items()},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--added", type=int, default=512)
+    parser.add_argument("--model", help="folder of another model")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    model, tokenizer, name = load(getattr(torch, arguments.dtype), arguments.model)
+    session = ifkv.Session(model, tokenizer, store=MemoryStore())
+    rows = measure(session, arguments.context, arguments.added, arguments.repeats)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "model": name,
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": arguments.repeats,
+        "ratio": RATIO,
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ifkv": ifkv.__version__,
+    }
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    stem = arguments.results / f"turns-cpu-{arguments.dtype}"
+    stem.with_suffix(".json").write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
+    )
+    lines = [
+        f"# Turns of a conversation, {name}, {arguments.dtype}, {about['threads']} CPU threads",
+        "",
+        f"{about['date']}, torch {about['torch']}, transformers {about['transformers']}; time to "
+        f"the first token of a second turn, r = {RATIO}; medians of {arguments.repeats} "
+        "interleaved repeats. Made by `python benchmarks/turns.py`.",
+        "",
+        "| second turn | tokens kept | tokens new | recomputed | in the conversation "
+        "| question by itself | plain, its cache kept | against plain | bound |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        own, alone, plain = (row["seconds"][way] for way in ("conversation", "by itself", "plain"))
+        lines.append(
+            f"| {row['turn']} | {row['kept']} | {row['new']} | {row['recomputed']} "
+            f"| {own * 1e3:.0f} ms | {alone * 1e3:.0f} ms | {plain * 1e3:.0f} ms "
+            f"| {plain / own:.2f}× | {row['bound']:.2f}× |"
+        )
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
