@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.flashinfer.pages import PagedBuffers
+from ifkv.backends.plans import UNSCALED, KVScales
 from ifkv.testing import assert_close
 
 WORKSPACE = 64 * 2**20
@@ -261,6 +262,14 @@ def rule_auto_sticks(engine: Engine) -> None:
     must_fail(plan_and_run)
 
 
+def rule_auto_takes_fa2_for_eight_bit_keys(engine: Engine) -> None:
+    """fa3 wants queries of 8 bits beside such keys; "auto" knows, and takes the other kernels."""
+    wrapper = paged(engine, backend="auto", module=engine.strict)
+    kinds = {"q_data_type": torch.bfloat16, "kv_data_type": torch.float8_e4m3fn}
+    plan_paged(engine, wrapper, head_dim_qk=64, **kinds)
+    assert wrapper._backend == "fa2"
+
+
 def must_fail(call: Callable[[], None]) -> None:
     """Whatever the module raises, at plan or at run."""
     with pytest.raises((ValueError, RuntimeError, AssertionError, KeyError, TypeError)):
@@ -457,24 +466,30 @@ def check_query(
     window: int | None = None,
     capacity: int = 64,
     gap: int = 0,
+    rounded: bool = False,
 ) -> None:
-    """Query tokens over a context and themselves; their attention norms too."""
+    """Query tokens over a context (perhaps in 8 bits) and themselves; attention norms too."""
     backend, dim = engine.backend(), engine.head_dim
     query = engine.random(1, heads[0], rows, dim, seed=1)
     own = [engine.random(1, heads[1], rows, dim, seed=s) for s in (2, 3)]
     buffer = [engine.random(1, heads[1], capacity, dim, seed=s) for s in (4, 5)]
     context = [x[:, :, :length] for x in buffer]
+    meant, scales = context, UNSCALED
+    if rounded:
+        context, meant, scales = eight_bits(context)
     at = torch.arange(length, device=engine.device)
     asked = torch.arange(length + gap, length + gap + rows, device=engine.device)
     plan = backend.plan_query(asked, at)
     for _ in range(2):
-        out, lse = backend.attend_query(query, *own, *context, plan, scaling=SCALING, window=window)
+        out, lse = backend.attend_query(
+            query, *own, *context, plan, scaling=SCALING, window=window, scales=scales
+        )
     positions = torch.cat((at, asked)).cpu()
     slot = torch.arange(length + rows)
     visible = slot[None] <= slot[length:, None]
     if window is not None:
         visible &= positions[None] > asked.cpu()[:, None] - window
-    every = [torch.cat((c[0], o[0]), 1) for c, o in zip(context, own, strict=True)]
+    every = [torch.cat((c[0], o[0]), 1) for c, o in zip(meant, own, strict=True)]
     want, want_lse = dense(query[0], *every, visible, SCALING)
     engine.equal(out[0], want, "query rows")
     engine.equal(lse[0].T, want_lse, "natural log-sum-exp")
@@ -483,8 +498,9 @@ def check_query(
     logits = (query[0].cpu().double() @ k.mT * SCALING).masked_fill(~visible, float("-inf"))
     attention = logits.softmax(-1)[..., :length].mean(0)
     for reduction, norm in (("l2", attention.norm(dim=0)), ("sum", attention.sum(0))):
+        scaling = SCALING * scales.keys
         got = backend.attention_norm(
-            query, context[0], lse, plan, scaling=SCALING, reduction=reduction, window=window
+            query, context[0], lse, plan, scaling=scaling, reduction=reduction, window=window
         )
         engine.equal(got, norm, f"attention norm {reduction}")
 
@@ -537,6 +553,8 @@ def check_eight_bit_values(engine: Engine) -> None:
     """Keys and values in e4m3 with a scale each; the oracle is given what they stand for."""
     for mask in ("split", "tiles"):
         eight_bit(engine, mask)
+    check_query(engine, rounded=True)
+    check_query(engine, rounded=True, window=9)
 
 
 def eight_bit(engine: Engine, mask: str) -> None:
@@ -544,14 +562,17 @@ def eight_bit(engine: Engine, mask: str) -> None:
     slots = [3, 4, 9, 40, 50]
     query = engine.random(1, 4, len(slots), dim, seed=1)
     wide = [engine.random(1, 2, 64, dim, seed=s) for s in (2, 3)]
-    scales = [float(x.abs().max()) / 448 for x in wide]
-    small = [(x / s).to(torch.float8_e4m3fn) for x, s in zip(wide, scales, strict=True)]
-    meant = [x.double() * s for x, s in zip(small, scales, strict=True)]
+    small, meant, scales = eight_bits(wide)
     plan = backend.plan_rows(torch.tensor(slots), 64, engine.device)
-    out = backend.attend_rows(
-        query, *small, plan, scaling=SCALING, window=None, k_scale=scales[0], v_scale=scales[1]
-    )
+    out = backend.attend_rows(query, *small, plan, scaling=SCALING, window=None, scales=scales)
     compare_rows(engine, out, query, meant[0], meant[1], [slots], None)
+
+
+def eight_bits(wide: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], KVScales]:
+    """Keys and values in e4m3, what they stand for in float64, and their scales."""
+    scales = KVScales(*(2.0 ** math.ceil(math.log2(float(x.abs().max()) / 448)) for x in wide))
+    small = [(x / s).to(torch.float8_e4m3fn) for x, s in zip(wide, scales, strict=True)]
+    return small, [x.double() * s for x, s in zip(small, scales, strict=True)], scales
 
 
 def check_joined_documents(engine: Engine) -> None:

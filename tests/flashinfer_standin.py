@@ -41,6 +41,7 @@ RULES: dict[str, str] = {
     "the ragged wrapper keeps a stale mask": "re-planned without one, it uses the last",
     "auto sticks": "backend='auto' is decided at the first plan",
     "fa3 refuses masks": "custom masks run on fa2 only",
+    "auto takes fa2 for 8-bit keys": "fa3 wants 8-bit queries beside them",
     "float32 is refused": "kernels exist for 16 and 8 bits",
     "q_data_type defaults to float16": "whatever the tensors are",
     "dtypes are checked": "run() compares tensors with what plan() was told",
@@ -51,7 +52,8 @@ RULES: dict[str, str] = {
     "mask lengths are checked": "stricter than FlashInfer",
 }
 
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, *_EIGHT_BITS)
 _SENTINEL = -5e4  # FlashInfer's "infinity"
 
 
@@ -157,6 +159,9 @@ class _Wrapper:
         masked = custom_mask is not None or packed_custom_mask is not None
         if self._backend == "auto" or not holds("auto sticks"):
             fa3 = self.standin.hopper and not masked and self.jit_args is None
+            if holds("auto takes fa2 for 8-bit keys"):
+                q_dtype, kv_dtype = state["q_data_type"], state["kv_data_type"]
+                fa3 = fa3 and (kv_dtype not in _EIGHT_BITS or q_dtype in _EIGHT_BITS)
             self._backend = "fa3" if fa3 else "fa2"
         if masked and self._backend == "fa3" and holds("fa3 refuses masks"):
             raise ValueError("fa3 does not support custom masks")

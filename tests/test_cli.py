@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ifkv.preparation
 import ifkv.rows_pass
 from ifkv.cli import app
 from ifkv.errors import InvalidInputError
@@ -121,6 +122,19 @@ def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
     assert result.exit_code == 0, result.output
     assert "first token after" in result.output
     assert "full prefill" not in result.output
+
+
+def test_ask_in_8_bits(model_folder: Path, texts: list[str], monkeypatch) -> None:
+    found = []
+    stitch = ifkv.preparation.stitch
+    monkeypatch.setattr(
+        "ifkv.preparation.stitch",
+        lambda *args, **kwargs: found.append(stitch(*args, **kwargs)) or found[-1],
+    )
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), "--no-compare"]
+    for flags in ([], ["--kv-fp8"]):
+        assert CliRunner().invoke(app, [*arguments, *flags]).exit_code == 0
+    assert [cache.kv_dtype for cache in found] == [None, torch.float8_e4m3fn]
 
 
 def test_ask_by_another_selector(model_folder: Path, texts: list[str]) -> None:

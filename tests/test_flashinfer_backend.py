@@ -23,10 +23,12 @@ from flashinfer_checks import (
     check_rows,
     dense,
     eight_bit,
+    eight_bits,
 )
 from flashinfer_standin import RULES, FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.flashinfer.tiles import parts_of_rows
+from ifkv.backends.plans import UNSCALED
 
 HALF = 0.03  # of 1 + |value|: three of bfloat16's roundings
 
@@ -172,17 +174,16 @@ def test_what_eight_bit_keys_and_values_cost():
     )
     want, _ = dense(query[0], keys[0], values[0], causal(slots.tolist(), length), dim**-0.5)
 
-    def error(keys, values, **scales):
+    def error(keys, values, scales=UNSCALED):
         plan = backend.plan_rows(slots, length, torch.device("cpu"))
         out = backend.attend_rows(
-            query, keys, values, plan, scaling=dim**-0.5, window=None, **scales
+            query, keys, values, plan, scaling=dim**-0.5, window=None, scales=scales
         )
         return float((out[0] - want).norm() / want.norm())
 
     half = error(*(x.to(torch.bfloat16) for x in (keys, values)))
-    scales = [float(x.abs().max()) / 448 for x in (keys, values)]
-    small = [(x / s).to(torch.float8_e4m3fn) for x, s in zip((keys, values), scales, strict=True)]
-    eight = error(*small, k_scale=scales[0], v_scale=scales[1])
+    small, _, scales = eight_bits((keys, values))
+    eight = error(*small, scales)
     assert half < 0.004
     assert eight < 0.05
     assert 12 < eight / half < 20

@@ -251,3 +251,29 @@ def test_selectors_and_layers_that_do_not_fit_are_refused(session: ifkv.Session)
         session.prepare(QUESTION, selector="epic", layers=[1])
     with pytest.raises(InvalidInputError, match="choose one of"):
         session.ask(QUESTION, selector="best")
+
+
+def test_a_session_in_8_bits_answers_alone_and_in_batches() -> None:
+    session = make_session(kv_dtype=torch.float8_e4m3fn)
+    session.add(TEXTS)
+    wanted = ifkv.stitch(
+        session.model,
+        [session.store.get(key) for key in session.keys],
+        kv_dtype=torch.float8_e4m3fn,
+    )
+    ready = session.prepare(QUESTION, ratio=0.0)
+    for layer, other in zip(ready.cache.layers, wanted.layers, strict=True):
+        assert layer.scales == other.scales
+        mine = layer.keys[:, :, : other.length]
+        assert torch.equal(mine.view(torch.uint8), other.keys.view(torch.uint8))
+    for reorder in (False, True):
+        how: dict[str, Any] = {"ratio": 0.3, "reorder": reorder, "max_new_tokens": 5}
+        alone = session.ask(QUESTION, **how)
+        together = session.ask_many([QUESTION, "And the lamp?"], **how)
+        assert together[0].token_ids.tolist() == alone.token_ids.tolist()
+        assert_close(together[0].first_logits, alone.first_logits, what="logits", tolerance=1e-6)
+
+
+def test_a_session_refuses_a_dtype_that_no_cache_has() -> None:
+    with pytest.raises(InvalidInputError, match=r"kv_dtype is torch.int8"):
+        make_session(kv_dtype=torch.int8)

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ifkv.marks import is_stitched
+from ifkv.backends.plans import UNSCALED
+from ifkv.float8 import restore
+from ifkv.marks import is_stitched, scales_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -140,10 +142,16 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
             scaling = kwargs["scaling"]
             out = current.attend(layer_idx, query, key, value, scaling=scaling, window=window)
             return out, None
+        scales = scales_of(key)
         if backend is not None and _is_decoding(query, key, attention_mask, kwargs):
-            decoded = backend.decode(query, key, value, scaling=kwargs["scaling"])
+            decoded = backend.decode(
+                query, key, value, scaling=kwargs["scaling"], scales=scales or UNSCALED
+            )
             if decoded is not None:
                 return decoded, None
+        if scales is not None:  # the model's own attention knows nothing of 8 bits
+            key = restore(key, scales.keys, query.dtype)
+            value = restore(value, scales.values, query.dtype)
         # "eager" lives in each modeling file, not in the registry.
         eager = sys.modules[type(module).__module__].eager_attention_forward
         usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)

@@ -79,6 +79,7 @@ def ask_many(
             selector=rule,
             layers=layers,
             tokenizer=session.tokenizer,
+            kv_dtype=session.kv_dtype,
         )
         ready = _repairing(session, keys[batch], found, run)
         ready = [

@@ -17,6 +17,7 @@ from ifkv.selectors import Budget, Request, Selector, sentence_groups
 from ifkv.stitching import stitch_many
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -32,6 +33,7 @@ def prepare_many(
     selector: Selector,
     layers: Sequence[int] | None,
     tokenizer: Any,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[Prepared]:
     """Prepare several requests as :func:`ifkv.preparation.prepare` does one.
 
@@ -46,6 +48,7 @@ def prepare_many(
         selector: As in ``prepare``.
         layers: As in ``prepare``.
         tokenizer: As in ``prepare``.
+        kv_dtype: As in ``prepare``.
 
     Returns:
         For each request what ``prepare`` returns.
@@ -56,9 +59,11 @@ def prepare_many(
     spent = [Cost() for _ in documents]
     if reorder:
         with timed("reorder"):
-            orders, spent = _orders(model, documents, prompts, reorder_ratio(budget), layers)
+            orders, spent = _orders(
+                model, documents, prompts, reorder_ratio(budget), layers, kv_dtype
+            )
     with timed("stitch"):
-        caches = stitch_many(model, documents, orders=orders)
+        caches = stitch_many(model, documents, orders=orders, kv_dtype=kv_dtype)
     timed.loaders = loaders_of(caches)
     with timed("select"):
         requests = [
@@ -92,9 +97,10 @@ def _orders(
     prompts: Sequence[list[int]],
     ratio: float,
     layers: Sequence[int] | None,
+    kv_dtype: torch.dtype | None,
 ) -> tuple[list[list[int]], list[Cost]]:
     """Each request's order of documents, as :func:`ifkv.reorder` finds it, and what that cost."""
-    caches = stitch_many(model, documents, geometry="hl-tp")
+    caches = stitch_many(model, documents, geometry="hl-tp", kv_dtype=kv_dtype)
     scores = score_many(model, caches, prompts, layers=layers)
     shape = ModelShape.of(model)
     chosen = chosen_layers(shape.num_layers, layers)

@@ -26,7 +26,7 @@ def extend(
     Their keys are rotated to the positions that follow the context; what the cache held stays
     where it is, and is copied only when there is no room left behind it. As after
     :func:`ifkv.stitch` the new rows have seen their own document alone, in layers above the first:
-    select among them and recompute.
+    select among them and recompute. A cache in 8 bits rounds them with the scales it has.
 
     Args:
         model: A patched model.
@@ -71,7 +71,10 @@ def extend(
     end = start + sum(lengths)
     handle.rope.check_length(end, "the extended context")
     slots = torch.arange(start, end, device=model.device)
-    cos, sin = handle.rope.cos_sin(slots, documents[0].dtype)
+    turning = documents[0].dtype
+    if cache.kv_dtype is not None:  # turned in at least float32, to be rounded once
+        turning = torch.promote_types(turning, torch.float32)
+    cos, sin = handle.rope.cos_sin(slots, turning)
     for index, layer in enumerate(cache.layers):
         layer.reserve(end)
         slot = start
@@ -83,9 +86,13 @@ def extend(
                 keys, values = document.layer(index)
             else:
                 keys, values = document.keys[index], document.values[index]
-            moved = keys.to(model.device, non_blocking=True)
-            rotate(moved, cos[own], sin[own], out=layer.key_buffer[0, :, rows])
-            layer.value_buffer[0, :, rows] = values.to(model.device, non_blocking=True)
+            moved = [part.to(model.device, non_blocking=True) for part in (keys, values)]
+            if cache.kv_dtype is not None:
+                turned = rotate(moved[0].to(turning), cos[own], sin[own])
+                layer.write(slots[own], turned[None], moved[1][None])
+                continue
+            rotate(moved[0], cos[own], sin[own], out=layer.key_buffer[0, :, rows])
+            layer.value_buffer[0, :, rows] = moved[1]
     cache.take_documents(lengths, torch.cat([document.token_ids for document in documents]))
     return slots
 
@@ -99,11 +106,11 @@ def _check_kind(cache: StitchedCache, document: DocumentCache) -> None:
             f"cache has {prefix.tolist()}; a request has one prefix. Prefill them behind the same."
         )
     depth, kv_heads, _, head_dim = document.shape
-    held = cache.layers[0].key_buffer
-    kind = (len(cache.layers), held.shape[1], held.shape[3], held.dtype)
+    held, dtype = cache.layers[0].key_buffer, cache.layers[0].dtype
+    kind = (len(cache.layers), held.shape[1], held.shape[3], dtype)
     if kind != (depth, kv_heads, head_dim, document.dtype):
         raise InvalidInputError(
-            f"the documents hold {document.dtype} {document.shape}, the cache {held.dtype} in "
+            f"the documents hold {document.dtype} {document.shape}, the cache {dtype} in "
             f"{len(cache.layers)} layers of {held.shape[1]} heads of {held.shape[3]}; a request "
             "has documents of one kind."
         )

@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ifkv.backends.plans import KVScales
 from ifkv.documents import DocumentCache
+from ifkv.float8 import FLOAT8
 from ifkv.rope import rotate
+from ifkv.rounding import place_rounded
 
 # Threads that read: enough for a disk's queue, few beside those that compute.
 THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -32,10 +35,12 @@ class LayerLoader:
     Attributes:
         wait_seconds: How long :meth:`ensure` has waited for reads so far: what loading has cost
             beyond the work that it was hidden behind.
+        scales: Of the layers placed so far, where their rows are rounded to 8 bits.
 
     Args:
         parts: Prefix and documents, in the cache's order.
-        keys: Buffer ``[layers, 1, kv_heads, capacity, head_dim]`` to be filled from slot 0.
+        keys: Buffer ``[layers, 1, kv_heads, capacity, head_dim]`` to be filled from slot 0; into
+            float8, rows are rounded.
         values: As keys.
         cos: ``[T, rotary_dim]``, of the parts' slots.
         sin: As cos.
@@ -48,6 +53,7 @@ class LayerLoader:
         self._keys, self._values = keys, values
         self._cos, self._sin = cos, sin
         self._depth = keys.shape[0]
+        self.scales: list[KVScales] = []
         self._placed = 0
         self._submitted = 0
         self._failure: BaseException | None = None
@@ -114,20 +120,33 @@ class LayerLoader:
     @torch.no_grad()
     def _place(self, layer: int) -> None:
         """Wait for a layer's reads and rotate them into their slots."""
+        reads = self._reads.pop(layer)
+        arriving = (
+            self._arrived(part, read, layer) for part, read in zip(self._parts, reads, strict=True)
+        )
+        keys, values = self._keys[layer, 0], self._values[layer, 0]
+        if keys.dtype == FLOAT8:
+            rows = [(part[0], part[1]) for part in arriving]
+            self.scales.append(place_rounded(rows, self._cos, self._sin, keys, values))
+            return
         slot = 0
-        for part, read in zip(self._parts, self._reads.pop(layer), strict=True):
-            slots = slice(slot, slot + len(part))
-            slot += len(part)
-            if read is None:
-                rows = part.layer(layer).to(self._keys.device, non_blocking=True)
-            else:
-                start = time.perf_counter()
-                rows, event = read.result()
-                self.wait_seconds += time.perf_counter() - start
-                if event is not None:
-                    current = torch.cuda.current_stream(self._keys.device)
-                    current.wait_event(event)
-                    rows.record_stream(current)
-            out = self._keys[layer, 0, :, slots]
-            rotate(rows[0], self._cos[slots], self._sin[slots], out=out)
-            self._values[layer, 0, :, slots] = rows[1]
+        for part in arriving:
+            own = slice(slot, slot + part.shape[-2])
+            slot = own.stop
+            rotate(part[0], self._cos[own], self._sin[own], out=keys[:, own])
+            values[:, own] = part[1]
+
+    def _arrived(
+        self, part: DocumentCache, read: Future[tuple[Tensor, Any]] | None, layer: int
+    ) -> Tensor:
+        """A part's keys and values in a layer, on the device, ``[2, kv_heads, n, head_dim]``."""
+        if read is None:
+            return part.layer(layer).to(self._keys.device, non_blocking=True)
+        start = time.perf_counter()
+        rows, event = read.result()
+        self.wait_seconds += time.perf_counter() - start
+        if event is not None:
+            current = torch.cuda.current_stream(self._keys.device)
+            current.wait_event(event)
+            rows.record_stream(current)
+        return rows

@@ -90,6 +90,7 @@ def prepare(
     selector: Selector,
     layers: Sequence[int] | None,
     tokenizer: Any,
+    kv_dtype: torch.dtype | None = None,
 ) -> Prepared:
     """Stitch documents, repair them for a prompt, and run the prompt.
 
@@ -105,6 +106,7 @@ def prepare(
         selector: What chooses the slots.
         layers: Scoring layers for reordering, as in :func:`ifkv.score`.
         tokenizer: Tells sentences apart, where the budget smooths by them.
+        kv_dtype: Of the request's cache, as in :func:`ifkv.stitch`.
 
     Returns:
         The cache with the prompt in it, and the first token's logits.
@@ -117,9 +119,11 @@ def prepare(
     if reorder:
         ratio = reorder_ratio(budget)
         with timed("reorder"):
-            order = reorder_documents(model, documents, prompt_ids, ratio=ratio, layers=layers)
+            order = reorder_documents(
+                model, documents, prompt_ids, ratio=ratio, layers=layers, kv_dtype=kv_dtype
+            )
     with timed("stitch"):
-        cache = stitch(model, documents, order=order)
+        cache = stitch(model, documents, order=order, kv_dtype=kv_dtype)
     timed.loaders = loaders_of([cache])
     if reorder:
         scoring = chosen_layers(shape.num_layers, layers)

@@ -13,6 +13,7 @@ from ifkv.selection import budget, select
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ifkv.stitched_cache import StitchedCache
@@ -25,6 +26,7 @@ def reorder(
     *,
     ratio: float = 0.15,
     layers: Sequence[int] | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[int]:
     """Order for ``stitch(..., order=...)``: documents by the share of their tokens selected.
 
@@ -37,6 +39,7 @@ def reorder(
         query_ids: The scoring tokens.
         ratio: Share of the context that counts as selected.
         layers: As in :func:`ifkv.score`.
+        kv_dtype: Of the cache that is scored, as in :func:`ifkv.stitch`.
 
     Returns:
         Indices into ``documents``, ascending by hits per token, ties in the order given.
@@ -47,7 +50,7 @@ def reorder(
         FingerprintMismatchError: A document was made by another model.
     """
     budget(1, ratio)  # refuse a bad ratio before any work
-    cache = stitch(model, documents, geometry="hl-tp")
+    cache = stitch(model, documents, geometry="hl-tp", kv_dtype=kv_dtype)
     return order_by_hits(cache, score(model, cache, query_ids, layers=layers), ratio)
 
 

@@ -76,4 +76,5 @@ class RowsPass:
             self._plan,
             scaling=scaling,
             window=window,
+            scales=[layer.scales for layer in layers],
         )

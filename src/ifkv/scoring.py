@@ -91,12 +91,13 @@ class QueryView:
         layer_idx: The layer.
         query: Rotated, ``[1, heads, Q, head_dim]``.
         context_keys: Rotated, ``[1, kv_heads, T, head_dim]``; views of the cache, not to be
-            written.
-        context_values: As the keys.
+            written, and perhaps float8, whatever the query is.
+        context_values: As the keys, up to a factor.
         logsumexp: Of the attention over context and query tokens, ``[1, heads, Q]``.
         plan: The pass's plan, which holds the positions.
-        scaling: Factor on the logits.
+        scaling: Factor on the query's products with these context keys.
         window: A row sees keys fewer than this many positions behind it; None sees all.
+        value_scale: Factor on the context values.
     """
 
     backend: Backend
@@ -108,6 +109,7 @@ class QueryView:
     plan: QueryPlan
     scaling: float
     window: int | None
+    value_scale: float = 1.0
 
 
 Measure = Callable[[QueryView], Tensor]
@@ -288,6 +290,7 @@ class ScoringPass:
             self._plan,
             scaling=scaling,
             window=window,
+            scales=layer.scales,
         )
         if layer_idx in self._layers:
             view = QueryView(
@@ -298,8 +301,9 @@ class ScoringPass:
                 context_values=context_values,
                 logsumexp=logsumexp,
                 plan=self._plan,
-                scaling=scaling,
+                scaling=scaling * layer.scales.keys,
                 window=window,
+                value_scale=layer.scales.values,
             )
             self.measured.append(self._measure(view))
         return out

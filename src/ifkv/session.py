@@ -15,6 +15,7 @@ from ifkv.answer import Answer, Prepared
 from ifkv.answering import check_answer_kwargs, complete, selector_with_layers
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
@@ -46,6 +47,8 @@ class Session:
             tokenizer's chat template puts before the documents, with ``instruction``.
         instruction: Text before the documents, when the prefix is not given.
         backend: For :func:`ifkv.patch`.
+        kv_dtype: Of each request's cache, as in :func:`ifkv.stitch`; what the store keeps is
+            another matter (``codec`` of the stores).
 
     Examples:
         >>> import ifkv
@@ -67,9 +70,12 @@ class Session:
         prefix: str | Sequence[int] | None = None,
         instruction: str = INSTRUCTION,
         backend: str = "auto",
+        kv_dtype: torch.dtype | None = None,
     ):
+        check_kv_dtype(kv_dtype, model.device)
         patch(model, backend=backend)
         self.model = model
+        self.kv_dtype = kv_dtype
         self.tokenizer = tokenizer
         self.format = PromptFormat(tokenizer, instruction)
         if prefix is None:
@@ -278,6 +284,7 @@ class Session:
             selector=rule,
             layers=layers,
             tokenizer=self.tokenizer,
+            kv_dtype=self.kv_dtype,
         )
         with timed("load"):
             # Reordering reads documents twice, so then they are read whole.

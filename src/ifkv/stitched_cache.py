@@ -188,6 +188,12 @@ class StitchedCache(Cache):
                 layer.write(at, keys, values)
             raise
 
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """What keys and values are rounded to; None if they have the model's dtype."""
+        layer = self.layers[0]
+        return None if layer.dtype == layer._key_buffer.dtype else layer._key_buffer.dtype
+
     def crop(self, tokens_to_remove: int | None = None) -> None:
         """Drop what was appended behind the context.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from ifkv.backends.plans import UNSCALED, KVScales
 from ifkv.errors import GeometryError
 from ifkv.marks import mark_stitched
 
@@ -102,6 +103,15 @@ class StitchedLayer(DynamicLayer):
     def values(self, values: Tensor | None) -> None:
         if values is not None:
             self.value_buffer, self.length = values, values.shape[2]
+
+    @property
+    def scales(self) -> KVScales:
+        """What keys and values have been divided by; 1 but for :class:`RoundedLayer`."""
+        return UNSCALED
+
+    def rows(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at some slots, in the model's dtype, ``[1, kv_heads, k, head_dim]``."""
+        return self.key_buffer[:, :, at], self.value_buffer[:, :, at]
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` slots; buffers that have it already stay where they are.

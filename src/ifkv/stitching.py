@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ifkv.backends.plans import UNSCALED, KVScales
 from ifkv.checks import naming_request, whole_numbers
 from ifkv.documents import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.float8 import FLOAT8, check_kv_dtype
 from ifkv.layer_loading import LayerLoader
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.positions import Layout, layout
 from ifkv.rope import rotate
+from ifkv.rounded_layer import RoundedLayer
+from ifkv.rounding import place_rounded
 from ifkv.stitched_cache import StitchedCache
 from ifkv.stitched_layer import StitchedLayer, capacity_for
 
@@ -31,6 +35,7 @@ def stitch(
     *,
     order: Sequence[int] | None = None,
     geometry: str = "global",
+    kv_dtype: torch.dtype | None = None,
 ) -> StitchedCache:
     """Concatenate documents behind their prefix and rotate their keys to the geometry's positions.
 
@@ -46,6 +51,9 @@ def stitch(
         order: In which order to take them; as given if None.
         geometry: ``"global"`` for a cache to recompute and answer from; ``"hl-hp"``, ``"tl-tp"``
             or ``"hl-tp"`` for one to be scored only.
+        kv_dtype: Of the cache's keys and values: ``torch.float8_e4m3fn`` takes a quarter of
+            float32's memory and half of bfloat16's, and rounds them (:mod:`ifkv.rounding`); the
+            model's dtype if None.
 
     Returns:
         A cache that shares no memory with the documents.
@@ -53,12 +61,14 @@ def stitch(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: No document, an order that is no permutation, prefixes that differ, an
-            unknown geometry, or more tokens than the model has positions.
+            unknown geometry, more tokens than the model has positions, a ``kv_dtype`` that there
+            is not or that the device cannot convert, or rows that it cannot hold.
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
+    check_kv_dtype(kv_dtype, model.device)
     planned = _Plan.checked(model, documents, order, geometry)
-    return _fill(model, planned, *_room(model, planned, planned.capacity), shared=False)
+    return _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
 
 
 @torch.no_grad()
@@ -68,6 +78,7 @@ def stitch_many(
     *,
     orders: Sequence[Sequence[int] | None] | None = None,
     geometry: str = "global",
+    kv_dtype: torch.dtype | None = None,
 ) -> list[StitchedCache]:
     """Stitch the documents of several requests; all is checked before anything is stitched.
 
@@ -81,6 +92,7 @@ def stitch_many(
             once, and may have different prefixes.
         orders: For each request its ``order``, as in :func:`ifkv.stitch`.
         geometry: As in :func:`ifkv.stitch`.
+        kv_dtype: As in :func:`ifkv.stitch`; every request has scales of its own.
 
     Returns:
         One cache per request.
@@ -90,13 +102,15 @@ def stitch_many(
             message names the request.
         FingerprintMismatchError: As of :func:`ifkv.stitch`.
     """
+    check_kv_dtype(kv_dtype, model.device)
     plans = _checked(model, requests, orders, geometry)
     kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
     if len(kinds) != 1 or len(plans) == 1:
         return [
-            _fill(model, plan, *_room(model, plan, plan.capacity), shared=False) for plan in plans
+            _fill(model, plan, *_room(model, plan, plan.capacity, kv_dtype), shared=False)
+            for plan in plans
         ]
-    keys, values = _room(model, plans[0], sum(plan.capacity for plan in plans))
+    keys, values = _room(model, plans[0], sum(plan.capacity for plan in plans), kv_dtype)
     caches, start = [], 0
     for plan in plans:
         own = slice(start, start + plan.capacity)
@@ -167,11 +181,13 @@ class _Plan:
         return capacity_for(len(self.placed.positions))
 
 
-def _room(model: PreTrainedModel, plan: _Plan, capacity: int) -> tuple[Tensor, Tensor]:
+def _room(
+    model: PreTrainedModel, plan: _Plan, capacity: int, kv_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """Buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
     depth, kv_heads, _, head_dim = plan.first.shape
     shape = (depth, 1, kv_heads, capacity, head_dim)
-    keys = torch.empty(shape, dtype=plan.first.dtype, device=model.device)
+    keys = torch.empty(shape, dtype=kv_dtype or plan.first.dtype, device=model.device)
     return keys, torch.empty_like(keys)
 
 
@@ -181,36 +197,57 @@ def _fill(
     """Stitch into buffers; ``shared`` says that other caches lie in the same allocation."""
     handle, device = handle_of(model), model.device
     placed, parts, length = plan.placed, plan.parts, len(plan.placed.positions)
-    cos, sin = handle.rope.cos_sin(placed.positions.to(device), plan.first.dtype)
+    dtype, rounded = plan.first.dtype, keys.dtype == FLOAT8
+    # Rows that are to be rounded are rotated in at least float32, to be rounded once.
+    turning = torch.promote_types(dtype, torch.float32) if rounded else dtype
+    cos, sin = handle.rope.cos_sin(placed.positions.to(device), turning)
     loader = None
+    scales: list[KVScales] = []
     if any(part.lazy for part in parts):
         loader = LayerLoader(parts, keys, values, cos, sin)
+    elif rounded:
+        for index in range(len(keys)):
+            rows = [(p.keys[index].to(device), p.values[index].to(device)) for p in parts]
+            scales.append(place_rounded(rows, cos, sin, keys[index, 0], values[index, 0]))
     else:
         slot = 0
         for part in parts:
-            rows = slice(slot, slot + len(part))
+            own = slice(slot, slot + len(part))
             slot += len(part)
             moved = part.keys.to(device, non_blocking=True)
-            rotate(moved, cos[rows], sin[rows], out=keys[:, 0, :, rows])
-            values[:, 0, :, rows] = part.values.to(device, non_blocking=True)
+            rotate(moved, cos[own], sin[own], out=keys[:, 0, :, own])
+            values[:, 0, :, own] = part.values.to(device, non_blocking=True)
     refusal = ""
     if placed.geometry != "global":
         refusal = (
             f"this cache has geometry {placed.geometry!r}, whose positions overlap; it can only be "
             "scored. Stitch with geometry='global' to recompute or answer."
         )
-    layers = [StitchedLayer(k, v, length, refusal) for k, v in zip(keys, values, strict=True)]
+    layers: list[StitchedLayer] = []
+    for index, (k, v) in enumerate(zip(keys, values, strict=True)):
+        if not rounded:
+            layers.append(StitchedLayer(k, v, length, refusal))
+            continue
+        own_scales = scales[index] if scales else UNSCALED  # a loader's come with the rows
+        layers.append(RoundedLayer(k, v, length, dtype, refusal, own_scales))
     for layer in layers:
         layer.shared = shared
         if handle.rope.rope_type == "longrope":
             layer.limit = handle.rope.limit
     if loader is not None:
         for index, layer in enumerate(layers):
-            layer.settle = functools.partial(loader.ensure, index)
+            layer.settle = functools.partial(_load, loader, index, layer)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
     cache = StitchedCache(layers, token_ids, placed, plan.order, plan.first.fingerprint)
     cache.loader = loader
     return cache
+
+
+def _load(loader: LayerLoader, index: int, layer: StitchedLayer) -> None:
+    """Have a layer's rows read, and take their scales over if they have been rounded."""
+    loader.ensure(index)
+    if isinstance(layer, RoundedLayer):
+        layer.scales = loader.scales[index]
 
 
 def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:

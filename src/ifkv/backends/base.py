@@ -6,66 +6,28 @@ that see a whole context, and attention norms. Where something can be planned, i
 per forward on index arrays and run once per layer. Log-sum-exps are natural logarithms.
 
 Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups; both are read from the
-tensors, never from a config.
+tensors, never from a config. A stitched cache may hold 8-bit rows (:mod:`ifkv.rounding`): keys and
+values are then float8, whatever the query is, and stand for themselves times their scales.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-Reduction = Literal["l2", "sum"]
+from ifkv.backends.plans import (
+    UNSCALED,
+    DocumentPlan,
+    KVScales,
+    QueryPlan,
+    Reduction,
+    RowPlan,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """Rows of one forward over a stitched cache, planned once and used in every layer.
-
-    Attributes:
-        slots: Cache slot of each row, long ``[rows]``, ascending, on the compute device. In the
-            GLOBAL geometry a slot is its position: row i sees slots 0 to ``slots[i]``.
-        kv_length: Slots in use once the rows' own keys have been written.
-        detail: What the backend has prepared.
-    """
-
-    slots: Tensor
-    kv_length: int
-    detail: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class DocumentPlan:
-    """Documents of one ragged forward.
-
-    Attributes:
-        lengths: Rows of each document; they follow one another in the batch.
-        prefix_length: Tokens of the prefix that every document sees.
-        detail: What the backend has prepared.
-    """
-
-    lengths: tuple[int, ...]
-    prefix_length: int
-    detail: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryPlan:
-    """Query tokens over a whole context.
-
-    Attributes:
-        query_positions: Long ``[Q]``, on the compute device.
-        context_positions: Long ``[T]``, on the compute device.
-        detail: What the backend has prepared.
-    """
-
-    query_positions: Tensor
-    context_positions: Tensor
-    detail: Any
+__all__ = ["Backend", "DocumentPlan", "QueryPlan", "Reduction", "RowPlan"]
 
 
 class Backend(ABC):
@@ -132,6 +94,7 @@ class Backend(ABC):
         *,
         scaling: float,
         window: int | None,
+        scales: KVScales = UNSCALED,
     ) -> Tensor:
         """Position-causal attention of scattered rows: each sees the slots up to its own.
 
@@ -144,6 +107,7 @@ class Backend(ABC):
             plan: From :meth:`plan_rows`.
             scaling: Factor on the logits.
             window: As in :meth:`attend_documents`.
+            scales: Of keys and values.
 
         Returns:
             ``[1, rows, heads, head_dim]``.
@@ -179,6 +143,7 @@ class Backend(ABC):
         *,
         scaling: float,
         window: int | None,
+        scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
         """Position-causal attention of several requests' rows, each over its own cache.
 
@@ -191,30 +156,37 @@ class Backend(ABC):
             plan: From :meth:`plan_requests`.
             scaling: Factor on the logits.
             window: As in :meth:`attend_documents`.
+            scales: For each request those of its keys and values; 1 if None.
 
         Returns:
             ``[1, rows, heads, head_dim]``.
         """
         parts: tuple[RowPlan, ...] = plan.detail
-        if len(parts) == 1:
-            return self.attend_rows(
-                query, keys[0], values[0], parts[0], scaling=scaling, window=window
-            )
+        scales = [UNSCALED] * len(parts) if scales is None else scales
         outs = [
-            self.attend_rows(rows, own_keys, own_values, part, scaling=scaling, window=window)
-            for rows, own_keys, own_values, part in zip(
+            self.attend_rows(
+                rows, own_keys, own_values, part, scaling=scaling, window=window, scales=own_scales
+            )
+            for rows, own_keys, own_values, part, own_scales in zip(
                 query.split([len(part.slots) for part in parts], dim=2),
                 keys,
                 values,
                 parts,
+                scales,
                 strict=True,
             )
-            if len(part.slots)
+            if len(part.slots) or len(parts) == 1
         ]
-        return torch.cat(outs, dim=1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        scales: KVScales = UNSCALED,
     ) -> Tensor | None:
         """One new row per sequence over all of a stitched cache, in an ordinary model call.
 
@@ -225,10 +197,11 @@ class Backend(ABC):
             keys: ``[sequences, kv_heads, n, head_dim]``, the rows' own last.
             values: Of the same shape.
             scaling: Factor on the logits.
+            scales: Of keys and values.
 
         Returns:
             ``[sequences, 1, heads, head_dim]``; None leaves the row to the attention that the
-            model would have used without ifkv.
+            model would have used without ifkv (over 8-bit rows: widened for it).
         """
         return None
 
@@ -253,6 +226,7 @@ class Backend(ABC):
         *,
         scaling: float,
         window: int | None,
+        scales: KVScales = UNSCALED,
     ) -> tuple[Tensor, Tensor]:
         """Attention of query tokens that see a whole context and, causally, themselves.
 
@@ -265,6 +239,7 @@ class Backend(ABC):
             plan: From :meth:`plan_query`.
             scaling: Factor on the logits.
             window: As in :meth:`attend_documents`; distances are between positions.
+            scales: Of the context's keys and values.
 
         Returns:
             The output ``[1, Q, heads, head_dim]`` and the log-sum-exp ``[1, heads, Q]`` over
@@ -293,7 +268,7 @@ class Backend(ABC):
             context_keys: ``[1, kv_heads, T, head_dim]``.
             logsumexp: ``[1, heads, Q]``, from :meth:`attend_query`.
             plan: From :meth:`plan_query`.
-            scaling: Factor on the logits.
+            scaling: Factor on the logits, the scale of 8-bit context keys included.
             reduction: ``"l2"`` or ``"sum"``.
             window: As in :meth:`attend_query`.
 

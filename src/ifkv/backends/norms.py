@@ -52,7 +52,9 @@ def attention_norm(
 ) -> Tensor:
     """The same, by the Triton kernel on CUDA wherever Triton is installed (torch brings it)."""
     compute = blocked_attention_norm
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    # Triton has no conversion of 8-bit keys for cards before Ada Lovelace.
+    alike = context_keys.dtype == query.dtype
+    if query.device.type == "cuda" and alike and query.dtype in (torch.float16, torch.bfloat16):
         with contextlib.suppress(ImportError):
             from ifkv.backends.norms_triton import triton_attention_norm as compute
     return compute(

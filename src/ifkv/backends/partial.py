@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ifkv.float8 import widen
+
 # Logits held at once by the explicit form, in elements.
 _EXPLICIT_ELEMENTS = 1 << 24
 
@@ -134,11 +136,14 @@ def _attend_explicit(
 
 
 def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """Scaled logits ``[heads, rows, n]``, float32 (float64 if the query is), -inf where masked."""
+    """Scaled logits ``[heads, rows, n]``, float32 (float64 if the query is), -inf where masked.
+
+    Keys may be float8, whatever the query is.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     kv_heads, rows = keys.shape[1], query.shape[2]
     grouped = query[0].unflatten(0, (kv_heads, -1)).flatten(1, 2).to(dtype)  # [kv, group*rows, D]
-    logits = torch.bmm(grouped, keys[0].to(dtype).transpose(1, 2)).mul_(scaling)
+    logits = torch.bmm(grouped, widen(keys[0], dtype).transpose(1, 2)).mul_(scaling)
     logits = logits.view(query.shape[1], rows, -1)
     return logits if mask is None else logits.masked_fill_(mask, float("-inf"))
 

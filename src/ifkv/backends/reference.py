@@ -13,9 +13,18 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
+from ifkv.backends.base import Backend
+from ifkv.backends.narrow import attend_narrow
 from ifkv.backends.norms import blocked_attention_norm, hidden_by_window
 from ifkv.backends.partial import RowMask, attend_partial, merge_partial
+from ifkv.backends.plans import (
+    UNSCALED,
+    DocumentPlan,
+    KVScales,
+    QueryPlan,
+    Reduction,
+    RowPlan,
+)
 
 # Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
 TILE_ROWS = 128
@@ -153,16 +162,36 @@ class ReferenceBackend(Backend):
         *,
         scaling: float,
         window: int | None,
+        scales: KVScales = UNSCALED,
     ) -> Tensor:
         """See :meth:`Backend.attend_rows`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         planned: TiledRows = plan.detail
+        scaling *= scales.keys
         for tile in planned.tiles:
             rows = slice(tile.start, tile.stop)
             out[:, rows] = _attend_tile(
                 query[:, :, rows], keys, values, tile, planned, scaling, window
             ).transpose(1, 2)
-        return out
+        return out if scales.values == 1 else out.mul_(scales.values)
+
+    def decode(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        scales: KVScales = UNSCALED,
+    ) -> Tensor | None:
+        """See :meth:`Backend.decode`; rows of the model's own dtype are left to its attention."""
+        if keys.dtype == query.dtype:
+            return None
+        outs = [
+            attend_narrow(*one, scaling * scales.keys)[0]
+            for one in zip(query.split(1), keys.split(1), values.split(1), strict=True)
+        ]
+        return torch.cat(outs).mul_(scales.values).transpose(1, 2)
 
     def attend_query(
         self,
@@ -175,14 +204,19 @@ class ReferenceBackend(Backend):
         *,
         scaling: float,
         window: int | None,
+        scales: KVScales = UNSCALED,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.attend_query`."""
         rows = plan.query_positions
         own_mask = hidden_by_window(rows, rows, window)
         own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=window is None)
         mask = hidden_by_window(rows, plan.context_positions, window)
-        context = attend_partial(query, context_keys, context_values, scaling, mask=mask)
-        out, logsumexp = merge_partial(*context, *own)
+        seen, its_logsumexp = attend_narrow(
+            query, context_keys, context_values, scaling * scales.keys, mask=mask
+        )
+        if scales.values != 1:
+            seen.mul_(scales.values)
+        out, logsumexp = merge_partial(seen, its_logsumexp, *own)
         return out.transpose(1, 2), logsumexp
 
     def attention_norm(
@@ -223,16 +257,16 @@ def _attend_tile(
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
         mask = planned.mask(tile, begin, window)
-        return attend_partial(
+        return attend_narrow(
             query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
         )[0]
     fringe = slice(first, end)
     if tile.adjacent:
-        seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
+        seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
     else:
         mask = planned.mask(tile, first, None)
-        seen = attend_partial(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
+        seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
     if first == 0:
         return seen[0]
-    before = attend_partial(query, keys[:, :, :first], values[:, :, :first], scaling)
+    before = attend_narrow(query, keys[:, :, :first], values[:, :, :first], scaling)
     return merge_partial(*before, *seen)[0]

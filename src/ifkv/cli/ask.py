@@ -44,6 +44,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    kv_fp8: Annotated[bool, typer.Option(help="Keep the question's cache in 8 bits.")] = False,
     html: Annotated[
         Path | None,
         typer.Option(help="Also write a page here that shows the attention norms over the text."),
@@ -58,6 +59,7 @@ def ask(
 
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
+    from ifkv.float8 import FLOAT8
     from ifkv.selectors import resolve
     from ifkv.session import Session
     from ifkv.store import MemoryStore
@@ -68,7 +70,12 @@ def ask(
     tokenizer = load_tokenizer(model)
     with console.status(f"loading {escape(model)}"):
         loaded = load_model(model, dtype=dtype, device=device)
-    session = Session(loaded, tokenizer, store=MemoryStore() if store == "memory" else store)
+    session = Session(
+        loaded,
+        tokenizer,
+        store=MemoryStore() if store == "memory" else store,
+        kv_dtype=FLOAT8 if kv_fp8 else None,
+    )
     if not compare:
         keys = session.add(texts, progress=True)
         stream_answer(

@@ -83,12 +83,12 @@ class CacheBlend(Ranked):
         run_attention(model, hidden, plan.slots, rotation, run, 1)
         assert run.fresh is not None
         keys, values = run.fresh
-        layer, at = cache.layers[1], slice(int(rows[0]), int(rows[-1]) + 1)
+        old_keys, old_values = cache.layers[1].rows(slice(int(rows[0]), int(rows[-1]) + 1))
         result = torch.zeros(len(rows), dtype=torch.float32, device=model.device)
         if "k" in self.deviation:
-            result += _mean_square(keys - layer.key_buffer[:, :, at])
+            result += _mean_square(keys - old_keys)
         if "v" in self.deviation:
-            result += _mean_square(values - layer.value_buffer[:, :, at])
+            result += _mean_square(values - old_values)
         return result
 
 
@@ -140,6 +140,7 @@ class _SecondLayer:
     ) -> Tensor:
         if layer_idx == 1:
             return query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        scales = self._cache.layers[layer_idx].scales
         return self._backend.attend_rows(
-            query, keys, values, self._plan, scaling=scaling, window=window
+            query, keys, values, self._plan, scaling=scaling, window=window, scales=scales
         )

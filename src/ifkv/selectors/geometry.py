@@ -50,7 +50,13 @@ def in_geometry(
             f"the request has {len(request.documents)} documents, the cache {len(cache.order)}; "
             "give those the cache was stitched from."
         )
-    twin = stitch(model, request.documents, order=cache.order, geometry=geometry)
+    twin = stitch(
+        model,
+        request.documents,
+        order=cache.order,
+        geometry=geometry,
+        kv_dtype=cache.kv_dtype,
+    )
     if not torch.equal(twin.token_ids, cache.token_ids):
         raise InvalidInputError(
             "the request's documents are not those of the cache; give what it was stitched from, "

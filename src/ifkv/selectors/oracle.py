@@ -84,16 +84,11 @@ class Oracle(Ranked):
     def _error(self, cache: StitchedCache, truth: StitchedCache, layer: int) -> Tensor:
         """Relative error of each slot in one layer, ``[T]``."""
         context = slice(0, cache.context_length)
-        stale, true = cache.layers[layer], truth.layers[layer]
+        stale, true = (each.layers[layer].rows(context) for each in (cache, truth))
         total = torch.zeros(cache.context_length, device=cache.token_ids.device)
-        if "k" in self.deviation:
-            total = total + _relative(
-                stale.key_buffer[0, :, context], true.key_buffer[0, :, context]
-            )
-        if "v" in self.deviation:
-            total = total + _relative(
-                stale.value_buffer[0, :, context], true.value_buffer[0, :, context]
-            )
+        for name, old, new in zip("kv", stale, true, strict=True):
+            if name in self.deviation:
+                total = total + _relative(old[0], new[0])
         return torch.ones_like(total) if self.deviation == "none" else total
 
 

@@ -53,7 +53,7 @@ class ValueAware(Ranked):
 
         def measure(view: QueryView) -> Tensor:
             sizes = view.context_values[0].float().abs().sum(dim=-1).mean(dim=0)
-            return norm(view) * sizes
+            return norm(view) * sizes * view.value_scale
 
         layers = self.layers.within(len(cache.layers))
         queries = queries_of(request, self.query)

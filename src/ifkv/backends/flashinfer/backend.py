@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend, DocumentPlan, QueryPlan, Reduction, RowPlan
+from ifkv.backends.base import Backend
 from ifkv.backends.flashinfer.availability import INSTALL, load, refusal_of_module
 from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
@@ -24,6 +24,14 @@ from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
 from ifkv.backends.flashinfer.tiles import MaskForm, Part
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
 from ifkv.backends.norms import attention_norm
+from ifkv.backends.plans import (
+    UNSCALED,
+    DocumentPlan,
+    KVScales,
+    QueryPlan,
+    Reduction,
+    RowPlan,
+)
 from ifkv.errors import BackendUnavailableError
 
 
@@ -123,7 +131,7 @@ class FlashInferBackend(Backend):
         *,
         scaling: float,
         window: int | None,
-        **scales: float,
+        scales: KVScales = UNSCALED,
     ) -> Tensor:
         """See :meth:`Backend.attend_rows`; here for one request or several.
 
@@ -134,10 +142,12 @@ class FlashInferBackend(Backend):
             plan: From :meth:`plan_rows` or :meth:`plan_requests`.
             scaling: Factor on the logits.
             window: Slots that a row sees, its own included; None sees all.
-            **scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+            scales: Of keys and values.
         """
         buffers = view_as_pages(keys, values, plan.kv_length)
-        return self.attend_pages(query, buffers, plan, scaling=scaling, window=window, **scales)
+        return self.attend_pages(
+            query, buffers, plan, scaling=scaling, window=window, scales=scales
+        )
 
     def attend_requests(
         self,
@@ -148,20 +158,22 @@ class FlashInferBackend(Backend):
         *,
         scaling: float,
         window: int | None,
-        **scales: float,
+        scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attend_requests`.
 
         Caches that :func:`ifkv.stitch_many` made lie in one allocation and are read in one call.
-        Others, and those of which one has since outgrown it, take a call each.
+        Others, those of which one has since outgrown it, and 8-bit ones with different scales, of
+        which FlashInfer takes one a call, take a call each.
         """
         detail: RowDetail = plan.detail
-        how: dict[str, Any] = {"scaling": scaling, "window": window, **scales}
+        how: dict[str, Any] = {"scaling": scaling, "window": window}
+        scales = [UNSCALED] * len(keys) if scales is None else scales
         if len(keys) == 1:
-            return self.attend_rows(query, keys[0], values[0], plan, **how)
-        buffers = view_together(keys, values, detail.kv_lengths)
+            return self.attend_rows(query, keys[0], values[0], plan, scales=scales[0], **how)
+        buffers = view_together(keys, values, detail.kv_lengths) if len(set(scales)) == 1 else None
         if buffers is not None:
-            return self.attend_pages(query, buffers, plan, **how)
+            return self.attend_pages(query, buffers, plan, scales=scales[0], **how)
         outs = []
         start = 0
         for index, (slots, length) in enumerate(zip(detail.slots, detail.kv_lengths, strict=True)):
@@ -173,9 +185,8 @@ class FlashInferBackend(Backend):
                 ("alone", index),
                 functools.partial(self.plan_rows, slots, length, query.device),
             )
-            outs.append(
-                self.attend_rows(query[:, :, rows], keys[index], values[index], alone, **how)
-            )
+            own = keys[index], values[index], alone
+            outs.append(self.attend_rows(query[:, :, rows], *own, scales=scales[index], **how))
         return torch.cat(outs, dim=1)
 
     def attend_pages(
@@ -186,7 +197,7 @@ class FlashInferBackend(Backend):
         *,
         scaling: float,
         window: int | None,
-        **scales: float,
+        scales: KVScales = UNSCALED,
     ) -> Tensor:
         """The same over pages, in whatever order the plan's page tables name them."""
         geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
@@ -201,7 +212,13 @@ class FlashInferBackend(Backend):
         return calls.run(query[0].transpose(0, 1), buffers, scales)[None]
 
     def decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, *, scaling: float
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        scales: KVScales = UNSCALED,
     ) -> Tensor | None:
         """See :meth:`Backend.decode`.
 
@@ -218,7 +235,9 @@ class FlashInferBackend(Backend):
             )
             self._step.key = key
         rows = query.transpose(0, 2)  # [1, heads, sequences, head_dim]
-        out = self.attend_rows(rows, keys, values, self._step.plan, scaling=scaling, window=None)
+        out = self.attend_rows(
+            rows, keys, values, self._step.plan, scaling=scaling, window=None, scales=scales
+        )
         return out.transpose(0, 1)
 
     def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
@@ -236,14 +255,15 @@ class FlashInferBackend(Backend):
         *,
         scaling: float,
         window: int | None,
+        scales: KVScales = UNSCALED,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.attend_query`."""
         own, own_logsumexp = self._attend_span(
-            query, keys, values, plan, scaling, window, context=False
+            query, keys, values, plan, scaling, window, UNSCALED, context=False
         )
         if context_keys.shape[2] > 0:
             part, logsumexp = self._attend_span(
-                query, context_keys, context_values, plan, scaling, window, context=True
+                query, context_keys, context_values, plan, scaling, window, scales, context=True
             )
             own, own_logsumexp = self._module.merge_state(part, logsumexp, own, own_logsumexp)
         return own[None], own_logsumexp.mul(math.log(2)).T[None]
@@ -256,6 +276,7 @@ class FlashInferBackend(Backend):
         plan: QueryPlan,
         scaling: float,
         window: int | None,
+        scales: KVScales,
         *,
         context: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -277,7 +298,7 @@ class FlashInferBackend(Backend):
             )
 
         call: Call = plan.detail.once((geometry, context), make)
-        return call.run(query[0].transpose(0, 1), buffers)
+        return call.run(query[0].transpose(0, 1), buffers, scales)
 
     def attention_norm(
         self,

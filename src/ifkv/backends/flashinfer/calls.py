@@ -14,6 +14,7 @@ from ifkv.backends.flashinfer.pages import PagedBuffers, page_table
 from ifkv.backends.flashinfer.tiles import CallKind, Part, mask_of_parts
 from ifkv.backends.flashinfer.variant import position_variant
 from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
+from ifkv.backends.plans import UNSCALED, KVScales
 from ifkv.errors import InvalidInputError
 
 _T = TypeVar("_T")
@@ -170,13 +171,15 @@ class Call:
             **mask,
         )
 
-    def run(self, query: Tensor, buffers: PagedBuffers, **scales: float) -> tuple[Tensor, Tensor]:
+    def run(
+        self, query: Tensor, buffers: PagedBuffers, scales: KVScales = UNSCALED
+    ) -> tuple[Tensor, Tensor]:
         """Attention of the call's rows.
 
         Args:
             query: ``[rows of the forward, heads, head_dim]``.
             buffers: Keys and values of the layer.
-            **scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+            scales: Of keys and values.
 
         Returns:
             ``[rows of the call, heads, head_dim]`` and base-2 log-sum-exp ``[rows, heads]``.
@@ -184,14 +187,16 @@ class Call:
         extra: tuple[Any, ...] = ()
         if self._by_position is not None:
             # Our kernel is given its scale by us, so FlashInfer cannot work k_scale into it.
-            scaling = self._geometry.scaling * scales.get("k_scale", 1.0)
+            scaling = self._geometry.scaling * scales.keys
             window = self._geometry.window
             extra = (*self._by_position, scaling, -1 if window is None else window)
+        # Plain rows are run without: one comparison less that a release might change.
+        rescaled = {} if scales == UNSCALED else {"k_scale": scales.keys, "v_scale": scales.values}
         out, logsumexp = self._wrapper.run(
             self.rows.take(query),
             (buffers.keys, buffers.values),
             *extra,
             return_lse=True,
-            **scales,
+            **rescaled,
         )
         return out, logsumexp

@@ -12,6 +12,7 @@ from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
 from ifkv.backends.flashinfer.pages import PagedBuffers
 from ifkv.backends.flashinfer.tiles import MaskForm, parts_of_rows
 from ifkv.backends.flashinfer.wrappers import WrapperPool
+from ifkv.backends.plans import KVScales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,28 +83,28 @@ class RowCalls:
             if some
         }
 
-    def run(self, rows: Tensor, buffers: PagedBuffers, scales: dict[str, float]) -> Tensor:
+    def run(self, rows: Tensor, buffers: PagedBuffers, scales: KVScales) -> Tensor:
         """Attention of all rows, ``[rows, heads, head_dim]``.
 
         Args:
             rows: Queries, of the same shape.
             buffers: Keys and values of the layer.
-            scales: ``k_scale`` and ``v_scale`` of keys and values kept in 8 bits.
+            scales: Of keys and values.
         """
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         causal, masked, full = (self._calls.get(kind) for kind in ("causal", "masked", "full"))
         if causal is not None:
-            causal.rows.put(out, causal.run(rows, buffers, **scales)[0])
+            causal.rows.put(out, causal.run(rows, buffers, scales)[0])
         if masked is None:
             return out
-        part, logsumexp = masked.run(rows, buffers, **scales)
+        part, logsumexp = masked.run(rows, buffers, scales)
         masked.rows.put(out, part)
         if full is None:
             return out
         # What some of the masked rows see besides, merged into what is there already.
         everywhere = logsumexp.new_empty(len(out), logsumexp.shape[1])
         masked.rows.put(everywhere, logsumexp)
-        before, its_logsumexp = full.run(rows, buffers, **scales)
+        before, its_logsumexp = full.run(rows, buffers, scales)
         merged, _ = self._module.merge_state(
             full.rows.take(out), full.rows.take(everywhere), before, its_logsumexp
         )

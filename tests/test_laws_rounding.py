@@ -1,0 +1,431 @@
+"""Keys and values in 8 bits: the fast path against the obvious one, and what rounding costs."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ifkv
+from flashinfer_standin import FlashInferStandIn
+from ifkv import float8, rounding
+from ifkv.backends import narrow
+from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.errors import GeometryError, InvalidInputError
+from ifkv.float8 import FLOAT8, LARGEST, restore, round_rows, widen
+from ifkv.positions import GEOMETRIES
+from ifkv.selectors import Budget, Request, names, resolve
+from ifkv.store import DiskStore
+from ifkv.testing import assert_bit_equal, assert_close, shared_tiny_model
+from rounded_by_hand import on_grid, rounded_by_hand
+from scenario import EXACT, Scenario, scenarios
+
+BACKENDS = {
+    "reference": "reference",
+    **{
+        mask: FlashInferBackend(FlashInferStandIn(relaxed=True), mask=mask, workspace_bytes=2**20)
+        for mask in ("split", "positions")
+    },
+}
+AXES = ("a", "b", "c", "d")
+PREFIX = [1, 2]
+DOCUMENTS = [[3 + (7 * i) % 90 for i in range(40)], [5, 6, 7], [9, 4] * 15]
+PROMPT = [11, 12, 13, 14, 15]
+
+
+def numbers(rows: int = 4096) -> torch.Tensor:
+    """From far below the format's range to far above it, of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.exp2(torch.empty(rows).uniform_(-14, 12, generator=generator))
+    return sizes * torch.randn(rows, generator=generator).sign()
+
+
+def both(model, documents, **kwargs):
+    """A rounded cache and its obvious form."""
+    cache = ifkv.stitch(model, documents, kv_dtype=FLOAT8, **kwargs)
+    return cache, rounded_by_hand(ifkv.stitch(model, documents, **kwargs), cache)
+
+
+def assert_same_rows(cache, twin, what="rows"):
+    for layer, by_hand in zip(cache.layers, twin.layers, strict=True):
+        for name, got, want in zip(
+            ("keys", "values"),
+            layer.rows(slice(0, layer.length)),
+            (by_hand.keys, by_hand.values),
+            strict=True,
+        ):
+            assert_bit_equal(got, want, what=f"{name}: {what}", axes=AXES)
+
+
+# --- the format ----------------------------------------------------------------------------------
+
+
+def test_rounding_is_to_nearest_with_a_relative_error_of_a_sixteenth_and_saturates():
+    x = numbers()
+    for scale in (1.0, 0.25, 8.0):
+        got = restore(round_rows(x, scale), scale, torch.float32)
+        assert_bit_equal(got, on_grid(x, scale), what="rounded", axes=("n",))
+        inside = x.abs() <= LARGEST * scale
+        bound = torch.maximum(x.abs() / 16, torch.tensor(scale * 2.0**-10))
+        assert bool(((got - x).abs() <= bound)[inside].all())
+        assert bool((got.abs() == LARGEST * scale)[~inside].all())
+        assert 0 < int(inside.sum()) < len(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_all_256_numbers_are_widened_as_torch_does_and_rounded_back(dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    wide = widen(every, dtype)
+    assert wide.dtype == dtype
+    torch.testing.assert_close(wide, every.to(dtype), rtol=0, atol=0, equal_nan=True)
+    back = round_rows(wide, 1.0).float()
+    torch.testing.assert_close(back, every.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_not_a_number_stays_so():
+    bad = torch.tensor([math.nan, 1.0, math.inf])
+    got = restore(round_rows(bad, 2.0), 2.0, torch.float32)
+    assert got[0].isnan()
+    assert got[1:].tolist() == [1.0, 2 * LARGEST]
+
+
+@given(st.floats(min_value=1e-20, max_value=1e20))
+def test_a_scale_is_the_smallest_power_of_two_that_leaves_room(largest):
+    scale = rounding.scale_for(largest)
+    assert math.frexp(scale)[0] == 0.5
+    assert scale / 2 * LARGEST < largest * rounding.ROOM <= scale * LARGEST
+
+
+# --- the fast path equals the obvious one -----------------------------------------------------
+
+
+@given(s=scenarios(), backend=st.sampled_from(list(BACKENDS)))
+def test_a_rounded_cache_equals_one_rounded_by_hand(s: Scenario, backend: str) -> None:
+    """Stitching, scores, recompute with prompt, and a decoding step."""
+    with ifkv.patch(s.model, backend=BACKENDS[backend]), torch.no_grad():
+        documents = ifkv.prefill_documents(s.model, s.request.documents, prefix=s.request.prefix)
+        cache, twin = both(s.model, documents, order=s.order)
+        assert_same_rows(cache, twin, "as stitched")
+        got, want = (
+            ifkv.score(s.model, each, s.request.query, layers=[0, -1]) for each in (cache, twin)
+        )
+        assert_close(got, want, what="scores", tolerance=1e-6)
+        got, want = (
+            ifkv.recompute(s.model, each, s.slots, prompt_ids=s.request.prompt)
+            for each in (cache, twin)
+        )
+        assert_close(got, want, what="logits", tolerance=EXACT)
+        assert_same_rows(cache, twin, "after recompute")
+        got, want = (
+            s.model(torch.tensor([[7]]), past_key_values=each).logits for each in (cache, twin)
+        )
+        assert_close(got, want, what="next logits", tolerance=EXACT, axes=("a", "b", "c"))
+        assert_same_rows(cache, twin, "after a step")
+
+
+@pytest.mark.parametrize("backend", ["reference", "split"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["greedy", "beams", "beams returned", "samples"],
+)
+def test_generate_gives_the_same_answer(family, how, backend):
+    sliding = {"sliding_window": 20} if family == "mistral" else {}
+    model = shared_tiny_model(family, **sliding)
+    how = {"max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None, **how}
+    with ifkv.patch(model, backend=BACKENDS[backend]):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        answers = []
+        for cache in both(model, documents):
+            torch.manual_seed(0)
+            ifkv.recompute(model, cache, range(45, 70, 2), prompt_ids=PROMPT)
+            answers.append(ifkv.generate(model, cache, PROMPT, **how).tolist())
+            assert cache.get_seq_length() == cache.context_length
+    assert answers[0] == answers[1]
+
+
+def test_a_padding_mask_is_obeyed():
+    """What the backend does not decode goes to the model's own attention, widened."""
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model), torch.no_grad():
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        logits = []
+        for cache in both(model, documents):
+            mask = torch.ones(1, cache.context_length + 2, dtype=torch.long)
+            mask[0, 3:30] = 0
+            ids = torch.tensor([[8, 9]])
+            logits.append(model(ids, past_key_values=cache, attention_mask=mask).logits)
+    assert_close(logits[0], logits[1], what="logits", tolerance=EXACT, axes=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_selector_chooses_what_it_would_by_hand(name):
+    model = shared_tiny_model("qwen2")
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        request = Request(PROMPT, PROMPT[1:3], documents, None)
+        chosen = [
+            resolve(name).select(model, cache, request, Budget.of(0.3))
+            for cache in both(model, documents)
+        ]
+    assert chosen[0].slots.tolist() == chosen[1].slots.tolist()
+    if chosen[0].scores is not None:
+        assert_close(chosen[0].scores, chosen[1].scores, what="scores", tolerance=1e-6)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_geometry_can_be_scored(geometry):
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        cache, twin = both(model, documents, geometry=geometry)
+        got, want = (ifkv.score(model, each, PROMPT) for each in (cache, twin))
+        assert_close(got, want, what="scores", tolerance=1e-6)
+        if geometry != "global":
+            with pytest.raises(GeometryError, match="can only be scored"):
+                model(torch.tensor([[8]]), past_key_values=cache)
+
+
+@given(
+    data=st.data(),
+    rows=st.integers(1, 6),
+    count=st.integers(1, 23),
+    step=st.integers(1, 9),
+    masked=st.booleans(),
+)
+def test_blocks_equal_one_shot(data, rows, count, step, masked):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    query = torch.randn(1, 4, rows, 8, generator=generator, dtype=torch.float64)
+    keys, values = (round_rows(torch.randn(1, 2, count, 8, generator=generator), 1.0) for _ in "kv")
+    mask = torch.rand(rows, count, generator=generator) < 0.7 if masked else None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(narrow, "WIDE_SLOTS", step)
+        got = narrow.attend_narrow(query, keys, values, 0.3, mask=mask)
+    wide = [x.double().repeat_interleave(2, dim=1) for x in (keys, values)]
+    logits = query @ wide[0].mT * 0.3
+    if mask is not None:
+        logits = logits.masked_fill(mask, -math.inf)
+    want = logits.softmax(-1).nan_to_num() @ wide[1]
+    assert_close(got[0], want, what="output", tolerance=EXACT, axes=AXES)
+    lse = logits.logsumexp(-1)
+    assert torch.equal(got[1].isneginf(), lse.isneginf())
+    assert_close(
+        got[1].nan_to_num(neginf=0),
+        lse.nan_to_num(neginf=0),
+        what="lse",
+        tolerance=EXACT,
+        axes=("a", "b", "c"),
+    )
+
+
+# --- what is promised of the cache ---------------------------------------------------------------
+
+
+@given(s=scenarios())
+def test_nothing_of_the_documents_saturates_and_order_does_not_change_the_scales(s: Scenario):
+    with ifkv.patch(s.model):
+        documents = ifkv.prefill_documents(s.model, s.request.documents, prefix=s.request.prefix)
+        cache = ifkv.stitch(s.model, documents, kv_dtype=FLOAT8)
+        other = ifkv.stitch(s.model, documents, kv_dtype=FLOAT8, order=s.order)
+        plain = ifkv.stitch(s.model, documents)
+    for layer, wide, moved in zip(cache.layers, plain.layers, other.layers, strict=True):
+        assert layer.scales == pytest.approx(moved.scales)
+        for got, want, scale in zip(
+            layer.rows(slice(0, layer.length)), (wide.keys, wide.values), layer.scales, strict=True
+        ):
+            assert float(want.abs().max()) * rounding.ROOM <= LARGEST * scale * (1 + 1e-6)
+            bound = torch.maximum(want.abs() / 16, torch.tensor(scale * 2.0**-10))
+            assert bool(((got - want).abs() <= bound * (1 + 1e-12)).all())
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_it_takes_half_of_bfloat16_and_a_quarter_of_float32(dtype, share):
+    model = shared_tiny_model("llama", dtype=dtype)
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        sizes = [
+            sum(layer.key_buffer.nbytes + layer.value_buffer.nbytes for layer in cache.layers)
+            for cache in (
+                ifkv.stitch(model, documents),
+                ifkv.stitch(model, documents, kv_dtype=FLOAT8),
+            )
+        ]
+        assert sizes[0] == share * sizes[1]
+
+
+def test_keys_of_a_half_precision_model_are_rounded_once():
+    """Turned in float32 and rounded to 8 bits, not to bfloat16 in between."""
+    model = shared_tiny_model("llama", dtype=torch.bfloat16)
+    with ifkv.patch(model) as handle:
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        cache = ifkv.stitch(model, documents, kv_dtype=FLOAT8)
+        cos, sin = handle.rope.cos_sin(cache.positions, torch.float32)
+        for index, layer in enumerate(cache.layers):
+            stored = torch.cat(
+                [part.keys[index] for part in (documents[0].prefix, *documents)], dim=1
+            )
+            turned = ifkv.rope.rotate(stored.float(), cos, sin)
+            got = restore(layer.keys[0], layer.scales.keys, torch.float32)
+            assert_bit_equal(got, on_grid(turned, layer.scales.keys), what="keys", axes=AXES[:3])
+
+
+def test_rows_beyond_the_range_saturate_as_they_are_written():
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        layer = ifkv.stitch(model, documents, kv_dtype=FLOAT8).layers[0]
+        rows = torch.full_like(layer.rows(slice(0, 2))[0], 1e6)
+        layer.write(torch.tensor([3, 5]), rows, -rows)
+        keys, values = layer.rows(torch.tensor([3, 5]))
+    assert set(keys.flatten().tolist()) == {LARGEST * layer.scales.keys}
+    assert set(values.flatten().tolist()) == {-LARGEST * layer.scales.values}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda cache: cache.clone(),
+        copy.deepcopy,
+        lambda cache: pickle.loads(pickle.dumps(cache)),
+    ],
+    ids=["clone", "deepcopy", "pickle"],
+)
+def test_copies_are_of_their_own_and_answer_alike(copied):
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        cache = ifkv.stitch_many(model, [documents, documents[:2]], kv_dtype=FLOAT8)[0]
+        twin = copied(cache)
+        assert twin.kv_dtype == FLOAT8
+        assert [each.scales for each in twin.layers] == [each.scales for each in cache.layers]
+        before = [layer.key_buffer.view(torch.uint8).clone() for layer in cache.layers]
+        want = ifkv.recompute(model, twin, [44, 60], prompt_ids=PROMPT)
+        for layer, old in zip(cache.layers, before, strict=True):
+            used = slice(0, layer.length)
+            assert torch.equal(layer.key_buffer.view(torch.uint8)[:, :, used], old[:, :, used])
+        assert torch.equal(ifkv.recompute(model, cache, [44, 60], prompt_ids=PROMPT), want)
+
+
+def test_a_cache_that_grows_rounds_what_comes_with_the_scales_it_has():
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        a, b, c = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        logits = []
+        for cache in both(model, [a, b]):
+            scales = [layer.scales for layer in cache.layers]
+            ifkv.recompute(model, cache, [44], prompt_ids=PROMPT)
+            cache.keep(PROMPT)
+            slots = ifkv.extend(model, cache, [c])
+            assert [layer.scales for layer in cache.layers] == scales
+            if cache.kv_dtype is None:  # extend writes into a plain cache's buffers past write()
+                for layer in cache.layers:
+                    at = slots[0], slots[-1] + 1
+                    for buffer, scale in zip(
+                        (layer.key_buffer, layer.value_buffer), layer.by_hand, strict=True
+                    ):
+                        rows = buffer[:, :, at[0] : at[1]]
+                        rows.copy_(on_grid(rows, scale))
+            logits.append(ifkv.recompute(model, cache, slots[3:9], prompt_ids=[8, 9]))
+    assert_close(logits[0], logits[1], what="logits", tolerance=EXACT)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_requests_together_are_requests_one_by_one(backend):
+    model = shared_tiny_model("qwen3")
+    with ifkv.patch(model, backend=BACKENDS[backend]):
+        a, b, c = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        requests = [[a, b, c], [c, a], [b]]
+        slots, prompts = [[44, 50], [40, 41], []], [PROMPT, [4], [5, 6]]
+        together = ifkv.stitch_many(model, requests, kv_dtype=FLOAT8)
+        alone = [ifkv.stitch(model, own, kv_dtype=FLOAT8) for own in requests]
+        for one, other in zip(together, alone, strict=True):
+            for layer, its in zip(one.layers, other.layers, strict=True):
+                assert layer.scales == its.scales
+                assert torch.equal(layer.keys.view(torch.uint8), its.keys.view(torch.uint8))
+        got = ifkv.score_many(model, together, prompts)
+        for scores, cache, query in zip(got, alone, prompts, strict=True):
+            assert_close(scores, ifkv.score(model, cache, query), what="scores", tolerance=1e-6)
+        ifkv.recompute_many(model, together, slots, prompts=prompts)
+        answers = ifkv.generate_many(model, together, prompts, max_new_tokens=5)
+        for answer, cache, own, prompt in zip(answers, alone, slots, prompts, strict=True):
+            ifkv.recompute(model, cache, own, prompt_ids=prompt)
+            want = ifkv.generate(model, cache, prompt, max_new_tokens=5, do_sample=False)
+            assert answer.tolist() == want[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("codec", ["exact", "fp8"])
+def test_a_store_that_reads_layer_by_layer_fills_the_same_rows(tmp_path, codec):
+    """What a store keeps and what a request's cache holds are rounded independently."""
+    model = shared_tiny_model("llama", dtype=torch.float32)
+    with ifkv.patch(model):
+        store = DiskStore(tmp_path, codec=codec)
+        keys = [store.put(doc) for doc in ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)]
+        lazy = ifkv.stitch(model, [store.get(key, lazy=True) for key in keys], kv_dtype=FLOAT8)
+        assert lazy.loader is not None
+        eager = ifkv.stitch(model, [store.get(key) for key in keys], kv_dtype=FLOAT8)
+        assert [layer.scales for layer in lazy.layers] == [layer.scales for layer in eager.layers]
+        for one, other in zip(lazy.layers, eager.layers, strict=True):
+            for name in ("keys", "values"):
+                mine, its = (getattr(each, name).view(torch.uint8) for each in (one, other))
+                assert torch.equal(mine, its)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16, torch.int8])
+def test_other_dtypes_are_refused_by_name(dtype):
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        for call in (
+            lambda: ifkv.stitch(model, documents, kv_dtype=dtype),
+            lambda: ifkv.stitch_many(model, [documents], kv_dtype=dtype),
+        ):
+            with pytest.raises(InvalidInputError, match=rf"kv_dtype is {dtype}; .*float8_e4m3fn"):
+                call()
+
+
+def test_a_device_that_cannot_convert_is_refused(monkeypatch):
+    """As Metal does not, and as one that rounds to something else."""
+
+    class Device:
+        def __init__(self, error):
+            self.error = error
+
+        def __call__(self, *args, **kwargs):
+            if self.error:
+                raise TypeError("no Float8_e4m3fn on MPS")
+            return torch.ones(2)
+
+    float8._refusal_of_device.cache_clear()
+    try:
+        for error, reason in ((True, "no Float8_e4m3fn on MPS"), (False, "1 and 300 became")):
+            monkeypatch.setattr(float8.torch, "tensor", Device(error))
+            with pytest.raises(InvalidInputError, match=f"cpu cannot convert .{reason}"):
+                float8.check_kv_dtype(FLOAT8, torch.device("cpu"))
+            float8._refusal_of_device.cache_clear()
+    finally:
+        monkeypatch.undo()
+        float8._refusal_of_device.cache_clear()
+    float8.check_kv_dtype(FLOAT8, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("bad", "part"), list(itertools.product((math.inf, math.nan), "kv")))
+def test_documents_with_infinite_rows_are_refused(bad, part):
+    model = shared_tiny_model("llama", dtype=torch.float32)
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        (documents[1].keys if part == "k" else documents[1].values)[1, 0, 2, 3] = bad
+        with pytest.raises(InvalidInputError, match=f"documents' .* reach {bad}"):
+            ifkv.stitch(model, documents, kv_dtype=FLOAT8)
