@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor
 
 import ifkv
 from ifkv.cost import ModelShape, recompute_cost
-from ifkv.errors import FingerprintMismatchError, InvalidInputError, NotPatchedError
+from ifkv.errors import FingerprintMismatchError, InvalidInputError, NotPatchedError, StoreWarning
 from ifkv.selectors import Budget
-from ifkv.store import MemoryStore
+from ifkv.store import DiskStore, MemoryStore
 from ifkv.testing import assert_bit_equal, assert_close, tiny_model, tiny_tokenizer
 from ifkv.text import FURTHER, INSTRUCTION
 
@@ -490,3 +491,70 @@ def test_other_weights_and_an_unpatched_model_are_refused(session: ifkv.Session)
     ifkv.patch(session.model)
     assert torch.equal(chat.token_ids, before[0])
     assert len(chat.ask("Old?", max_new_tokens=2).document_slices) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("llama", None), ("qwen2", 24), ("qwen3", 24), ("mistral", 24), ("phi3", None)],
+)
+def test_every_family_and_sliding_windows(family: str, window: int | None) -> None:
+    session = make_session(family=family, sliding_window=window)
+    lamp, door, rain = session.add(TEXTS[:3])
+    chat = session.conversation([lamp, door])
+    for question, further in (("Red?", []), ("Rain?", [rain]), ("So?", [])):
+        if further:
+            chat.add(further)
+        answer = chat.ask(question, ratio=1, max_new_tokens=8)
+        truth = own_logits(session, answer)
+        assert_close(answer.first_logits, truth, what=question, tolerance=EXACT)
+
+
+def test_documents_from_disk_and_a_damaged_one(tmp_path: Path) -> None:
+    """What a later turn reads is read whole; what cannot be trusted is made again."""
+    memory = make_session()
+    store = DiskStore(tmp_path)
+    disk = ifkv.Session(memory.model, memory.tokenizer, store=store)
+    found = []
+    for session in (memory, disk):
+        lamp, door, rain, hill = session.add(TEXTS)
+        chat = session.conversation([lamp, door])
+        chat.ask("Red?", max_new_tokens=3)
+        chat.add([rain])
+        chat.ask("Rain?", max_new_tokens=3)
+        if session is disk:
+            with store.folder.file_of(hill).open("r+b") as file:
+                file.seek(-1, 2)
+                byte = file.read(1)[0]
+                file.seek(-1, 2)
+                file.write(bytes([byte ^ 1]))
+        chat.add([hill])
+        if session is disk:
+            with pytest.warns(StoreWarning, match="prefilled again"):
+                chat.ask("Hill?", max_new_tokens=3)
+        else:
+            chat.ask("Hill?", max_new_tokens=3)
+        found.append(chat)
+    assert torch.equal(found[0].token_ids, found[1].token_ids)
+    for one, other in zip(found[0].answers, found[1].answers, strict=True):
+        assert torch.equal(one.slots, other.slots)
+        assert_close(one.first_logits, other.first_logits, what="logits", tolerance=1e-6)
+
+
+def test_an_answer_that_would_cross_longropes_limit_is_refused_before_any_work() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1],
+        "long_factor": [2.0, 4.0],
+        "original_max_position_embeddings": 300,
+    }
+    session = make_session(family="phi3", rope=rope, original_max_position_embeddings=300)
+    chat = session.conversation(session.add(TEXTS[:2]))
+    chat.ask("Red?", ratio=1, max_new_tokens=3)
+    before = state(chat)
+    with pytest.raises(InvalidInputError, match="the conversation and answer, but longrope"):
+        chat.ask("Old?", max_new_tokens=200)
+    assert_unchanged(chat, before)
+    answer = chat.ask("Old?", ratio=1, max_new_tokens=3)
+    truth = own_logits(session, answer)
+    assert_close(answer.first_logits, truth, what="logits", tolerance=EXACT)

@@ -21,6 +21,7 @@ from ifkv.testing import (
 )
 from ifkv.testing.strategies import documents as lists_of_documents
 from ifkv.testing.strategies import slot_subsets, token_ids
+from ifkv.undoing import all_or_nothing
 from scenario import EXACT, Scenario, assert_rows_equal, keys_of, prepared, scenarios, values_of
 
 PLAIN = dict(family="llama", seed=1)
@@ -116,7 +117,7 @@ def test_what_raises_within_all_or_nothing_is_undone(s: Scenario, turn, data) ->
         more = ifkv.prefill_documents(model, [[3, 4, 5]], prefix=s.request.prefix)
 
         def fail() -> None:
-            with cache.all_or_nothing() as save:
+            with all_or_nothing(cache) as save:
                 ifkv.recompute(model, cache, [], prompt_ids=turn)
                 cache.keep(turn)
                 ifkv.extend(model, cache, more)

@@ -16,14 +16,14 @@ from ifkv.answering import complete, stop_tokens
 from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
-from ifkv.stitched_cache import StitchedCache, check_cache
 from ifkv.streaming import pieces_of
 from ifkv.turns import Asked, Turn, prepare_turn
+from ifkv.undoing import all_or_nothing
 
 if TYPE_CHECKING:
-    from ifkv.documents import DocumentCache
     from ifkv.selectors import Budget, Selector
     from ifkv.session import Session
+    from ifkv.stitched_cache import StitchedCache
 
 Stream = bool | Callable[[str], None]
 
@@ -184,8 +184,17 @@ class Conversation:
                         selector=asked.selector,
                     )
                 else:
-                    save = whole.enter_context(self._cache.all_or_nothing())
-                    turn = self._turn(asked, before, prompt, watch)
+                    save = whole.enter_context(all_or_nothing(self._cache))
+                    turn = Turn.read(
+                        session,
+                        self._cache,
+                        asked,
+                        documents=self._waiting,
+                        before_ids=before,
+                        prompt_ids=prompt,
+                        recomputed=self._recomputed,
+                        timed=watch,
+                    )
                     ready = prepare_turn(session, self._cache, asked, turn, watch, save)
                 answer = complete(
                     session.model,
@@ -207,29 +216,6 @@ class Conversation:
             self._waiting, self._waiting_tokens = [], 0
             self.answers.append(answer)
             return answer
-
-    def _turn(self, asked: Asked, before: list[int], prompt: list[int], timed: Stopwatch) -> Turn:
-        """A later turn, its documents read."""
-        session = self._session
-        assert self._cache is not None
-        handle_of(session.model).fingerprints.of(session.model)  # weights may have changed since
-        check_cache(session.model, self._cache)
-        own = getattr(asked.selector, "geometry", "global")
-        if own != "global" and (asked.revisit or self._waiting):
-            raise InvalidInputError(
-                f"selector {asked.selector} scores documents in positions of their own, but behind "
-                "the first turn they have those of the conversation; give geometry=global."
-            )
-        documents: list[DocumentCache] = []
-        if self._waiting:
-            with timed("load"):
-                documents = session._library.get(self._waiting)
-        open_slots = torch.zeros(self._cache.context_length, dtype=torch.bool)
-        for rows in self._cache.document_slices[1:] if asked.revisit else ():
-            open_slots[rows] = True
-        open_slots[self._recomputed] = False
-        old = open_slots.nonzero()[:, 0].to(session.model.device)
-        return Turn(documents, before, prompt, old)
 
     def _new_ids(self, question: str) -> tuple[list[int], list[int]]:
         """What stands before the waiting documents and has no rows yet, and what follows them."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -161,32 +160,6 @@ class StitchedCache(Cache):
         self.positions = torch.cat((self.positions, torch.arange(start, end, device=device)))
         self.query_position = end
         self.prompt_ids = None
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[Callable[[Tensor], None]]:
-        """If the block raises, the cache is afterwards what it was before.
-
-        Yields:
-            A function to be called with slots of the context, long ``[k]``, before their rows are
-            overwritten; rows that are appended need no such care.
-        """
-        before, lengths = dict(self.__dict__), [layer.length for layer in self.layers]
-        saved: list[tuple[StitchedLayer, Tensor, Tensor, Tensor]] = []
-
-        def save(slots: Tensor) -> None:
-            at = slots.to(self.token_ids.device)
-            for layer in self.layers if len(at) else ():
-                saved.append((layer, at, layer.key_buffer[:, :, at], layer.value_buffer[:, :, at]))
-
-        try:
-            yield save
-        except BaseException:
-            self.__dict__.update(before)
-            for layer, length in zip(self.layers, lengths, strict=True):
-                layer.length = length
-            for layer, at, keys, values in reversed(saved):
-                layer.write(at, keys, values)
-            raise
 
     @property
     def kv_dtype(self) -> torch.dtype | None:

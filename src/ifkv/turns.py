@@ -12,10 +12,13 @@ from torch import Tensor
 from ifkv.answering import check_answer_kwargs, selector_with_layers
 from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
+from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
+from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch, finished
 from ifkv.recomputation import recompute
 from ifkv.selectors import Budget, Request, Selection, Selector, resolve, sentence_groups
+from ifkv.stitched_cache import check_cache
 
 if TYPE_CHECKING:
     from ifkv.answer import Prepared
@@ -73,6 +76,55 @@ class Turn:
     before_ids: list[int]
     prompt_ids: list[int]
     old_slots: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        session: Session,
+        cache: StitchedCache,
+        asked: Asked,
+        *,
+        documents: Sequence[str],
+        before_ids: list[int],
+        prompt_ids: list[int],
+        recomputed: Tensor,
+        timed: Stopwatch,
+    ) -> Turn:
+        """A turn whose documents are read from the session's store.
+
+        Args:
+            session: The conversation's session.
+            cache: The conversation's cache.
+            asked: The question.
+            documents: Keys of further documents, maybe none.
+            before_ids: As the attribute.
+            prompt_ids: As the attribute.
+            recomputed: Slots that earlier turns have recomputed, long, on the CPU.
+            timed: Times the reading.
+
+        Raises:
+            InvalidInputError: The selector needs positions that documents do not have any more.
+            FingerprintMismatchError: The model's weights have changed since the last turn.
+            NotPatchedError: The model has been unpatched.
+        """
+        model = session.model
+        handle_of(model).fingerprints.of(model)  # weights may have changed since the last turn
+        check_cache(model, cache)
+        own = getattr(asked.selector, "geometry", "global")
+        if own != "global" and (asked.revisit or documents):
+            raise InvalidInputError(
+                f"selector {asked.selector} scores documents in positions of their own, but behind "
+                "the first turn they have those of the conversation; give geometry=global."
+            )
+        found: list[DocumentCache] = []
+        if documents:
+            with timed("load"):
+                found = session._library.get(documents)
+        open_slots = torch.zeros(cache.context_length, dtype=torch.bool)
+        for rows in cache.document_slices[1:] if asked.revisit else ():
+            open_slots[rows] = True
+        open_slots[recomputed] = False
+        return cls(found, before_ids, prompt_ids, open_slots.nonzero()[:, 0].to(model.device))
 
 
 def prepare_turn(
