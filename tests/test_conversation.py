@@ -36,6 +36,7 @@ FORGETFUL = (
 
 def make_session(template: str | None = "", **options: Any) -> ifkv.Session:
     tokenizer = tiny_tokenizer()
+    kv_dtype = options.pop("kv_dtype", None)
     if template != "":
         tokenizer.chat_template = template
     options = {
@@ -44,7 +45,8 @@ def make_session(template: str | None = "", **options: Any) -> ifkv.Session:
         "max_position_embeddings": 2048,
         **options,
     }
-    return ifkv.Session(tiny_model(**options), tokenizer, store=MemoryStore())
+    model = tiny_model(**options)
+    return ifkv.Session(model, tokenizer, store=MemoryStore(), kv_dtype=kv_dtype)
 
 
 @pytest.fixture
@@ -82,9 +84,9 @@ def own_logits(session: ifkv.Session, answer: ifkv.Answer) -> Tensor:
 def state(chat: ifkv.Conversation) -> list[Tensor]:
     """All that a turn could change."""
     cache = chat._cache
-    rows = [] if cache is None else [layer.keys.clone() for layer in cache.layers]
-    values = [] if cache is None else [layer.values.clone() for layer in cache.layers]
-    return [chat.token_ids, chat._recomputed, torch.tensor(chat._waiting_tokens), *rows, *values]
+    layers = [] if cache is None else cache.layers
+    rows = [row for layer in layers for row in layer.rows(torch.arange(layer.length))]
+    return [chat.token_ids, chat._recomputed, torch.tensor(chat._waiting_tokens), *rows]
 
 
 def assert_unchanged(chat: ifkv.Conversation, before: list[Tensor]) -> None:
@@ -345,20 +347,20 @@ def test_within_inference_mode(session: ifkv.Session) -> None:
         assert len(chat.answers) == 2
 
 
-@pytest.mark.parametrize("turn", ["first", "later", "with documents", "revisiting"])
+@pytest.mark.parametrize("turn", ["first", "later", "with documents", "revisiting", "in 8 bits"])
 @pytest.mark.parametrize("failing", ["stream", "layer", "iterator"])
 def test_a_turn_that_fails_changes_nothing(turn: str, failing: str) -> None:
-    session = make_session()
+    session = make_session(kv_dtype=torch.float8_e4m3fn if turn == "in 8 bits" else None)
     lamp, door, rain, hill = session.add(TEXTS)
     chat, twin = session.conversation([lamp, door, rain]), session.conversation([lamp, door, rain])
     options: dict[str, Any] = {"ratio": 0.3, "max_new_tokens": 6}
     if turn != "first":
         for each in (chat, twin):
             each.ask("Red?", **options)
-    if turn == "with documents":
+    if turn in ("with documents", "in 8 bits"):
         chat.add([hill])
         twin.add([hill])
-    options["revisit"] = turn == "revisiting"
+    options["revisit"] = turn in ("revisiting", "in 8 bits")
     before = state(chat)
     base: Any = session.model.base_model
     passes = []

@@ -92,7 +92,10 @@ class Conversation:
         with self._alone():
             found = self._session._library.get(documents, lazy=True)
             tokens = sum(map(len, found))
-            self._check_length(len(self._new_ids("?")[0]), documents=tokens)
+            between = self._session.prefix_ids
+            if self._cache is not None:
+                between = self._pending + self._session.format.further_ids()
+            self._check_length(len(between), documents=tokens)
             self._waiting += list(documents)
             self._waiting_tokens += tokens
 
