@@ -122,6 +122,7 @@ def test_ratio_one_is_the_models_own_conversation(template: str | None) -> None:
         assert torch.equal(answer.token_ids, greedy)
         lengths.append(len(answer.document_slices))
     assert lengths == [2, 2, 4, 4]
+    assert repr(chat) == f"Conversation(4 documents, 4 turns, {len(chat.token_ids)} tokens)"
     assert [answer.question for answer in chat.answers] == ["Red?", "Old?", "Rain?", "So?"]
 
 
@@ -444,6 +445,7 @@ def test_bad_arguments_are_refused_before_any_work(
         ("ratio", {"ratio": 2}),
         ("choose one of", {"selector": "best"}),
         ("layers", {"selector": "epic", "layers": [1]}),
+        ("layers is", {"layers": [99]}),
         ("no option", {"reorder": True}),
         ("no option", {"documents": keys}),
         ("geometry=global", {"selector": "attention-norm:geometry=hl-tp", "revisit": True}),

@@ -66,6 +66,15 @@ class Conversation:
         _ = session.format.opening  # refuses a template that rewrites earlier turns
         self.add(session.keys if documents is None else documents)
 
+    def __repr__(self) -> str:
+        documents = len(self._waiting)
+        if self._cache is not None:
+            documents += len(self._cache.document_slices)
+        return (
+            f"Conversation({documents} documents, {len(self.answers)} turns, "
+            f"{len(self.token_ids) + self._waiting_tokens} tokens)"
+        )
+
     @property
     def token_ids(self) -> Tensor:
         """All tokens so far, long ``[n]``, on the CPU: documents, questions and answers.

@@ -111,7 +111,10 @@ class StitchedCache(Cache):
         """
         appended = self.get_seq_length() - self.context_length
         if self.geometry != "global":
-            raise GeometryError(f"keep() needs the geometry 'global', not {self.geometry!r}.")
+            raise GeometryError(
+                f"keep() needs the geometry 'global', the cache has {self.geometry!r}, which can "
+                "only be scored. Stitch the documents again."
+            )
         if len(token_ids) != appended:
             raise InvalidInputError(
                 f"{len(token_ids)} tokens were given for the {appended} rows behind the context; "

@@ -14,9 +14,11 @@ from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
+from ifkv.forward import num_layers
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch, finished
 from ifkv.recomputation import recompute
+from ifkv.scoring import chosen_layers
 from ifkv.selectors import Budget, Request, Selection, Selector, resolve, sentence_groups
 from ifkv.stitched_cache import check_cache
 
@@ -54,6 +56,7 @@ class Asked:
         """From its arguments; refuses bad ones before any work."""
         check_positive(max_new_tokens, "max_new_tokens")
         check_answer_kwargs(session.model, generate_kwargs)
+        chosen_layers(num_layers(session.model), layers)
         session.format.prompt_ids(question)
         budget, rule = Budget.of(ratio), selector_with_layers(resolve(selector), layers)
         return cls(question, budget, rule, revisit, max_new_tokens, generate_kwargs)
