@@ -505,6 +505,62 @@ def check_query(
         engine.equal(got, norm, f"attention norm {reduction}")
 
 
+def check_queries(
+    engine: Engine,
+    counts: Sequence[int] = (3, 1, 4),
+    lengths: Sequence[int] = (21, 64, 7),
+    heads: tuple[int, int] = (4, 2),
+    window: int | None = None,
+    capacity: int = 64,
+    gap: int = 0,
+    order: Sequence[int] = (2, 0, 1),
+    rounded: bool = False,
+    together: bool = True,
+) -> None:
+    """Query tokens of several requests, whose contexts lie in one allocation, in two calls."""
+    backend, dim = engine.backend(), engine.head_dim
+    total, requests = sum(counts), len(counts)
+    query = engine.random(1, heads[0], total, dim, seed=1)
+    own = [engine.random(1, heads[1], total, dim, seed=s) for s in (2, 3)]
+    buffers = [engine.random(1, heads[1], requests * capacity, dim, seed=s) for s in (4, 5)]
+    meant, scales = buffers, UNSCALED
+    if rounded:
+        buffers, meant, scales = eight_bits(buffers)
+
+    def contexts(buffer: Tensor) -> list[Tensor]:
+        """Request i lies at the place that `order` gives it."""
+        starts = [order[i] * capacity for i in range(requests)]
+        return [buffer[:, :, start : start + n] for start, n in zip(starts, lengths, strict=True)]
+
+    at = [torch.arange(n, device=engine.device) for n in lengths]
+    asked = [
+        torch.arange(n + gap, n + gap + count, device=engine.device)
+        for n, count in zip(lengths, counts, strict=True)
+    ]
+    plan = backend.plan_queries(asked, at)
+    given = [contexts(x) if together else [y.clone() for y in contexts(x)] for x in buffers]
+    before = getattr(engine.module, "plans", None)
+    for _ in range(2):  # as two layers
+        out, lse = backend.attend_queries(
+            query, *own, *given, plan, scaling=SCALING, window=window, scales=[scales] * requests
+        )
+    if before is not None:
+        assert engine.module.plans - before == (2 if together or requests == 1 else 2 * requests)
+    for index, rows in enumerate(torch.arange(total).split(list(counts))):
+        positions = torch.cat((at[index], asked[index])).cpu()
+        slot = torch.arange(len(positions))
+        visible = slot[None] <= slot[lengths[index] :, None]
+        if window is not None:
+            visible &= positions[None] > asked[index].cpu()[:, None] - window
+        every = [
+            torch.cat((contexts(c)[index][0], o[0][:, rows]), 1)
+            for c, o in zip(meant, own, strict=True)
+        ]
+        want, want_lse = dense(query[0][:, rows], *every, visible, SCALING)
+        engine.equal(out[0, rows], want, f"query rows of request {index}")
+        engine.equal(lse[0][:, rows].T, want_lse, f"natural log-sum-exp of request {index}")
+
+
 def check_windowed_layers_alternate(engine: Engine) -> None:
     """One plan serves layers with and without a window: two wrappers, neither overwritten."""
     backend = engine.backend()
@@ -593,6 +649,14 @@ def check_query_rows(engine: Engine) -> None:
     check_query(engine, window=3, gap=5)  # no context slot is in reach of any row
 
 
+def check_several_queries(engine: Engine) -> None:
+    check_queries(engine)
+    check_queries(engine, window=9)
+    check_queries(engine, window=3, gap=5)
+    check_queries(engine, rounded=True)
+    check_queries(engine, together=False)
+
+
 RULE_CHECKS: dict[str, Callable[[Engine], None]] = {
     name.removeprefix("rule_"): check for name, check in globals().items() if name[:5] == "rule_"
 }
@@ -605,6 +669,7 @@ BACKEND_CHECKS: dict[str, Callable[[Engine], None]] = {
     "rows": check_scattered_rows,
     "pages": check_pages,
     "query": check_query_rows,
+    "queries": check_several_queries,
     "alternating_windows": check_windowed_layers_alternate,
     "reuse": check_wrappers_are_reused,
     "threads": check_threads,

@@ -19,6 +19,7 @@ from flashinfer_checks import (
     causal,
     check_documents,
     check_pages,
+    check_queries,
     check_query,
     check_rows,
     dense,
@@ -268,3 +269,13 @@ def test_documents_agree_with_the_dense_oracle(lengths, prefix, heads, window):
 )
 def test_queries_agree_with_the_dense_oracle(rows, length, heads, window, spare, gap):
     check_query(EXACT, rows, length, heads, window, length + spare, gap)
+
+
+@given(data=st.data(), heads=HEADS, window=WINDOWS, gap=st.integers(0, 30), rounded=st.booleans())
+def test_queries_of_several_requests_agree_with_the_dense_oracle(data, heads, window, gap, rounded):
+    requests = data.draw(st.integers(1, 4))
+    counts = [data.draw(st.integers(1, 9)) for _ in range(requests)]
+    lengths = [data.draw(st.integers(1, 128)) for _ in range(requests)]
+    order = data.draw(st.permutations(range(requests)))
+    together = data.draw(st.booleans())
+    check_queries(EXACT, counts, lengths, heads, window, 128, gap, order, rounded, together)

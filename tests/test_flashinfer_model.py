@@ -148,6 +148,26 @@ def test_one_plan_serves_all_layers_of_a_forward():
         assert module.plans <= 8, "masked, unmasked and causal rows, and the answering row"
 
 
+@pytest.mark.parametrize("geometry", ["global", "hl-tp"])
+def test_several_requests_are_scored_in_the_calls_of_one(geometry):
+    """Over the contexts, and over the queries themselves; the results are those of one by one."""
+    model = shared_tiny_model("mistral", sliding_window=9)
+    backend = standin_backend()
+    queries = [PROMPT, [4, 5], [6] * 7]
+    with ifkv.patch(model, backend=backend):
+        a, b, c = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        caches = ifkv.stitch_many(model, [[a, b], [c], [b, a, c]], geometry=geometry)
+        want = [ifkv.score(model, *pair) for pair in zip(caches, queries, strict=True)]
+        before = backend._module.plans
+        got = ifkv.score_many(model, caches, queries)
+        assert backend._module.plans - before == 2
+        apart = [cache.clone() for cache in caches]
+        alone = ifkv.score_many(model, apart, queries)
+    for one, other, expected in zip(got, alone, want, strict=True):
+        assert_close(one, expected, what="scores together", tolerance=1e-6)
+        assert_close(other, expected, what="scores of caches apart", tolerance=1e-6)
+
+
 def test_more_rows_than_a_mask_can_address_are_refused(monkeypatch):
     monkeypatch.setattr("ifkv.backends.flashinfer.calls.MASK_LIMIT", 100)
     backend = standin_backend("tiles")

@@ -10,10 +10,8 @@ different models or threads cannot meet.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
 
 from ifkv.backends.plans import UNSCALED
 from ifkv.float8 import restore
@@ -65,53 +63,6 @@ class AttentionPass(Protocol):
             ``[1, rows, heads, head_dim]``.
         """
         ...
-
-
-class SideBySide:
-    """Several passes in one run of their rows, which follow one another.
-
-    Everything but attention (projections, norms, MLPs) then reads the weights once for all.
-
-    Args:
-        passes: The passes.
-        counts: Rows of each.
-    """
-
-    def __init__(self, passes: Sequence[AttentionPass], counts: Sequence[int]):
-        self._passes = passes
-        self._counts = list(counts)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Let every pass take its rows' keys and values, and keep what each returns."""
-        self._taken = [
-            each.update(own_keys, own_values, layer_idx)
-            for each, own_keys, own_values in zip(
-                self._passes,
-                keys.split(self._counts, dim=2),
-                values.split(self._counts, dim=2),
-                strict=True,
-            )
-        ]
-        return keys, values
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        """Every pass's attention of its own rows."""
-        outs = [
-            each.attend(layer_idx, rows, *taken, scaling=scaling, window=window)
-            for each, rows, taken in zip(
-                self._passes, query.split(self._counts, dim=2), self._taken, strict=True
-            )
-        ]
-        return torch.cat(outs, dim=1)
 
 
 def register(name: str, config: PreTrainedConfig, backend: Backend | None = None) -> None:

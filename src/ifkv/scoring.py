@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from ifkv.attention import AttentionPass, SideBySide
 from ifkv.backends.base import Backend, QueryPlan, Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
@@ -213,17 +212,11 @@ def run_scorings(
     positions = torch.cat(own)
     hidden = embed(model, torch.cat([job.query for job in jobs]).to(device))
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
-    passes = [
-        ScoringPass(handle, job.cache, layers, at, measure)
-        for job, at in zip(jobs, own, strict=True)
-    ]
-    run: AttentionPass = passes[0]
-    if len(passes) > 1:
-        run = SideBySide(passes, [len(job.query) for job in jobs])
+    run = ScoringPass(handle, [job.cache for job in jobs], layers, own, measure)
     rotation, deepest = (cos[None], sin[None]), layers[-1]
     hidden = run_layers(model, hidden, positions, rotation, run, deepest)
     run_attention(model, hidden, positions, rotation, run, deepest)
-    return [each.measured for each in passes]
+    return run.measured
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
@@ -241,26 +234,33 @@ def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
 
 
 class ScoringPass:
-    """Query tokens over a stitched cache that is only read; scores are taken on the way.
+    """Query tokens over stitched caches that are only read; scores are taken on the way.
 
     Attributes:
-        measured: What was measured in each scoring layer passed so far.
+        measured: For each request what was measured in each scoring layer passed so far.
+
+    Args:
+        handle: The model's handle.
+        caches: The cache of each request.
+        layers: Where to measure.
+        positions: Of each request's query tokens, which follow one another.
+        measure: What to measure.
     """
 
     def __init__(
         self,
         handle: PatchHandle,
-        cache: StitchedCache,
+        caches: Sequence[StitchedCache],
         layers: Sequence[int],
-        positions: Tensor,
+        positions: Sequence[Tensor],
         measure: Measure,
     ):
         self._backend = handle.backend
-        self._cache = cache
+        self._caches = caches
         self._layers = frozenset(layers)
-        self._plan = handle.backend.plan_query(positions, cache.positions)
+        self._plan = handle.backend.plan_queries(positions, [cache.positions for cache in caches])
         self._measure = measure
-        self.measured: list[Tensor] = []
+        self.measured: list[list[Tensor]] = [[] for _ in caches]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Keep nothing: the query's keys and values live for one layer."""
@@ -276,12 +276,16 @@ class ScoringPass:
         scaling: float,
         window: int | None,
     ) -> Tensor:
-        """The query's attention; in a scoring layer, the context's norms too."""
-        layer = self._cache.layers[layer_idx]
-        context = slice(0, self._cache.context_length)
-        context_keys = layer.key_buffer[:, :, context]
-        context_values = layer.value_buffer[:, :, context]
-        out, logsumexp = self._backend.attend_query(
+        """The queries' attention; in a scoring layer, the contexts' norms too."""
+        layers = [cache.layers[layer_idx] for cache in self._caches]
+        lengths = [cache.context_length for cache in self._caches]
+        context_keys = [
+            layer.key_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
+        ]
+        context_values = [
+            layer.value_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
+        ]
+        out, logsumexp = self._backend.attend_queries(
             query,
             keys,
             values,
@@ -290,20 +294,24 @@ class ScoringPass:
             self._plan,
             scaling=scaling,
             window=window,
-            scales=layer.scales,
+            scales=[layer.scales for layer in layers],
         )
-        if layer_idx in self._layers:
+        if layer_idx not in self._layers:
+            return out
+        queries = query.split(self._plan.counts, dim=2)
+        logsumexps = logsumexp.split(self._plan.counts, dim=2)
+        for index, layer in enumerate(layers):
             view = QueryView(
                 backend=self._backend,
                 layer_idx=layer_idx,
-                query=query,
-                context_keys=context_keys,
-                context_values=context_values,
-                logsumexp=logsumexp,
-                plan=self._plan,
+                query=queries[index],
+                context_keys=context_keys[index],
+                context_values=context_values[index],
+                logsumexp=logsumexps[index],
+                plan=self._plan.parts[index],
                 scaling=scaling * layer.scales.keys,
                 window=window,
                 value_scale=layer.scales.values,
             )
-            self.measured.append(self._measure(view))
+            self.measured[index].append(self._measure(view))
         return out

@@ -22,6 +22,7 @@ from ifkv.backends.plans import (
     UNSCALED,
     DocumentPlan,
     KVScales,
+    QueriesPlan,
     QueryPlan,
     Reduction,
     RowPlan,
@@ -245,6 +246,60 @@ class Backend(ABC):
             The output ``[1, Q, heads, head_dim]`` and the log-sum-exp ``[1, heads, Q]`` over
             context and query tokens.
         """
+
+    def plan_queries(
+        self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
+    ) -> QueriesPlan:
+        """Plan query tokens of several requests, each over a context of its own.
+
+        Args:
+            query_positions: For each request, as in :meth:`plan_query`.
+            context_positions: For each request, as in :meth:`plan_query`.
+        """
+        pairs = zip(query_positions, context_positions, strict=True)
+        return QueriesPlan(tuple(self.plan_query(*pair) for pair in pairs), None)
+
+    def attend_queries(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Sequence[Tensor],
+        context_values: Sequence[Tensor],
+        plan: QueriesPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        scales: Sequence[KVScales],
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of several requests' query tokens, each over its own context and itself.
+
+        A backend that can run requests together does; this one runs them one by one.
+
+        Args:
+            query: ``[1, heads, Q, head_dim]``, the requests' tokens one after the other.
+            keys: The query tokens' own, ``[1, kv_heads, Q, head_dim]``.
+            values: Of the same shape.
+            context_keys: For each request ``[1, kv_heads, T, head_dim]``.
+            context_values: Of the same shapes.
+            plan: From :meth:`plan_queries`.
+            scaling: Factor on the logits.
+            window: As in :meth:`attend_query`.
+            scales: For each request those of its context's keys and values.
+
+        Returns:
+            As :meth:`attend_query`, the requests' tokens one after the other.
+        """
+        own = (x.split(plan.counts, dim=2) for x in (query, keys, values))
+        requests = zip(*own, context_keys, context_values, plan.parts, scales, strict=True)
+        found = [
+            self.attend_query(*tensors, scaling=scaling, window=window, scales=its)
+            for *tensors, its in requests
+        ]
+        if len(found) == 1:
+            return found[0]
+        outs, logsumexps = zip(*found, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(logsumexps, dim=2)
 
     @abstractmethod
     def attention_norm(

@@ -69,3 +69,21 @@ class QueryPlan:
     query_positions: Tensor
     context_positions: Tensor
     detail: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class QueriesPlan:
+    """Query tokens of several requests, each over a context of its own.
+
+    Attributes:
+        parts: Of each request; their query tokens follow one another.
+        detail: What the backend has prepared for all of them together.
+    """
+
+    parts: tuple[QueryPlan, ...]
+    detail: Any
+
+    @property
+    def counts(self) -> list[int]:
+        """Query tokens of each request."""
+        return [len(part.query_positions) for part in self.parts]

@@ -7,7 +7,6 @@ is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,27 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend
 from ifkv.backends.flashinfer.availability import INSTALL, load, refusal_of_module
-from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
+from ifkv.backends.flashinfer.calls import Geometry, Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
-from ifkv.backends.flashinfer.pages import PagedBuffers, view_as_pages, view_together
+from ifkv.backends.flashinfer.pages import (
+    PagedBuffers,
+    view_as_pages,
+    view_together,
+)
+from ifkv.backends.flashinfer.queries import QueryAttention
 from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
-from ifkv.backends.flashinfer.tiles import MaskForm, Part
+from ifkv.backends.flashinfer.tiles import MaskForm
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
-from ifkv.backends.norms import attention_norm
 from ifkv.backends.plans import (
     UNSCALED,
     DocumentPlan,
     KVScales,
-    QueryPlan,
-    Reduction,
     RowPlan,
 )
 from ifkv.errors import BackendUnavailableError
 
 
-class FlashInferBackend(Backend):
+class FlashInferBackend(QueryAttention):
     """Attention by FlashInfer's kernels.
 
     Args:
@@ -86,7 +86,7 @@ class FlashInferBackend(Backend):
         window: int | None,
     ) -> Tensor:
         """See :meth:`Backend.attend_documents`."""
-        geometry = self._geometry(query, keys, 1, scaling, window)
+        geometry = Geometry.of(query, keys, 1, scaling, window)
         call = plan.detail.once(
             geometry,
             lambda: DocumentCall(
@@ -200,7 +200,7 @@ class FlashInferBackend(Backend):
         scales: KVScales = UNSCALED,
     ) -> Tensor:
         """The same over pages, in whatever order the plan's page tables name them."""
-        geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
+        geometry = Geometry.of(query, buffers.keys, buffers.page_size, scaling, window)
         detail: RowDetail = plan.detail
         first_pages = buffers.first_pages
         calls = detail.planned.once(
@@ -239,99 +239,3 @@ class FlashInferBackend(Backend):
             rows, keys, values, self._step.plan, scaling=scaling, window=None, scales=scales
         )
         return out.transpose(0, 1)
-
-    def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
-        """See :meth:`Backend.plan_query`."""
-        return QueryPlan(query_positions, context_positions, Planned())
-
-    def attend_query(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        context_keys: Tensor,
-        context_values: Tensor,
-        plan: QueryPlan,
-        *,
-        scaling: float,
-        window: int | None,
-        scales: KVScales = UNSCALED,
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Backend.attend_query`."""
-        own, own_logsumexp = self._attend_span(
-            query, keys, values, plan, scaling, window, UNSCALED, context=False
-        )
-        if context_keys.shape[2] > 0:
-            part, logsumexp = self._attend_span(
-                query, context_keys, context_values, plan, scaling, window, scales, context=True
-            )
-            own, own_logsumexp = self._module.merge_state(part, logsumexp, own, own_logsumexp)
-        return own[None], own_logsumexp.mul(math.log(2)).T[None]
-
-    def _attend_span(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        plan: QueryPlan,
-        scaling: float,
-        window: int | None,
-        scales: KVScales,
-        *,
-        context: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Query tokens over the context, or over themselves."""
-        rows, length = query.shape[2], keys.shape[2]
-        buffers = view_as_pages(keys, values, length)
-        geometry = self._geometry(query, buffers.keys, buffers.page_size, scaling, window)
-
-        def make() -> Call:
-            pages = torch.arange(-(-length // geometry.page_size), dtype=torch.int32)
-            return Call(
-                self._pool,
-                "masked" if window is not None else "full" if context else "causal",
-                [Part(0, 0, rows, 0, length)],
-                [pages],
-                geometry,
-                plan.query_positions,
-                plan.context_positions if context else plan.query_positions,
-            )
-
-        call: Call = plan.detail.once((geometry, context), make)
-        return call.run(query[0].transpose(0, 1), buffers, scales)
-
-    def attention_norm(
-        self,
-        query: Tensor,
-        context_keys: Tensor,
-        logsumexp: Tensor,
-        plan: QueryPlan,
-        *,
-        scaling: float,
-        reduction: Reduction,
-        window: int | None,
-    ) -> Tensor:
-        """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
-        return attention_norm(
-            query,
-            context_keys,
-            logsumexp,
-            plan,
-            scaling=scaling,
-            reduction=reduction,
-            window=window,
-        )
-
-    def _geometry(
-        self, query: Tensor, keys: Tensor, page_size: int, scaling: float, window: int | None
-    ) -> Geometry:
-        return Geometry(
-            heads=query.shape[1],
-            kv_heads=keys.shape[1],
-            head_dim=query.shape[3],
-            q_dtype=query.dtype,
-            kv_dtype=keys.dtype,
-            page_size=page_size,
-            scaling=scaling,
-            window=window,
-        )

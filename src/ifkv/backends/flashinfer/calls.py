@@ -36,6 +36,22 @@ class Geometry:
     scaling: float
     window: int | None
 
+    @classmethod
+    def of(
+        cls, query: Tensor, keys: Tensor, page_size: int, scaling: float, window: int | None
+    ) -> Geometry:
+        """From a layer's tensors, whose shapes are those of the backend contract."""
+        return cls(
+            heads=query.shape[1],
+            kv_heads=keys.shape[1],
+            head_dim=query.shape[3],
+            q_dtype=query.dtype,
+            kv_dtype=keys.dtype,
+            page_size=page_size,
+            scaling=scaling,
+            window=window,
+        )
+
     @property
     def group(self) -> int:
         """Query heads per key head."""
@@ -104,7 +120,7 @@ class Call:
         tables: For each sequence its pages in order, int32 on the CPU.
         geometry: Heads, dtypes and so on.
         row_positions: Long ``[rows]`` of the forward, on the compute device.
-        key_positions: Long ``[slots]``; a slot is its position if None.
+        key_positions: For each sequence long ``[slots]``; a slot is its position if None.
         by_position: Let our own kernel compare positions instead of reading a mask.
     """
 
@@ -116,7 +132,7 @@ class Call:
         tables: Sequence[Tensor],
         geometry: Geometry,
         row_positions: Tensor,
-        key_positions: Tensor | None = None,
+        key_positions: Sequence[Tensor] | None = None,
         by_position: bool = False,
     ):
         device = row_positions.device

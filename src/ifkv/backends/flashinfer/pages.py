@@ -60,6 +60,18 @@ def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
     return PagedBuffers(key_pages, value_pages, first_pages)
 
 
+def view_as_slots(keys: Tensor, values: Tensor) -> PagedBuffers:
+    """View one buffer as pages of a single slot, so that a request may begin at any of them.
+
+    Args:
+        keys: ``[1, kv_heads, slots, head_dim]``, its last dimension contiguous.
+        values: Of the same shape.
+    """
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    length = keys.shape[2]
+    return PagedBuffers(_pages(keys, length, 1)[0], _pages(values, length, 1)[0], (0,))
+
+
 def view_together(
     keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]
 ) -> PagedBuffers | None:

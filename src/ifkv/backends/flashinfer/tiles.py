@@ -142,7 +142,7 @@ def parts_of_rows(
 def mask_of_parts(
     parts: Sequence[Part],
     row_positions: Tensor,
-    key_positions: Tensor | None,
+    key_positions: Sequence[Tensor] | None,
     window: int | None,
 ) -> Tensor:
     """The mask FlashInfer wants: True where a row looks, request after request, rows in order.
@@ -150,7 +150,7 @@ def mask_of_parts(
     Args:
         parts: What each request reads.
         row_positions: Long ``[rows]``, on the compute device.
-        key_positions: Long ``[slots]``; a slot is its position if None.
+        key_positions: For each sequence long ``[slots]``; a slot is its position if None.
         window: Positions that a row sees, its own included; None sees all.
 
     Returns:
@@ -159,12 +159,12 @@ def mask_of_parts(
     device = row_positions.device
     total = sum((part.stop - part.start) * (part.end - part.begin) for part in parts)
     mask = torch.empty(total, dtype=torch.bool, device=device)
-    if key_positions is None:
-        key_positions = torch.arange(max(part.end for part in parts), device=device)
+    slots = torch.arange(max(part.end for part in parts), device=device)
     done = 0
     for part in parts:
         rows = row_positions[part.start : part.stop, None]
-        keys = key_positions[None, part.begin : part.end]
+        positions = slots if key_positions is None else key_positions[part.sequence]
+        keys = positions[None, part.begin : part.end]
         size = rows.shape[0] * keys.shape[1]
         block = mask[done : done + size].view(rows.shape[0], keys.shape[1])
         torch.le(keys, rows, out=block)

@@ -1,0 +1,178 @@
+"""Query tokens of one request or several: a call over their contexts, and one over themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.base import Backend
+from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
+from ifkv.backends.flashinfer.pages import (
+    PagedBuffers,
+    view_as_pages,
+    view_as_slots,
+    view_together,
+)
+from ifkv.backends.flashinfer.tiles import CallKind, Part
+from ifkv.backends.flashinfer.wrappers import WrapperPool
+from ifkv.backends.norms import attention_norm
+from ifkv.backends.plans import UNSCALED, KVScales, QueriesPlan, QueryPlan, Reduction
+
+
+class QueryAttention(Backend):
+    """What a query does: look at contexts and at itself, and be measured."""
+
+    _module: Any
+    _pool: WrapperPool
+
+    def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
+        """See :meth:`Backend.plan_query`."""
+        return QueryPlan(query_positions, context_positions, Planned())
+
+    def attend_query(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        plan: QueryPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        scales: KVScales = UNSCALED,
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Backend.attend_query`."""
+        plans, planned = (plan,), plan.detail
+        how: dict[str, Any] = {"scaling": scaling, "window": window}
+        own_pages = view_as_pages(keys, values, keys.shape[2])
+        own, own_logsumexp = self._attend_spans(query, own_pages, plans, planned, **how)
+        if context_keys.shape[2] > 0:
+            pages = view_as_pages(context_keys, context_values, context_keys.shape[2])
+            seen = self._attend_spans(
+                query, pages, plans, planned, context=True, scales=scales, **how
+            )
+            own, own_logsumexp = self._module.merge_state(*seen, own, own_logsumexp)
+        return own[None], own_logsumexp.mul(math.log(2)).T[None]
+
+    def plan_queries(
+        self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
+    ) -> QueriesPlan:
+        """See :meth:`Backend.plan_queries`."""
+        plan = super().plan_queries(query_positions, context_positions)
+        return QueriesPlan(plan.parts, Planned())
+
+    def attend_queries(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Sequence[Tensor],
+        context_values: Sequence[Tensor],
+        plan: QueriesPlan,
+        *,
+        scaling: float,
+        window: int | None,
+        scales: Sequence[KVScales],
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Backend.attend_queries`; together under the terms of attend_requests."""
+        lengths = [context.shape[2] for context in context_keys]
+        pages = None
+        if len(lengths) > 1 and min(lengths) > 0 and len(set(scales)) == 1:
+            pages = view_together(context_keys, context_values, lengths)
+        how: dict[str, Any] = {"scaling": scaling, "window": window}
+        if pages is None:
+            return super().attend_queries(
+                query, keys, values, context_keys, context_values, plan, scales=scales, **how
+            )
+        # A request's own keys begin wherever those before it end, so their pages hold one slot.
+        starts = tuple(itertools.accumulate(plan.counts[:-1], initial=0))
+        own_pages = dataclasses.replace(view_as_slots(keys, values), first_pages=starts)
+        own = self._attend_spans(query, own_pages, plan.parts, plan.detail, **how)
+        seen = self._attend_spans(
+            query, pages, plan.parts, plan.detail, context=True, scales=scales[0], **how
+        )
+        out, logsumexp = self._module.merge_state(*seen, *own)
+        return out[None], logsumexp.mul(math.log(2)).T[None]
+
+    def _attend_spans(
+        self,
+        query: Tensor,
+        buffers: PagedBuffers,
+        plans: Sequence[QueryPlan],
+        planned: Planned,
+        *,
+        scaling: float,
+        window: int | None,
+        scales: KVScales = UNSCALED,
+        context: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Query tokens over their contexts, or over themselves; base-2 log-sum-exps."""
+        geometry = Geometry.of(query, buffers.keys, buffers.page_size, scaling, window)
+        firsts = buffers.first_pages
+        call: Call = planned.once(
+            (geometry, context, firsts),
+            lambda: query_call(self._pool, plans, firsts, geometry, context=context),
+        )
+        return call.run(query[0].transpose(0, 1), buffers, scales)
+
+    def attention_norm(
+        self,
+        query: Tensor,
+        context_keys: Tensor,
+        logsumexp: Tensor,
+        plan: QueryPlan,
+        *,
+        scaling: float,
+        reduction: Reduction,
+        window: int | None,
+    ) -> Tensor:
+        """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
+        return attention_norm(
+            query,
+            context_keys,
+            logsumexp,
+            plan,
+            scaling=scaling,
+            reduction=reduction,
+            window=window,
+        )
+
+
+def query_call(
+    pool: WrapperPool,
+    plans: Sequence[QueryPlan],
+    first_pages: Sequence[int],
+    geometry: Geometry,
+    *,
+    context: bool,
+) -> Call:
+    """Plan the query tokens of all requests over keys of their own, in one call.
+
+    Args:
+        pool: Where to get a wrapper.
+        plans: Of each request; their query tokens follow one another.
+        first_pages: For each request, the page that its keys begin with; its others follow.
+        geometry: Heads, dtypes and so on.
+        context: Whether the keys are the contexts', all of which are seen, or the query tokens'
+            own, which are seen causally.
+    """
+    kind: CallKind = "masked" if geometry.window is not None else "full" if context else "causal"
+    positions = [plan.context_positions if context else plan.query_positions for plan in plans]
+    ends = [0, *itertools.accumulate(len(plan.query_positions) for plan in plans)]
+    parts = [
+        Part(index, *rows, 0, len(keys))
+        for index, (rows, keys) in enumerate(zip(itertools.pairwise(ends), positions, strict=True))
+    ]
+    tables = [
+        torch.arange(first, first - (-len(keys) // geometry.page_size), dtype=torch.int32)
+        for first, keys in zip(first_pages, positions, strict=True)
+    ]
+    asked = torch.cat([plan.query_positions for plan in plans])
+    return Call(pool, kind, parts, tables, geometry, asked, positions)
