@@ -153,8 +153,10 @@ def _show(console: Console, summary: Summary, written: list[Path]) -> None:
 
     from ifkv.evaluation.tables import quality_table
 
-    heads, cells = quality_table(summary.rows)
-    table = Table(*heads, title=f"{summary.count} questions")
+    heads, cells = quality_table(summary.rows, brief=True)
+    table = Table(title=f"{summary.count} questions")
+    for head in heads:
+        table.add_column(head, overflow="fold")
     for line in cells:
         table.add_row(*(cell.replace("[", "\\[") for cell in line))
     console.print(table)

@@ -27,8 +27,10 @@ _UNEVEN = (
 )
 
 
-def estimate(value: Estimate | None, digits: int = 3, percent: bool = False) -> str:
-    """A number with its interval; a dash where there is none.
+def estimate(
+    value: Estimate | None, digits: int = 3, percent: bool = False, brief: bool = False
+) -> str:
+    """A number, and its interval unless it is to be brief; a dash where there is none.
 
     >>> estimate(Estimate(0.5, 0.25, 0.75, 9), percent=True)
     '50 % [25, 75]'
@@ -36,18 +38,22 @@ def estimate(value: Estimate | None, digits: int = 3, percent: bool = False) -> 
     if value is None or not math.isfinite(value.value):
         return "–"
     if percent:
-        return (
-            f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]".replace("%", " %")
-            .replace(" %,", ",")
-            .replace(" %]", "]")
-        )
+        # Adding 0 makes of -0 a plain one.
+        middle, low, high = (round(100 * x) + 0 for x in (value.value, value.low, value.high))
+        return f"{middle} % [{low}, {high}]"
+    if brief:
+        return f"{value.value:.{digits}f}"
     return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
-def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of what each way reached; of how many questions, where that differs."""
+def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of what each way reached; of how many questions, where that differs.
+
+    In brief, only the gap has its interval.
+    """
     heads = ["way", "r", "cost", "gap", "KL", "top-1", "NLL", "F1", "EM"]
     uneven = len({row.count for row in rows}) > 1
+    answered = any(row.f1 is not None for row in rows if row.way != FULL)
     if uneven:
         heads.insert(2, "n")
     cells = []
@@ -59,15 +65,17 @@ def quality_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 "" if plain else f"{row.ratio:g}",
                 f"{row.flops:.3f}",
                 "" if plain else estimate(row.gap, percent=True),
-                estimate(row.kl),
+                estimate(row.kl, brief=brief),
                 f"{row.top1.value:.3f}",
-                estimate(row.nll, 2),
-                estimate(row.f1),
+                estimate(row.nll, 2, brief=brief),
+                estimate(row.f1, brief=brief),
                 "–" if row.em is None else f"{row.em.value:.3f}",
             ]
         )
         if uneven:
             cells[-1].insert(2, str(row.count))
+    if not answered:  # full prefill alone has an answer, which is compared with nothing
+        heads, cells = heads[:-2], [line[:-2] for line in cells]
     return heads, cells
 
 

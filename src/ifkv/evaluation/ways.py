@@ -131,8 +131,9 @@ def matrix(
     Raises:
         InvalidInputError: An unknown selector, option or geometry, a ratio outside [0, 1], or none.
 
-    >>> [way.key for way in matrix(["random"], [0.05, 0.15])]
-    ['stitch only @0', 'random @0.05', 'random @0.15']
+    Examples:
+        >>> [way.key for way in matrix(["random"], [0.05, 0.15])]
+        ['stitch only @0', 'random @0.05', 'random @0.15']
     """
     if not selectors or not ratios:
         raise InvalidInputError(
