@@ -37,6 +37,7 @@ def row(way: str, ratio: float, flops: float, gap: float, **further: Any) -> Row
         nll=sure(1.0),
         f1=None,
         em=None,
+        budget=f"{ratio:g}",
     )
     return dataclasses.replace(made, **further)
 

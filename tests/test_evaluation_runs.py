@@ -16,6 +16,7 @@ from ifkv.cli import app
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation import Bench, Ledger, Passage, Question, Trial, Way, matrix, run
 from ifkv.evaluation import runner as runner_module
+from ifkv.evaluation.budgets import parse_budgets
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.publishing import publish
 from ifkv.evaluation.questions import Dataset
@@ -258,6 +259,69 @@ def test_geometries_multiply_the_selectors_that_have_them() -> None:
         "attention-norm:geometry=hl-tp",
         "epic",
     ]
+
+
+def test_other_budgets_run_resume_and_are_summarised_apart(bench: Bench, tmp_path: Path) -> None:
+    text = ".2+sentences,.2+window=3,number=4,mass=.5+cap=.4,.1"
+    given = parse_budgets(text)
+    ways = matrix(["attention-norm"], [0.2], budgets=given)
+    keys = [way.key for way in ways]
+    assert keys == [
+        "stitch only @0",
+        "attention-norm @0.1",
+        "attention-norm @0.2",
+        "attention-norm @0.2+sentences",
+        "attention-norm @0.2+window=3",
+        "attention-norm @number=4",
+        "attention-norm @mass=0.5+cap=0.4",
+    ]
+    done = evaluate(bench, tmp_path, ways)
+    assert evaluate(bench, tmp_path, ways).seconds == [], "all are found again"
+    results = done.ledger.results["one"]
+    assert list(results) == keys
+    assert results["attention-norm @number=4"]["rows"] == 4
+    assert results["attention-norm @0.2+window=3"]["rows"] == results["attention-norm @0.2"]["rows"]
+    assert "budget" not in results["attention-norm @0.2"], "as earlier versions wrote it"
+    summary, _ = publish(Ledger(tmp_path))
+    assert summary.ways == [
+        "attention-norm",
+        "attention-norm (sentences)",
+        "attention-norm (window=3)",
+        "attention-norm (number)",
+        "attention-norm (mass+cap=0.4)",
+    ]
+    assert [row.ratio for row in summary.rows[2:]] == [0.1, 0.2, 0.2, 0.2, None, None]
+    equal = {(one.first, one.second) for one in summary.differences()}
+    assert ("attention-norm", "attention-norm (sentences)") in equal
+    assert not any("number" in name or "mass" in name for pair in equal for name in pair)
+    assert "number=4" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_budget_of_a_run_is_what_a_session_recomputes(bench: Bench) -> None:
+    question = QUESTIONS[0]
+    session = ifkv.Session(bench.model, bench.tokenizer)
+    documents = session.add([passage.document for passage in question.passages])
+    trial = Trial(bench, question)
+    for budget in parse_budgets("number=5,mass=.6,.3+sentences"):
+        way = Way(selectors.resolve("attention-norm:query=prompt"), other=budget)
+        [result] = trial.measure([way])
+        ready = session.prepare(
+            f"{question.text}\n{bench.short_answer}",
+            documents=documents,
+            ratio=budget,
+            selector="attention-norm:query=prompt",
+        )
+        assert result.rows == len(ready.slots) > 0
+        assert result.answer == session.complete(ready, max_new_tokens=5).text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["many", "number=1.5", ".1+", ".1+sentences=1", "cap=.2", ".1+ratio=.2", "2", ".1+cap=.1"],
+)
+def test_a_bad_budget_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError):
+        parse_budgets(text)
 
 
 def test_the_command_runs_resumes_and_summarises(tmp_path: Path) -> None:

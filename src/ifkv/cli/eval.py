@@ -43,6 +43,14 @@ def evaluate(
     ratios: Annotated[
         str, typer.Option(help="Recompute ratios, separated by commas.")
     ] = ".05,.10,.15,.30",
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="Further budgets, separated by commas: number=200, mass=.5+cap=.3, "
+            ".15+sentences, .15+window=5.",
+            show_default=False,
+        ),
+    ] = "",
     geometries: Annotated[
         str,
         typer.Option(
@@ -107,6 +115,7 @@ def evaluate(
 
     from ifkv.cli.loading import load_model, load_tokenizer
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
+    from ifkv.evaluation.budgets import parse_budgets
     from ifkv.evaluation.progress import ways_bar
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
@@ -114,9 +123,10 @@ def evaluate(
     wanted = [spec for text in selectors or names() for spec in split_specs(text)]
     ways = matrix(
         wanted,
-        numbers(ratios),
+        numbers(ratios) if ratios.strip() or not budgets.strip() else [],
         geometries=[name.strip() for name in geometries.split(",") if name.strip()],
         reorder=reorder,
+        budgets=parse_budgets(budgets),
     )
     dataset = load(data, seed=seed)
     questions = draw(dataset, limit=limit, passages=passages, seed=seed)

@@ -88,7 +88,9 @@ class Ledger:
         question = line["question"]
         self.references[question] = line["full"]
         found = self.results.setdefault(question, {})
-        found.update((f"{way['way']} @{way['ratio']:g}", way) for way in line["ways"])
+        for way in line["ways"]:
+            # Plain ratios have no label of their own.
+            found[f"{way['way']} @{way.get('budget') or format(way['ratio'], 'g')}"] = way
 
     def _read(self) -> None:
         path = self.folder / RESULTS

@@ -87,7 +87,7 @@ def _point(row: Row, what: str, percent: bool, ceiling: bool) -> Point | None:
     # What a full prefill told it is no cost of the slots it names.
     cost = row.flops - row.selecting if ceiling else row.flops
     text = estimate(value, percent=percent)
-    title = f"{row.way}, r = {row.ratio:g}: {text} at {cost:.3f} of full prefill's operations"
+    title = f"{row.way}, r = {row.budget}: {text} at {cost:.3f} of full prefill's operations"
     title += f", {row.count} questions"
     return Point(cost, value.value, value.low, value.high, title)
 

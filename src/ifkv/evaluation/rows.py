@@ -16,7 +16,7 @@ class Row:
 
     Attributes:
         way: Its name: the selector's string, "full prefill" or "stitch only".
-        ratio: Its recompute ratio.
+        ratio: Its recompute ratio; None under a budget by number or mass.
         count: Questions.
         rows: Slots recomputed, as a share of the context; mean over questions.
         flops: Operations to the first token, as a share of full prefill's, pooled.
@@ -28,10 +28,11 @@ class Row:
         nll: -log p of the gold answer's tokens, nats.
         f1: Token F1 of the answers; None if not every question has one.
         em: Exact match; None likewise.
+        budget: The budget as tables show it; a plain ratio is its number.
     """
 
     way: str
-    ratio: float
+    ratio: float | None
     count: int
     rows: float
     flops: float
@@ -43,6 +44,7 @@ class Row:
     nll: Estimate
     f1: Estimate | None
     em: Estimate | None
+    budget: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +54,18 @@ class Difference:
     Attributes:
         first: The way that is compared.
         second: What it is compared with.
-        ratio: The first one's ratio.
+        ratio: The first one's ratio; None under a budget by number or mass.
         gap: Difference of the shares of the gap, first minus second.
         f1: Difference of F1, at equal ratio and if both have answers.
+        budget: The first one's budget, as tables show it.
     """
 
     first: str
     second: str
-    ratio: float
+    ratio: float | None
     gap: Estimate
     f1: Estimate | None
+    budget: str
 
 
 def as_dict(row: Row | Difference) -> dict[str, Any]:

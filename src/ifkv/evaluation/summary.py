@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +57,17 @@ class Summary:
             )
         self._references = ledger.references
         keys: dict[Key, None] = {}
+        self._texts: dict[Key, str] = {}  # what the ledger calls it
+        self._budgets: dict[Key, str] = {}  # what tables call its budget
+        self._plain: set[Key] = set()  # budgets that are a ratio, smoothed or not
         for results in self._results.values():
-            keys.update(((way["way"], float(way["ratio"])), None) for way in results.values())
+            for text, way in results.items():
+                key = _key(way)
+                keys[key] = None
+                self._texts[key] = text
+                self._budgets[key] = way.get("budget") or f"{key[1]:g}"
+                if way["ratio"] is not None:
+                    self._plain.add(key)
         self.keys = list(keys)
 
     @property
@@ -71,7 +81,7 @@ class Summary:
         return list(dict.fromkeys(way for way, _ in self.keys if way != STITCH_ONLY))
 
     def ratios(self, way: str) -> list[float]:
-        """The ratios a way was measured at, ascending."""
+        """The ratios, numbers of slots or shares of mass a way was measured at, ascending."""
         return sorted(ratio for name, ratio in self.keys if name == way)
 
     @functools.cached_property
@@ -89,7 +99,7 @@ class Summary:
         """
         for first in self.ways:
             for ratio in self.ratios(first):
-                if ratio in (0.0, 1.0):
+                if (first, ratio) in self._plain and ratio in (0.0, 1.0):
                     continue
                 for second in self.ways:
                     if second == first:
@@ -115,7 +125,7 @@ class Summary:
 
     def _questions(self, *keys: Key) -> list[str]:
         """Questions that were asked in all of these ways."""
-        wanted = [_text(key) for key in keys]
+        wanted = [self._texts[key] for key in keys]
         return [
             question
             for question, results in self._results.items()
@@ -123,7 +133,7 @@ class Summary:
         ]
 
     def _column(self, key: Key, what: str, questions: Sequence[str]) -> Values:
-        text = _text(key)
+        text = self._texts[key]
         values = [self._results[question][text][what] for question in questions]
         return np.array([np.nan if value is None else value for value in values], dtype=float)
 
@@ -139,6 +149,7 @@ class Summary:
         return Row(
             way=FULL,
             ratio=1.0,
+            budget="1",
             count=len(questions),
             rows=1.0,
             flops=1.0,
@@ -168,7 +179,8 @@ class Summary:
 
         return Row(
             way=key[0],
-            ratio=key[1],
+            ratio=key[1] if key in self._plain else None,
+            budget=self._budgets[key],
             count=len(questions),
             rows=float((column("rows") / context).mean()),
             flops=float(column("flops").sum() / full),
@@ -186,7 +198,7 @@ class Summary:
 
     def _at_equal_ratio(self, first: str, second: str, ratio: float) -> Difference | None:
         keys: list[Key] = [(first, ratio), (second, ratio)]
-        if keys[1] not in self.keys:
+        if not self._plain.issuperset(keys):  # not measured, or another kind of budget
             return None
         questions = self._questions(*keys)
         if not questions:
@@ -196,7 +208,7 @@ class Summary:
         scores = [self._column(key, "f1", questions) for key in keys]
         if not np.isnan(scores).any():
             f1 = self._bootstrap(len(questions)).difference(*scores)
-        return Difference(first, second, ratio, self._gap(one, two, questions), f1)
+        return self._difference(keys[0], second, self._gap(one, two, questions), f1)
 
     def _at_equal_cost(self, first: str, second: str, ratio: float) -> Difference | None:
         """None if the second was not measured around the first one's cost."""
@@ -216,9 +228,11 @@ class Summary:
             return None
         questions = [question for question, here in zip(asked, covered, strict=True) if here]
         one = self._column(key, "kl", questions)
-        return Difference(
-            first, second, ratio, self._gap(one, interpolated[covered], questions), None
-        )
+        return self._difference(key, second, self._gap(one, interpolated[covered], questions), None)
+
+    def _difference(self, key: Key, second: str, gap: Estimate, f1: Estimate | None) -> Difference:
+        ratio = key[1] if key in self._plain else None
+        return Difference(key[0], second, ratio, gap, f1, self._budgets[key])
 
     def _gap(self, one: Values, two: Values, questions: Sequence[str]) -> Estimate:
         boot = self._bootstrap(len(questions))
@@ -231,5 +245,9 @@ def _bootstrap(count: int, seed: int) -> Bootstrap:
     return Bootstrap(count, seed=seed)
 
 
-def _text(key: Key) -> str:
-    return f"{key[0]} @{key[1]:g}"
+def _key(way: dict[str, Any]) -> Key:
+    """Name and amount of a result; every other kind of budget is a way of its own."""
+    if "budget" not in way:
+        return way["way"], float(way["ratio"])
+    number = way["budget"].partition("+")[0].rpartition("=")[2]
+    return f"{way['way']} ({way['kind'].removeprefix('+')})", float(number)

@@ -62,7 +62,7 @@ def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str
         cells.append(
             [
                 row.way,
-                "" if plain else f"{row.ratio:g}",
+                "" if plain else row.budget,
                 f"{row.flops:.3f}",
                 "" if plain else estimate(row.gap, percent=True),
                 estimate(row.kl, brief=brief),
@@ -86,7 +86,7 @@ def difference_table(found: Iterable[Difference]) -> tuple[list[str], list[list[
         [
             one.first,
             one.second,
-            f"{one.ratio:g}",
+            one.budget,
             estimate(one.gap, percent=True),
             estimate(one.f1),
             ("ahead" if one.gap.value > 0 else "behind") if one.gap.excludes_zero else "no",
@@ -101,11 +101,13 @@ def leaders(summary: Summary, found: Iterable[Difference]) -> list[Difference]:
     chosen = []
     best: dict[float, str | None] = {}
     for one in found:
+        if one.ratio is None:
+            continue
         if one.ratio not in best:
             best[one.ratio] = summary.best(one.ratio, evaluation_only())
         if best[one.ratio] == one.first:
             chosen.append(one)
-    return sorted(chosen, key=lambda one: one.ratio)
+    return sorted(chosen, key=lambda one: one.ratio or 0.0)
 
 
 def evaluation_only() -> list[str]:

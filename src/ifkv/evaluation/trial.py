@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ from ifkv.evaluation.questions import Question
 from ifkv.evaluation.text_metrics import best, exact_match, token_f1
 from ifkv.evaluation.token_metrics import agreement, divergence, negative_log_likelihood
 from ifkv.evaluation.ways import Reference, Result, Way
+from ifkv.preparation import reorder_ratio
 from ifkv.recomputation import recompute
 from ifkv.reordering import reorder
 from ifkv.scoring import default_layers
-from ifkv.selectors import Budget, Ranked, Request, Selection, Selector
+from ifkv.selectors import Ranked, Request, Selection, Selector, sentence_groups
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Trial:
         """Measure ways of answering, one after the other.
 
         Args:
-            ways: The ways. Those that differ in the ratio alone share one ranking.
+            ways: The ways. Those that differ in the budget alone share one ranking.
             answers: Whether to decode answers, and score them against the gold ones, too.
         """
         for way in ways:
@@ -149,16 +151,17 @@ class Trial:
         if not way.reorder:
             return None, Cost()
         model = self._bench.model
-        if way.ratio not in self._orders:
-            found = reorder(model, self._documents, self._prompt, ratio=way.ratio)
-            self._orders[way.ratio] = tuple(found)
+        ratio = reorder_ratio(way.budget)
+        if ratio not in self._orders:
+            found = reorder(model, self._documents, self._prompt, ratio=ratio)
+            self._orders[ratio] = tuple(found)
         cost = scoring_cost(
             self._bench.shape,
             len(self._prompt),
             self.reference.context,
             default_layers(self._bench.shape.num_layers),
         )
-        return self._orders[way.ratio], cost
+        return self._orders[ratio], cost
 
     def _stitched(self, order: tuple[int, ...] | None) -> StitchedCache:
         """The documents stitched in an order; read, never written."""
@@ -171,14 +174,17 @@ class Trial:
         if way.selector is None:
             return Selection(torch.zeros(0, dtype=torch.long), None, Cost())
         selector: Selector = way.selector
-        budget = Budget.of(way.ratio)
+        budget, request = way.budget, self._request
+        if budget.sentences:
+            groups = sentence_groups(self._bench.tokenizer, cache)
+            request = dataclasses.replace(request, groups=groups)
         if not isinstance(selector, Ranked) or budget.nothing or budget.everything:
-            return selector.select(self._bench.model, cache, self._request, budget)
+            return selector.select(self._bench.model, cache, request, budget)
         key = str(selector), order
         if key not in self._rankings:
             self._rankings[key] = selector.rank(self._bench.model, cache, self._request)
         scores, cost = self._rankings[key]
-        return Selection(budget.pick(cache, scores, self._request.groups), scores, cost)
+        return Selection(budget.pick(cache, scores, request.groups), scores, cost)
 
     def _text(self, tokens: Tensor) -> str:
         text: str = self._bench.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ifkv.errors import InvalidInputError
+from ifkv.evaluation.budgets import kind, label
 from ifkv.positions import GEOMETRIES
 from ifkv.selection import budget
-from ifkv.selectors import Selector, resolve
+from ifkv.selectors import Budget, Selector, resolve
 
 STITCH_ONLY = "stitch only"
 
@@ -22,11 +23,18 @@ class Way:
         selector: What chooses the slots to recompute; None recomputes none.
         ratio: The recompute ratio.
         reorder: Whether documents are put in the order :func:`ifkv.reorder` finds first.
+        other: A budget that is no plain ratio; it counts instead of the ratio.
     """
 
     selector: Selector | None = None
     ratio: float = 0.0
     reorder: bool = False
+    other: Budget | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """How many slots it may recompute."""
+        return Budget.of(self.ratio) if self.other is None else self.other
 
     @property
     def name(self) -> str:
@@ -38,7 +46,7 @@ class Way:
     @property
     def key(self) -> str:
         """What tells it from every other way."""
-        return f"{self.name} @{self.ratio:g}"
+        return f"{self.name} @{label(self.budget)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +114,10 @@ class Result:
             if field.name != "way"
         }
         way = self.way
-        return {"way": way.name, "ratio": way.ratio, "reorder": way.reorder, **values}
+        named = {"way": way.name, "ratio": way.budget.ratio, "reorder": way.reorder}
+        if way.other is not None:
+            named |= {"budget": label(way.other), "kind": kind(way.other)}
+        return named | values
 
 
 def matrix(
@@ -115,6 +126,7 @@ def matrix(
     *,
     geometries: Sequence[str] = (),
     reorder: bool = False,
+    budgets: Sequence[Budget] = (),
 ) -> list[Way]:
     """Every way that a matrix asks for: stitching alone first, then selector by selector.
 
@@ -124,6 +136,7 @@ def matrix(
         geometries: Try each selector that has an option ``geometry`` in each of these; as the
             selector says if empty.
         reorder: Try every selector with documents reordered, too.
+        budgets: Further budgets than the ratios: numbers, shares of the scores, smoothed ones.
 
     Returns:
         The ways, each once.
@@ -135,10 +148,13 @@ def matrix(
         >>> [way.key for way in matrix(["random"], [0.05, 0.15])]
         ['stitch only @0', 'random @0.05', 'random @0.15']
     """
-    if not selectors or not ratios:
+    if not selectors or not (ratios or budgets):
         raise InvalidInputError(
             f"there are {len(selectors)} selectors and {len(ratios)} ratios; give one of each."
         )
+    # A plain ratio is one, in whatever form it is given.
+    ratios = [*ratios, *(one.ratio for one in budgets if one.ratio is not None and not kind(one))]
+    others = list(dict.fromkeys(one for one in budgets if kind(one)))
     for ratio in ratios:
         budget(1, ratio)
     for geometry in geometries:
@@ -158,4 +174,5 @@ def matrix(
     for selector in chosen.values():
         for moved in (False, True) if reorder else (False,):
             ways += [Way(selector, float(ratio), moved) for ratio in sorted(set(ratios))]
+            ways += [Way(selector, 0.0, moved, one) for one in others]
     return ways
