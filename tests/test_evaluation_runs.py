@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import ifkv
@@ -16,13 +18,14 @@ from ifkv.cli import app
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation import Bench, Ledger, Passage, Question, Trial, Way, matrix, run
 from ifkv.evaluation import runner as runner_module
-from ifkv.evaluation.budgets import parse_budgets
+from ifkv.evaluation.budgets import label, parse_budgets
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.publishing import publish
 from ifkv.evaluation.questions import Dataset
 from ifkv.evaluation.runner import settings_of
 from ifkv.evaluation.specs import numbers, split_specs
 from ifkv.evaluation.summary import Summary
+from ifkv.selectors import Budget
 from ifkv.testing import tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
@@ -31,6 +34,8 @@ QUESTIONS = [
     for name, answer in (("one", "red"), ("two", "green"), ("three", "rain"))
 ]
 DATASET = Dataset("made up", QUESTIONS)
+SHARES = st.integers(0, 100).map(lambda share: share / 100)
+WINDOWS = st.none() | st.integers(0, 9).map(lambda half: 2 * half + 1)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +242,7 @@ def test_lists_of_a_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "ratios", "options"),
+    ("wanted", "ratios", "options"),
     [
         ([], [0.1], {}),
         (["epic"], [], {}),
@@ -246,9 +251,9 @@ def test_lists_of_a_command_line() -> None:
         (["attention-norm"], [0.1], {"geometries": ["flat"]}),
     ],
 )
-def test_a_bad_matrix_is_refused(given: list[str], ratios: list[float], options: Any) -> None:
+def test_a_bad_matrix_is_refused(wanted: list[str], ratios: list[float], options: Any) -> None:
     with pytest.raises(InvalidInputError):
-        matrix(given, ratios, **options)
+        matrix(wanted, ratios, **options)
 
 
 def test_geometries_multiply_the_selectors_that_have_them() -> None:
@@ -263,8 +268,7 @@ def test_geometries_multiply_the_selectors_that_have_them() -> None:
 
 def test_other_budgets_run_resume_and_are_summarised_apart(bench: Bench, tmp_path: Path) -> None:
     text = ".2+sentences,.2+window=3,number=4,mass=.5+cap=.4,.1"
-    given = parse_budgets(text)
-    ways = matrix(["attention-norm"], [0.2], budgets=given)
+    ways = matrix(["attention-norm"], [0.2], budgets=parse_budgets(text))
     keys = [way.key for way in ways]
     assert keys == [
         "stitch only @0",
@@ -313,6 +317,18 @@ def test_a_budget_of_a_run_is_what_a_session_recomputes(bench: Bench) -> None:
         )
         assert result.rows == len(ready.slots) > 0
         assert result.answer == session.complete(ready, max_new_tokens=5).text
+
+
+@given(
+    st.one_of(
+        st.builds(Budget, ratio=SHARES, window=WINDOWS),
+        st.builds(Budget, ratio=SHARES, sentences=st.booleans()),
+        st.builds(Budget, number=st.integers(0, 10**9), window=WINDOWS),
+        st.builds(Budget, mass=SHARES, cap=SHARES, sentences=st.booleans()),
+    )
+)
+def test_a_budget_is_read_as_it_is_shown(budget: Budget) -> None:
+    assert parse_budgets(label(budget)) == [budget]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def kind(budget: Budget) -> str:
 
 def label(budget: Budget) -> str:
     """A budget as :func:`parse_budgets` reads it; a plain ratio is its number."""
-    found, number = kind(budget), f"{amount(budget):g}"
+    found = kind(budget)
+    number = f"{amount(budget):g}" if budget.number is None else str(budget.number)
     head, plus, rest = found.partition("+")
     return (f"{head}={number}" if head else number) + plus + rest
