@@ -342,6 +342,16 @@ def standin_int32(engine: Engine) -> None:
     refused(engine, qo_indptr=torch.tensor([0, 3]))
 
 
+def standin_pages_alike(engine: Engine) -> None:
+    """fa3 refuses keys and values with other strides; from 0.7 on, fa2 does too."""
+    wrapper = paged(engine)
+    plan_paged(engine, wrapper)
+    query, pages, _, _, _ = setting(engine)
+    wrapper.run(query, (pages, pages.clone()))
+    other = pages.transpose(1, 2).contiguous().transpose(1, 2)
+    must_fail(lambda: wrapper.run(query, (pages, other)))
+
+
 def standin_mask_length(engine: Engine) -> None:
     refused(engine, custom_mask=torch.ones(32, dtype=torch.bool, device=engine.device))
 
@@ -472,6 +482,7 @@ def check_query(
     backend, dim = engine.backend(), engine.head_dim
     query = engine.random(1, heads[0], rows, dim, seed=1)
     own = [engine.random(1, heads[1], rows, dim, seed=s) for s in (2, 3)]
+    own[1] = own[1].transpose(1, 2).contiguous().transpose(1, 2)  # as a projection leaves them
     buffer = [engine.random(1, heads[1], capacity, dim, seed=s) for s in (4, 5)]
     context = [x[:, :, :length] for x in buffer]
     meant, scales = context, UNSCALED
@@ -522,6 +533,7 @@ def check_queries(
     total, requests = sum(counts), len(counts)
     query = engine.random(1, heads[0], total, dim, seed=1)
     own = [engine.random(1, heads[1], total, dim, seed=s) for s in (2, 3)]
+    own[1] = own[1].transpose(1, 2).contiguous().transpose(1, 2)
     buffers = [engine.random(1, heads[1], requests * capacity, dim, seed=s) for s in (4, 5)]
     meant, scales = buffers, UNSCALED
     if rounded:
@@ -663,6 +675,7 @@ RULE_CHECKS: dict[str, Callable[[Engine], None]] = {
 STANDIN_CHECKS: dict[str, Callable[[Engine], None]] = {
     "int32": standin_int32,
     "mask_length": standin_mask_length,
+    "pages_alike": standin_pages_alike,
 }
 BACKEND_CHECKS: dict[str, Callable[[Engine], None]] = {
     "documents": check_joined_documents,

@@ -25,6 +25,7 @@ RULES: dict[str, str] = {
     "page indices count": "a request's pages may lie anywhere, in any order",
     "page indptr counts": "each request reads its own stretch of the page indices",
     "pages are HND": "[pages, kv_heads, page_size, head_dim]",
+    "pages of keys and values lie alike": "with the same strides in every dimension",
     "masks are concatenated": "each request's mask starts where the one before it ends",
     "masks are row-major": "kv_len entries for a row, then the next row",
     "true means visible": "False hides",
@@ -351,6 +352,8 @@ class _PagedWrapper(_Wrapper):
         self._check_tensors(q, k, v)
         assert self.state is not None
         holds, state = self.standin.holds, self.state
+        if k.stride() != v.stride() and holds("pages of keys and values lie alike"):
+            raise ValueError(f"K and V must have the same strides: {k.stride()}, {v.stride()}")
         k, v = (x.to(q.dtype) for x in (k, v))
         if holds("k_scale and v_scale count"):
             # A kernel of one's own is told its scale by the caller, k_scale included or not.

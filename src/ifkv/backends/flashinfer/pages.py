@@ -4,6 +4,9 @@ FlashInfer reads keys and values through pages: ``[pages, kv_heads, page_size, h
 strides. A buffer ``[requests, kv_heads, slots, head_dim]`` is already that: a page is a stretch of
 slots, its heads lie one buffer row apart, and the next request begins a whole number of pages
 further on. Tiles of one request then share its pages.
+
+Keys and values must lie alike: FlashInfer's fa3 kernels, and from 0.7 on all of them, take one set
+of strides for both. Buffers of a cache do; what a model has just made need not, and is copied then.
 """
 
 from __future__ import annotations
@@ -51,12 +54,12 @@ def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
         values: Of the same shape.
         length: Slots in use.
     """
-    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    keys, values = _alike(keys, values)
     size = min(_page_size(keys, length), _page_size(values, length))
     key_pages, first_pages = _pages(keys, length, size)
     value_pages, value_first_pages = _pages(values, length, size)
     if first_pages != value_first_pages:  # requests lie differently far apart: make them equal
-        return view_as_pages(keys.contiguous(), values.contiguous(), length)
+        return view_as_pages(_packed(keys), _packed(values), length)
     return PagedBuffers(key_pages, value_pages, first_pages)
 
 
@@ -67,9 +70,21 @@ def view_as_slots(keys: Tensor, values: Tensor) -> PagedBuffers:
         keys: ``[1, kv_heads, slots, head_dim]``, its last dimension contiguous.
         values: Of the same shape.
     """
-    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    keys, values = _alike(keys, values)
     length = keys.shape[2]
     return PagedBuffers(_pages(keys, length, 1)[0], _pages(values, length, 1)[0], (0,))
+
+
+def _alike(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one set of strides but for requests, the last dimension contiguous."""
+    if keys.stride(-1) == 1 and keys.stride()[1:] == values.stride()[1:]:
+        return keys, values
+    return _packed(keys), _packed(values)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A copy with the strides of its shape; ``contiguous()`` leaves those of single rows alone."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def view_together(
@@ -95,6 +110,8 @@ def view_together(
             for _, x in side
         ):
             return None
+    if keys[0].stride() != values[0].stride():
+        return None
     size = min(_page_size(x, length) for side in pairs for length, x in side)
     key_pages, first_pages = _common_pages(pairs[0], size)
     value_pages, value_first_pages = _common_pages(pairs[1], size)
