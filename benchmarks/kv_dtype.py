@@ -1,6 +1,6 @@
 """What keys and values in 8 bits do to an answer, beside what bfloat16 does, on the demo's model.
 
-    python benchmarks/kv_dtype.py [--questions 12] [--passages 4] [--new 16] [--model FOLDER]
+    python benchmarks/kv_dtype.py [--questions 6] [--passages 4] [--new 12] [--model FOLDER]
 
 For every question of the demo's corpus, the passage that answers it and the ones that follow are
 stitched. The truth is float32 with a float32 cache at the same recompute ratio, its slots and its
@@ -143,9 +143,9 @@ def as_markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--passages", type=int, default=4)
-    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--new", type=int, default=12)
     parser.add_argument("--model", help="folder of another model")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

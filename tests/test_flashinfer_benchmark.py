@@ -34,6 +34,14 @@ def test_without_a_card_it_says_what_is_missing():
     assert run.stderr.strip().startswith("gpu_ttft.py needs a CUDA device")
 
 
+def test_it_explains_its_options_without_a_card():
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
+    )
+    for option in ("--minutes", "--lengths", "--models", "--repeats", "--mask"):
+        assert option in run.stdout
+
+
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B"])
 def test_shapes_are_eight_billion_parameters_and_reach_128k(bench, name):
     kind, sizes = bench.MODELS[name]

@@ -39,7 +39,10 @@ def resolve_backend(backend: str | Backend, model: PreTrainedModel) -> Backend:
         except BackendUnavailableError as error:
             _say_once(f"ifkv: attention backend 'reference' on {model.device}: {error}")
         else:
-            _say_once(f"ifkv: attention backend 'flashinfer' on {model.device}, {model.dtype}")
+            _say_once(
+                f"ifkv: attention backend 'flashinfer' on {model.device}, {model.dtype}; its "
+                "kernels are compiled with nvcc when first used, which takes minutes, once"
+            )
             return chosen
     elif backend != "reference":
         raise BackendUnavailableError(

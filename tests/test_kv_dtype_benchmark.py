@@ -1,0 +1,55 @@
+"""The measurement of 8-bit keys and values, on a tiny model."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import ifkv
+from ifkv.testing import tiny_model, tiny_tokenizer
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kv_dtype.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("kv_dtype", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_measures_each_way_at_each_ratio(bench):
+    tokenizer = tiny_tokenizer()
+    models = {
+        dtype: tiny_model(
+            vocab_size=len(tokenizer), max_position_embeddings=4096, dtype=dtype, eos_token_id=None
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for model in models.values():
+        ifkv.patch(model)
+    rows = bench.measure(models, tokenizer, 1, 2, 3, ratios=(0.0, 0.15))
+    assert [(row["ratio"], row["way"]) for row in rows] == [
+        (ratio, name) for ratio in (0.0, 0.15) for name, _, _ in bench.WAYS
+    ]
+    assert all(0 < row["kl"] <= row["worst_kl"] < 1 for row in rows)
+    table = bench.as_markdown(
+        dict.fromkeys(("model", "date", "torch", "transformers", "questions", "passages", "new")),
+        rows,
+    )
+    assert table.count("\n| 0.15 | ") == len(bench.WAYS)
+
+
+def test_the_same_logits_differ_in_nothing_and_a_constant_does_not_count(bench):
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    same = bench.compared(logits + 3, logits)
+    assert same["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["logit_error"] == pytest.approx(0, abs=1e-6)
+    assert same["same_top"] == 1
+    p, q = logits.softmax(-1), (-logits).softmax(-1)
+    other = bench.compared(-logits, logits)
+    assert other["kl"] == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert other["logit_error"] == pytest.approx(2)
+    assert other["same_top"] == 0
