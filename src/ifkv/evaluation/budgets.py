@@ -19,8 +19,9 @@ def parse_budgets(text: str) -> list[Budget]:
     Raises:
         InvalidInputError: Something else among them, or a budget that cannot be.
 
-    >>> [label(one) for one in parse_budgets(".15+sentences, number=200, mass=.5+cap=.3")]
-    ['0.15+sentences', 'number=200', 'mass=0.5+cap=0.3']
+    Examples:
+        >>> [label(one) for one in parse_budgets(".15+sentences, number=200, mass=.5+cap=.3")]
+        ['0.15+sentences', 'number=200', 'mass=0.5+cap=0.3']
     """
     return [_budget(part.strip()) for part in text.split(",") if part.strip()]
 
