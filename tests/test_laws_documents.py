@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import ifkv
-from ifkv import stitched_cache
+from ifkv import stitched_layer
 from ifkv.testing import (
     FAMILIES,
     assert_bit_equal,
@@ -140,8 +140,8 @@ def test_law_28_page_size_is_irrelevant(s: Scenario, page: int, headroom: int) -
 
     cache, ids, logits = answer()
     with (
-        patch.object(stitched_cache, "PAGE", page),
-        patch.object(stitched_cache, "HEADROOM", headroom),
+        patch.object(stitched_layer, "PAGE", page),
+        patch.object(stitched_layer, "HEADROOM", headroom),
     ):
         other_cache, other_ids, other_logits = answer()
     assert other_cache.layers[0].key_buffer.shape[2] < cache.layers[0].key_buffer.shape[2]

@@ -66,8 +66,8 @@ def stitch(
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
-    check_kv_dtype(kv_dtype, model.device)
     planned = _Plan.checked(model, documents, order, geometry)
+    check_kv_dtype(kv_dtype, model.device)
     return _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
 
 
@@ -102,8 +102,8 @@ def stitch_many(
             message names the request.
         FingerprintMismatchError: As of :func:`ifkv.stitch`.
     """
-    check_kv_dtype(kv_dtype, model.device)
     plans = _checked(model, requests, orders, geometry)
+    check_kv_dtype(kv_dtype, model.device)
     kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
     if len(kinds) != 1 or len(plans) == 1:
         return [
