@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
-import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from peak_memory import in_own_process, peak_above
+from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
@@ -87,29 +85,12 @@ def ways_of(model, layout: PromptFormat, count: int) -> tuple[dict[str, Callable
     return ways, sum(map(len, documents))
 
 
-def peak_of(name: str, dtype: str, folder: str | None, count: int, threads: int, queue) -> None:
+def peak_of(name: str, dtype: str, folder: str | None, count: int, threads: int) -> int:
     """In a process of its own: bytes that a way's peak lies above where it started."""
     torch.set_num_threads(threads)
     model, tokenizer, _ = load(getattr(torch, dtype), folder)
     ways, _ = ways_of(model, PromptFormat(tokenizer), count)
-    before, seen, done = resident(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            seen.append(resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    ways[name]()
-    done.set()
-    watcher.join()
-    queue.put(max(0, max(seen) - before))
-
-
-def resident() -> int:
-    """Bytes of this process in memory now; 0 where there is no /proc to ask."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return peak_above(ways[name])
 
 
 def main() -> None:
@@ -130,15 +111,10 @@ def main() -> None:
             if repeat >= 0:
                 seconds[way].append(time.perf_counter() - start)
     plain = [min(pair) for pair in zip(*list(seconds.values())[:2], strict=True)]
-    spawn = multiprocessing.get_context("spawn")
     rows = []
     for way, times in seconds.items():
-        queue = spawn.Queue()
         given = (arguments.dtype, arguments.model, arguments.documents, torch.get_num_threads())
-        process = spawn.Process(target=peak_of, args=(way, *given, queue))
-        process.start()
-        peak = queue.get(timeout=600)
-        process.join()
+        peak = in_own_process(peak_of, way, *given)
         rows.append(
             {
                 "way": way,
@@ -147,18 +123,12 @@ def main() -> None:
                 "peak_bytes": peak,
             }
         )
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
+    about = about_machine() | {
         "model": name,
         "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
         "repeats": arguments.repeats,
         "documents": arguments.documents,
         "tokens": tokens,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ifkv": ifkv.__version__,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     stem = arguments.results / f"encoding-cpu-{arguments.dtype}"
@@ -167,7 +137,8 @@ def main() -> None:
     lines = [
         f"# Encoding a corpus, {name}, {arguments.dtype}, {about['threads']} CPU threads",
         "",
-        f"{about['date']}, torch {about['torch']}, transformers {about['transformers']}; "
+        f"{about['date']}, {about['processor']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}; "
         f"{arguments.documents} documents of {tokens} tokens together; {arguments.repeats} "
         "interleaved repeats; the share is of the faster plain way within a round. Peak memory is "
         "above weights, documents' rows included. Made by `python benchmarks/encoding.py`.",

@@ -1,192 +1,272 @@
-"""Time to first token of a hot request against full prefill, on the demo's real model.
+"""Time to first token of a hot request against full prefill and against a dense mask.
 
-    python benchmarks/ttft.py [--dtype float32|bfloat16] [--repeats 7]
+    python benchmarks/ttft.py [--models smollm2,qwen3] [--dtypes float32,bfloat16]
+                              [--lengths 1024,2048,4096,8192] [--ratios 0.05,0.15,0.30]
+                              [--dense-ratios 0.15] [--repeats 5] [--minutes 60]
+                              [--only times|peaks]
 
-Both sides run the same token ids on the same model object's weights with the same threads. The
-baseline is transformers' own forward with SDPA attention on an unpatched model, asked for the last
-row's logits only. Ours is everything from the question's arrival: stitch, score, select, and the
-fused forward of selected rows and prompt; documents lie in memory. Repeats of all ways are
-interleaved and medians are compared, so that a noisy neighbour hits all alike.
+All sides run the same token ids on the same weights with the same threads. The baseline is
+transformers' own forward with SDPA attention on the unpatched model, asked for the last row's
+logits only. Ours is everything from the question's arrival: stitch, score, select, and the fused
+forward of selected rows and prompt; documents lie in memory. The dense mask (dense_mask.py)
+recomputes the same rows and the prompt over the same stitched cache; its stitching, scoring and
+selection are not counted, so it is compared with our recompute alone.
 
-Writes a JSON file and a Markdown table into benchmarks/results/.
+Rounds time all ways one after another, so that a noisy neighbour hits all alike; medians are
+compared. ``--minutes`` ends a setting (model, dtype, length) early, after a whole round. Peaks are
+each measured in a process of its own: largest resident memory above weights and documents, less
+the stitched cache itself.
+
+A run may do a part: results are merged into benchmarks/results/ttft-cpu.json, a row per model,
+dtype, length and ratio, and ttft-cpu.md is written from all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
-import json
-import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
+from bench_models import MODELS, context_of, load
+from dense_mask import OverwritingCache, recompute_densely
+from peak_memory import in_own_process, peak_above
+from torch import Tensor
+from ttft_report import about_machine, show
 
 import ifkv
 from ifkv.cost import ModelShape, mean_position, speedup_bound
-from ifkv.demo.corpus import load_corpus
-from ifkv.demo.model import load_demo_model
 from ifkv.scoring import default_layers
-from ifkv.text import PromptFormat
 
-LENGTHS = (1024, 2048, 4096)
-RATIOS = (0.05, 0.15, 0.30)
 RESULTS = Path(__file__).parent / "results"
+STEPS = ("stitch", "score", "select", "recompute")
 
 
-def documents_of_length(layout: PromptFormat, length: int) -> list[list[int]]:
-    """Real passages whose tokens, with the prefix, add up to ``length``; the last one is cut."""
-    texts = [passage.text for passage in load_corpus().passages]
-    documents: list[list[int]] = []
-    room = length - len(layout.prefix_ids())
-    round_number = 0
-    while room > 0:
-        # The corpus is shorter than 4k tokens: begin again, with a heading that says so.
-        heading = f"Edition {round_number + 1}. " if round_number else ""
-        for text in texts:
-            ids = layout.document_ids(heading + text)[:room]
-            documents.append(ids)
-            room -= len(ids)
-            if room <= 0:
-                break
-        round_number += 1
-    return documents
+class Setting:
+    """One model, dtype and context length, with its documents in memory."""
 
-
-def measure(model, layout: PromptFormat, length: int, repeats: int) -> list[dict[str, object]]:
-    """One context length: full prefill and every ratio, interleaved."""
-    documents = documents_of_length(layout, length)
-    prompt = layout.prompt_ids(load_corpus().questions[0].text)
-    prefix = layout.prefix_ids()
-    full_ids = torch.tensor([list(itertools.chain(prefix, *documents, prompt))])
-    shape = ModelShape.of(model)
-    depth = default_layers(shape.num_layers)[-1] + 1
-
-    with ifkv.patch(model):
-        caches = ifkv.prefill_documents(model, documents, prefix=prefix)
+    def __init__(self, model: Any, layout: Any, length: int):
+        self.model = model
+        prefix = layout.prefix_ids()
+        documents, self.prompt = context_of(model, layout, length)
+        joined = list(itertools.chain(prefix, *documents))
+        self.context = len(joined)
+        self.context_ids = torch.tensor(joined)
+        with ifkv.patch(model):
+            self.documents = ifkv.prefill_documents(model, documents, prefix=prefix)
 
     @torch.no_grad()
-    def full() -> torch.Tensor:
-        return model(full_ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+    def full(self) -> Tensor:
+        """Full prefill: logits of the last row."""
+        ids = torch.cat((self.context_ids, torch.tensor(self.prompt)))[None]
+        return self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1]
 
-    def ours(ratio: float) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+    def request(self, ratio: float) -> tuple[dict[str, float], Tensor, Tensor]:
+        """Ours, on the patched model: seconds of each step, the slots, the last row's logits."""
         marks = [time.perf_counter()]
-        cache = ifkv.stitch(model, caches)
+        cache = ifkv.stitch(self.model, self.documents)
         marks.append(time.perf_counter())
-        scores = ifkv.score(model, cache, prompt)
+        scores = ifkv.score(self.model, cache, self.prompt)
         marks.append(time.perf_counter())
         slots = ifkv.select(cache, scores, ratio=ratio)
         marks.append(time.perf_counter())
-        logits = ifkv.recompute(model, cache, slots, prompt_ids=prompt)
+        logits = ifkv.recompute(self.model, cache, slots, prompt_ids=self.prompt)
         marks.append(time.perf_counter())
-        names = ("stitch", "score", "select", "recompute")
-        steps = {n: b - a for n, a, b in zip(names, marks, marks[1:], strict=False)}
-        return steps, slots, logits
+        return dict(zip(STEPS, map(float.__sub__, marks[1:], marks), strict=False)), slots, logits
 
-    truth = full()
-    baseline: list[float] = []
-    runs: dict[float, list[dict[str, float]]] = {ratio: [] for ratio in RATIOS}
-    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
-    for repeat in range(-1, repeats):  # the first round warms up and is not counted
+    def dense(self, slots: Tensor) -> tuple[float, Tensor]:
+        """The dense mask, on the unpatched model: seconds of its forward, and its logits."""
+        with ifkv.patch(self.model):
+            cache = OverwritingCache(
+                ifkv.stitch(self.model, self.documents), slots, len(self.prompt)
+            )
         start = time.perf_counter()
-        full()
-        seconds = time.perf_counter() - start
-        with ifkv.patch(model):
-            for ratio in RATIOS:
-                steps, slots, logits = ours(ratio)
-                seen[ratio] = (slots, logits)
-                if repeat >= 0:
-                    runs[ratio].append(steps)
-        if repeat >= 0:
-            baseline.append(seconds)
+        logits = recompute_densely(self.model, cache, self.context_ids, self.prompt)
+        return time.perf_counter() - start, logits
 
-    rows: list[dict[str, object]] = []
-    full_seconds = statistics.median(baseline)
-    for ratio in RATIOS:
-        slots, logits = seen[ratio]
-        context = len(full_ids[0]) - len(prompt)
-        totals = [sum(steps.values()) for steps in runs[ratio]]
+
+@dataclasses.dataclass
+class Times:
+    """Seconds of every round, by ratio, and what the last round found."""
+
+    full: list[float] = dataclasses.field(default_factory=list)
+    steps: dict[float, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
+    dense: dict[float, list[float]] = dataclasses.field(default_factory=dict)
+    found: dict[float, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+
+
+def time_rounds(
+    setting: Setting,
+    ratios: list[float],
+    dense_ratios: list[float],
+    repeats: int,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> tuple[Times, Tensor]:
+    """Interleaved rounds, at most ``repeats``, none begun that would end after ``seconds``."""
+    times, begun = Times(), time.perf_counter()
+    # Uncounted: the shortest of the ways, which brings memory and threads to life.
+    with ifkv.patch(setting.model):
+        setting.request(min(ratios))
+    round_seconds = 0.0
+    for number in range(repeats):
+        start = time.perf_counter()
+        if number and start + round_seconds > begun + seconds:
+            break
+        tell(f"round {number + 1} of {repeats}: full prefill")
+        truth = setting.full()
+        times.full.append(time.perf_counter() - start)
+        for ratio in ratios:
+            tell(f"round {number + 1} of {repeats}: r = {ratio:g}")
+            with ifkv.patch(setting.model):
+                steps, slots, logits = setting.request(ratio)
+            times.steps.setdefault(ratio, []).append(steps)
+            times.found[ratio] = slots, logits
+            if ratio in dense_ratios:
+                tell(f"round {number + 1} of {repeats}: dense mask at r = {ratio:g}")
+                spent, dense_logits = setting.dense(slots)
+                times.dense.setdefault(ratio, []).append(spent)
+                # Another order of summation, so another rounding: this catches other mathematics.
+                error = float((dense_logits - logits).abs().max() / logits.abs().max())
+                if not error < (1e-3 if logits.dtype == torch.float32 else 0.25):
+                    raise RuntimeError(f"the dense mask's logits are others, by {error:.1e}.")
+        round_seconds = max(round_seconds, time.perf_counter() - start)
+    return times, truth
+
+
+def rows_of(setting: Setting, times: Times, truth: Tensor) -> list[dict[str, Any]]:
+    """A row of results for every ratio."""
+    shape = ModelShape.of(setting.model)
+    rows = []
+    for ratio, runs in times.steps.items():
+        slots, logits = times.found[ratio]
+        totals = [sum(steps.values()) for steps in runs]
         # Paired within a round: what a neighbour does to one side it mostly does to the other.
-        speedup = statistics.median(f / t for f, t in zip(baseline, totals, strict=True))
+        speedup = statistics.median(f / t for f, t in zip(times.full, totals, strict=True))
         bound = speedup_bound(
             shape,
-            context_length=context,
-            query_length=len(prompt),
-            ratio=len(slots) / context,
-            scoring_layers=depth,
-            position=mean_position(slots, context),
+            context_length=setting.context,
+            query_length=len(setting.prompt),
+            ratio=len(slots) / setting.context,
+            scoring_layers=default_layers(shape.num_layers)[-1] + 1,
+            position=mean_position(slots, setting.context),
         )
-        kl = torch.nn.functional.kl_div(
-            logits.double().log_softmax(-1),
-            truth.double().log_softmax(-1),
-            log_target=True,
-            reduction="sum",
-        )
-        rows.append(
-            {
-                "context": context,
-                "prompt": len(prompt),
-                "ratio": ratio,
-                "rows": len(slots),
-                "mean_position": mean_position(slots, context),
-                "full_seconds": full_seconds,
-                "ttft_seconds": statistics.median(totals),
-                "steps": {
-                    name: statistics.median(steps[name] for steps in runs[ratio])
-                    for name in runs[ratio][0]
-                },
-                "speedup": speedup,
-                "bound": bound,
-                "share_of_bound": speedup / bound,
-                "kl_first_token": float(kl),
-            }
-        )
+        likely, true = (x.double().log_softmax(-1) for x in (logits, truth))
+        row: dict[str, Any] = {
+            "context": setting.context,
+            "prompt": len(setting.prompt),
+            "ratio": ratio,
+            "rows": len(slots),
+            "mean_position": mean_position(slots, setting.context),
+            "repeats": len(totals),
+            "full_seconds": statistics.median(times.full),
+            "ttft_seconds": statistics.median(totals),
+            "steps": {name: statistics.median(steps[name] for steps in runs) for name in STEPS},
+            "speedup": speedup,
+            "bound": bound,
+            "share_of_bound": speedup / bound,
+            "kl_first_token": float((true.exp() * (true - likely)).sum()),
+        }
+        if ratio in times.dense:
+            row["dense_seconds"] = statistics.median(times.dense[ratio])
+            row["dense_over_recompute"] = statistics.median(
+                dense / steps["recompute"]
+                for dense, steps in zip(times.dense[ratio], runs, strict=True)
+            )
+        rows.append(row)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    model, tokenizer = load_demo_model(dtype=getattr(torch, arguments.dtype))
-    layout = PromptFormat(tokenizer)
-    rows = [row for length in LENGTHS for row in measure(model, layout, length, arguments.repeats)]
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "model": "SmolLM2-135M-Instruct",
-        "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
-        "repeats": arguments.repeats,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ifkv": ifkv.__version__,
+def peak_of(model_name: str, dtype: str, length: int, ratio: float, threads: int) -> dict[str, Any]:
+    """In a process of its own: bytes of one request, and of what they are compared with."""
+    torch.set_num_threads(threads)
+    model, layout = load(model_name, getattr(torch, dtype))
+    setting = Setting(model, layout, length)
+    kept: list[Any] = []
+    with ifkv.patch(model):
+        # Threads, their scratch memory and lazily loaded code are the process's, not the request's.
+        Setting(model, layout, 256).request(ratio)
+
+        def request() -> None:
+            cache = ifkv.stitch(model, setting.documents)
+            slots = ifkv.select(cache, ifkv.score(model, cache, setting.prompt), ratio=ratio)
+            ifkv.recompute(model, cache, slots, prompt_ids=setting.prompt)
+            kept.append(cache)
+
+        peak = peak_above(request)
+    stitched = sum(
+        buffer.nbytes
+        for layer in kept[0].layers
+        for buffer in (layer.key_buffer, layer.value_buffer)
+    )
+    return {
+        "context": setting.context,
+        "weight_bytes": sum(p.nbytes for p in model.parameters()),
+        "stitched_bytes": stitched,
+        "peak_extra_bytes": max(0, peak - stitched),
     }
-    RESULTS.mkdir(exist_ok=True)
-    name = f"ttft-cpu-{arguments.dtype}"
-    text = json.dumps({"about": about, "rows": rows}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
-    lines = [
-        f"# Hot TTFT, {about['model']}, {arguments.dtype}, {about['threads']} CPU threads",
-        "",
-        f"{about['date']}, torch {about['torch']}, transformers {about['transformers']}; medians "
-        f"of {arguments.repeats} interleaved repeats; speed-ups are medians of the ratios within "
-        "a round. Made by `python benchmarks/ttft.py`.",
-        "",
-        "| context | r | full prefill | ifkv TTFT | speed-up | bound S(r) | share of bound |",
-        "|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {r['context']} | {r['ratio']:.2f} | {r['full_seconds']:.2f} s "
-        f"| {r['ttft_seconds']:.2f} s | {r['speedup']:.2f}× | {r['bound']:.2f}× "
-        f"| {r['share_of_bound']:.0%} |"
-        for r in rows
-    ]
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+
+
+def numbers(kind: type) -> Callable[[str], list[Any]]:
+    """A parser of numbers between commas."""
+    return lambda text: [kind(part) for part in text.split(",") if part.strip()]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=numbers(str), default=["smollm2", "qwen3"])
+    parser.add_argument("--dtypes", type=numbers(str), default=["float32", "bfloat16"])
+    parser.add_argument("--lengths", type=numbers(int), default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--ratios", type=numbers(float), default=[0.05, 0.15, 0.30])
+    parser.add_argument("--dense-ratios", type=numbers(float), default=[0.15])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60, help="of each model, dtype and length")
+    parser.add_argument("--only", choices=("times", "peaks"), help="one of the two measurements")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    for name, known in (("models", MODELS), ("dtypes", ("float32", "bfloat16"))):
+        if unknown := set(getattr(given, name)) - set(known):
+            parser.error(f"--{name}: {', '.join(unknown)} unknown; choose of {', '.join(known)}")
+    if not given.ratios or not all(0 < ratio <= 1 for ratio in given.ratios):
+        parser.error("--ratios: numbers over 0, up to 1, are wanted")
+    if given.repeats < 1:
+        parser.error("--repeats: at least 1 is wanted")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    with show(given.results / "ttft-cpu") as report:
+        for model_name, dtype in itertools.product(given.models, given.dtypes):
+            what = {"model": MODELS[model_name], "dtype": dtype}
+            if given.only != "peaks":
+                model, layout = load(model_name, getattr(torch, dtype))
+                for length in given.lengths:
+                    name = f"{what['model']}, {dtype}, {length}"
+                    report.tell(f"{name}: documents")
+                    setting = Setting(model, layout, length)
+                    times, truth = time_rounds(
+                        setting,
+                        given.ratios,
+                        given.dense_ratios,
+                        given.repeats,
+                        60 * given.minutes,
+                        lambda text, name=name: report.tell(f"{name}: {text}"),
+                    )
+                    about = about_machine()
+                    report.add([what | row | about for row in rows_of(setting, times, truth)])
+                del model
+            if given.only != "times":
+                for length, ratio in itertools.product(given.lengths, given.ratios):
+                    report.tell(f"{what['model']}, {dtype}, {length}: memory at r = {ratio:g}")
+                    threads = torch.get_num_threads()
+                    peak = in_own_process(peak_of, model_name, dtype, length, ratio, threads)
+                    report.add([what | {"ratio": ratio} | peak])
 
 
 if __name__ == "__main__":

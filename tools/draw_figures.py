@@ -18,7 +18,7 @@ def figures() -> dict[str, str]:
         "geometries.svg": geometries.draw(),
     }
     for results in sorted((ROOT / "benchmarks" / "results").glob("ttft-*.json")):
-        drawn[f"{results.stem}.svg"] = speed.draw(results)
+        drawn |= speed.draw_all(results)
     return drawn
 
 

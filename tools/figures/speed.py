@@ -11,14 +11,39 @@ from figures.canvas import Canvas
 HEIGHT, BAR, GAP = 180, 30, 16
 
 
-def draw(results: Path) -> str:
-    """One panel per context length: a bar per recompute ratio, a line at its bound.
+def draw_all(results: Path) -> dict[str, str]:
+    """A figure for each model and dtype, by file name.
 
     Args:
         results: A JSON file that benchmarks/ttft.py wrote.
     """
-    found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    about, rows = found["about"], found["rows"]
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "speedup" in row:  # others have memory alone
+            groups.setdefault((row["model"], row["dtype"]), []).append(row)
+    return {
+        f"{results.stem}-{slug(model)}-{dtype}.svg": draw(own)
+        for (model, dtype), own in groups.items()
+    }
+
+
+def slug(model: str) -> str:
+    """A model's name up to the first blank, as part of a file's name.
+
+    >>> slug("Qwen3-0.6B shape, random weights")
+    'qwen3-0.6b'
+    """
+    return model.split()[0].strip(",").lower()
+
+
+def draw(rows: list[dict[str, Any]]) -> str:
+    """One panel per context length: a bar per recompute ratio, a line at its bound.
+
+    Args:
+        rows: Results of one model and dtype.
+    """
+    about = rows[-1]
     contexts = sorted({row["context"] for row in rows})
     per_panel = max(sum(row["context"] == context for row in rows) for context in contexts)
     wide = per_panel * (BAR + GAP) + 36

@@ -1,0 +1,78 @@
+"""The method's recompute as one would first write it: a dense mask over the stitched cache.
+
+transformers' own forward, unpatched, is given the selected rows and the prompt behind them, their
+positions, a cache that overwrites the rows' slots and returns all of them, and a mask
+``[rows, slots]`` that hides the slots ahead of each row. It is what the library's recompute is
+measured against, so nothing that this way can do without is in it: the mask is made once, additive
+in the model's dtype, which SDPA would otherwise make of a boolean one in every layer; rows are
+written in place; logits are made for the last row only. What stays is its nature: masked blocks are
+computed, and transformers repeats keys and values for every query head where there is a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ifkv.stitched_cache import StitchedCache
+
+
+class OverwritingCache(DynamicCache):
+    """Keys and values whose rows at some slots are overwritten layer by layer.
+
+    Args:
+        stitched: The cache to start from; it is copied.
+        slots: Long ``[k]``, ascending: the rows to recompute.
+        prompt_length: Rows that follow the context.
+    """
+
+    def __init__(self, stitched: StitchedCache, slots: Tensor, prompt_length: int):
+        super().__init__()
+        self.length = stitched.context_length + prompt_length
+        behind = torch.arange(stitched.context_length, self.length)
+        self.slots = torch.cat((slots.cpu(), behind)).to(stitched.token_ids.device)
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        for layer in stitched.layers:
+            room = (0, 0, 0, prompt_length)
+            pair = (torch.nn.functional.pad(rows, room) for rows in (layer.keys, layer.values))
+            self.rows.append(tuple(pair))
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Write the rows and return everything, ``[1, kv_heads, slots, head_dim]``."""
+        keys, values = self.rows[layer_idx]
+        keys.index_copy_(2, self.slots, key_states)
+        values.index_copy_(2, self.slots, value_states)
+        return keys, values
+
+    def get_seq_length(self, layer_idx=0):
+        """Zero: positions and mask are given, nothing is to be derived from a length."""
+        return 0
+
+
+@torch.no_grad()
+def recompute_densely(model, cache: OverwritingCache, context_ids: Tensor, prompt) -> Tensor:
+    """Recompute the cache's slots and prefill the prompt in one forward.
+
+    Args:
+        model: The model, not patched, with SDPA attention.
+        cache: What to recompute, in place.
+        context_ids: Long ``[T]``, the stitched context's tokens.
+        prompt: The prompt's token ids.
+
+    Returns:
+        Logits of the prompt's last row, ``[vocabulary]``.
+    """
+    slots, dtype = cache.slots, cache.rows[0][0].dtype
+    ahead = torch.arange(cache.length, device=slots.device) > slots[:, None]
+    mask = torch.zeros(ahead.shape, dtype=dtype, device=slots.device)
+    mask.masked_fill_(ahead, float("-inf"))
+    ids = torch.cat((context_ids, torch.as_tensor(prompt, device=context_ids.device)))[slots]
+    out = model(
+        ids[None],
+        attention_mask=mask[None, None],
+        position_ids=slots[None],
+        past_key_values=cache,
+        logits_to_keep=1,
+    )
+    return out.logits[0, -1]
