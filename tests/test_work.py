@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import ifkv
-from ifkv import recomputation, rows_pass, scoring
+from ifkv import recomputation, rows_pass, scoring, stitching
 from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
 from ifkv.documents import DocumentCache
@@ -109,6 +110,35 @@ def allocations(run: Callable[[], Any]) -> Allocations:
     with Allocations() as seen:
         run()
     return seen
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes alive at once of what operations made anew; what an operation frees on its own
+    is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage()._cdata for t in given}
+        out = func(*args, **(kwargs or {}))
+        self.alive = {k: one for k, one in self.alive.items() if not one[0].expired()}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in known:
+                    self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def live_bytes(run: Callable[[], Any]) -> int:
+    with LiveBytes() as seen:
+        run()
+    return seen.peak
 
 
 @contextlib.contextmanager
@@ -227,6 +257,38 @@ def check_stitch_allocations(model: PreTrainedModel, length: int) -> None:
     assert buffers <= seen.total <= buffers + length * shape.token_bytes / 2 + angles
 
 
+def recompute_peak(shape: ModelShape, rows: int, stride: int, intermediate: int) -> float:
+    """Bytes that recomputing rows a stride apart may hold above weights and cache.
+
+    One layer's activations: three as wide as the MLP, six as the hidden states, queries with their
+    attention, keys with values. And for all layers the masks of the tiles' fringes, an element for
+    each query head of a group.
+    """
+    widths = 3 * intermediate + 6 * shape.hidden_size + 2 * shape.attention_width
+    activations = rows * (widths + 2 * shape.kv_width) * shape.element_size
+    span = min(reference.TILE_SPAN, reference.TILE_ROWS * stride)
+    group = shape.attention_width // shape.kv_width
+    return activations + rows * span * (group * shape.element_size + 1)
+
+
+def check_recompute_peak(model: PreTrainedModel, length: int) -> None:
+    shape, stride = ModelShape.of(model), 7
+    slots, cache = spread(length, stride), stitched(model, length)
+    peak = live_bytes(lambda: ifkv.recompute(model, cache, slots, prompt_ids=PROMPT))
+    rows = len(slots) + len(PROMPT)
+    assert peak <= recompute_peak(shape, rows, stride, model.config.intermediate_size)
+
+
+def check_stitch_peak(model: PreTrainedModel, length: int) -> None:
+    """The cache, tables of angles, and the keys of one document at a time, turned."""
+    shape, count = ModelShape.of(model), 8
+    parts = documents(model, length, count)
+    peak = live_bytes(lambda: ifkv.stitch(model, parts))
+    passing = max(len(part) for part in parts) * shape.token_bytes
+    angles = 5 * length * shape.head_dim * shape.element_size
+    assert peak <= capacity_for(length) * shape.token_bytes + passing + angles
+
+
 @pytest.mark.parametrize(("length", "stride"), [(1024, 20), (2048, 7), (2048, 3)])
 def test_recompute_runs_the_operations_of_its_formula(
     model: PreTrainedModel, length: int, stride: int
@@ -257,6 +319,43 @@ def test_scoring_allocates_blocks_that_do_not_grow(model: PreTrainedModel) -> No
 
 def test_stitching_allocates_the_cache_and_little_else(model: PreTrainedModel) -> None:
     check_stitch_allocations(model, 1500)
+
+
+def test_recompute_holds_one_layer_of_its_rows(model: PreTrainedModel) -> None:
+    check_recompute_peak(model, 4096)
+
+
+def test_stitching_turns_one_document_at_a_time(model: PreTrainedModel) -> None:
+    check_stitch_peak(model, 4096)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tied", "intermediate"),
+    [
+        ((30, 576, 9, 3, 64), 49152, 1536),  # SmolLM2-135M
+        ((28, 1024, 16, 8, 128), 151936, 3072),  # Qwen3-0.6B
+    ],
+)
+@pytest.mark.parametrize("element", [2, 4])
+def test_what_recompute_may_hold_is_a_tenth_of_weights_and_cache(
+    sizes: tuple[int, ...], tied: int, intermediate: int, element: int
+) -> None:
+    layers, hidden, heads, kv_heads, head_dim = sizes
+    attention = 2 * hidden * (heads + kv_heads) * head_dim
+    shape = ModelShape(
+        layer_parameters=attention + 3 * hidden * intermediate,
+        attention_width=heads * head_dim,
+        num_layers=layers,
+        kv_width=kv_heads * head_dim,
+        element_size=element,
+        hidden_size=hidden,
+        head_dim=head_dim,
+        vocabulary=tied,
+    )
+    length = 8192
+    weights = element * (layers * shape.layer_parameters + tied * hidden)
+    most = recompute_peak(shape, int(0.15 * length) + len(PROMPT), 7, intermediate)
+    assert most <= 0.1 * (weights + length * shape.token_bytes)
 
 
 def test_stitching_multiplies_no_matrices(model: PreTrainedModel) -> None:
@@ -362,3 +461,31 @@ def test_attention_norms_in_one_piece_are_noticed(
     monkeypatch.setattr("ifkv.backends.norms.NORM_BLOCK", 1 << 20)
     with pytest.raises(AssertionError):
         check_scoring_allocations(model)
+
+
+def test_what_is_kept_of_every_layer_is_noticed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, kept = rows_pass.RowsPass.update, []
+
+    def keeping(self: Any, keys: Any, values: Any, layer_idx: int) -> Any:
+        kept.extend(cache.layers[layer_idx].keys.clone() for cache in self._caches)
+        return fast(self, keys, values, layer_idx)
+
+    monkeypatch.setattr(rows_pass.RowsPass, "update", keeping)
+    with pytest.raises(AssertionError):
+        check_recompute_peak(model, 4096)
+
+
+def test_turning_all_documents_at_once_is_noticed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, kept = stitching.rotate, []
+
+    def keeping(rows: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(rows.clone())
+        return fast(rows, *args, **kwargs)
+
+    monkeypatch.setattr(stitching, "rotate", keeping)
+    with pytest.raises(AssertionError):
+        check_stitch_peak(model, 4096)
