@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from bench_models import MODELS
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -63,10 +64,13 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
     rows = {key_of(row): row for row in old}
     for row in new:
         rows[key_of(row)] = rows.get(key_of(row), {}) | row
-    return [
-        rows[key]
-        for key in sorted(rows, key=lambda k: (k[0] != "", k[0], k[1] != "float32", *k[2:]))
-    ]
+    models, dtypes = list(MODELS.values()), ("float32", "bfloat16")
+
+    def place(row: Row) -> tuple[int, int, int, float]:
+        known = models.index(row["model"]) if row["model"] in models else len(models)
+        return known, dtypes.index(row["dtype"]), row["context"], row["ratio"]
+
+    return sorted(rows.values(), key=place)
 
 
 def peak_share(row: Row) -> float | None:

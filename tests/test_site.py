@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from cli_reference import PAGE, reference
 from draw_figures import FOLDER, figures
+from speed_tables import BLOCK, TABLES, filled
+from speed_tables import PAGES as PAGES_WITH_SPEEDS
 
 import ifkv
 
@@ -84,6 +86,22 @@ def test_figures_are_up_to_date() -> None:
     assert {path.name for path in FOLDER.iterdir()} == set(drawn), "run tools/draw_figures.py"
     for name, content in drawn.items():
         assert (FOLDER / name).read_text(encoding="utf-8") == content, name
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_SPEEDS)
+def test_tables_of_speed_are_up_to_date(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert filled(text) == text, "run python tools/speed_tables.py"
+    assert BLOCK.search(text), f"{page} has no table of speeds between markers"
+
+
+def test_every_table_of_speed_is_shown_somewhere() -> None:
+    shown = {
+        found[2]
+        for page in PAGES_WITH_SPEEDS
+        for found in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))
+    }
+    assert shown == set(TABLES)
 
 
 @pytest.mark.parametrize("name", sorted(figures()))

@@ -1,0 +1,126 @@
+"""Write measured speeds from benchmarks/results into README and docs; run it after measurements.
+
+A page says where: a table stands between `<!-- speed: NAME -->` and `<!-- /speed -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/explanations/speed.md")
+BLOCK = re.compile(r"(<!-- speed: (\w+) -->\n).*?(\n<!-- /speed -->)", re.DOTALL)
+Row = dict[str, Any]
+
+
+def timed() -> list[Row]:
+    """Rows of ttft.py that have times."""
+    rows = json.loads((RESULTS / "ttft-cpu.json").read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if "speedup" in row]
+
+
+def as_table(head: str, rows: list[list[str]], left: int) -> str:
+    """A Markdown table whose first columns are aligned to the left, the others to the right."""
+    names = [name.strip() for name in head.split("|")]
+    marks = [":--" if place < left else "--:" for place in range(len(names))]
+    lines = [names, marks, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| :--", "|:--").replace(
+        "| --:", "|--:"
+    ).replace(":-- |", ":--|").replace("--: |", "--:|")  # fmt: skip
+
+
+def small_model() -> str:
+    """The demo's model in float32: every length and ratio."""
+    rows = [
+        [
+            f"{row['context']:,}",
+            f"{row['ratio']:.2f}",
+            f"{row['full_seconds']:.2f} s",
+            f"{row['ttft_seconds']:.2f} s",
+            f"{row['speedup']:.2f}×",
+            f"{row['bound']:.2f}×",
+            f"{row['share_of_bound']:.0%}",
+        ]
+        for row in timed()
+        if row["model"].startswith("SmolLM2") and row["dtype"] == "float32"
+    ]
+    head = "context | r | full prefill | ifkv | speed-up | bound S(r) | share of the bound"
+    return as_table(head, rows, 0)
+
+
+def steps() -> str:
+    """Every model and dtype at r = 0.15: where the time goes, the dense mask, the memory."""
+    rows = []
+    for row in timed():
+        if row["ratio"] != 0.15:
+            continue
+        part = row["steps"]
+        dense, peak = "–", "–"
+        if "dense_seconds" in row:
+            dense = f"{row['dense_seconds']:.2f} s, {row['dense_over_recompute']:.2f}×"
+        if "peak_extra_bytes" in row:
+            share = row["peak_extra_bytes"] / (row["weight_bytes"] + row["stitched_bytes"])
+            peak = f"{row['peak_extra_bytes'] / 2**20:.0f} MiB, {share:.1%}"
+        rows.append(
+            [
+                row["model"].split()[0].strip(","),
+                row["dtype"],
+                f"{row['context']:,}",
+                f"{row['full_seconds']:.2f} s",
+                f"{row['ttft_seconds']:.2f} s",
+                f"{row['speedup']:.2f}×",
+                f"{row['share_of_bound']:.0%}",
+                f"{part['stitch']:.2f} s",
+                f"{part['score'] + part['select']:.2f} s",
+                f"{part['recompute']:.2f} s",
+                dense,
+                peak,
+            ]
+        )
+    head = (
+        "model | dtype | context | full prefill | ifkv | speed-up | of S(r) | stitch | "
+        "score, select | recompute, prompt | dense mask | memory"
+    )
+    return as_table(head, rows, 2)
+
+
+def encoding() -> str:
+    """Tokens per second of encoding, in both dtypes."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        found = json.loads((RESULTS / f"encoding-cpu-{dtype}.json").read_text(encoding="utf-8"))
+        rows += [
+            [
+                dtype,
+                row["way"],
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['share']:.0%}",
+                f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            ]
+            for row in found["rows"]
+        ]
+    return as_table("dtype | way | tokens/s | of plain prefill | peak memory", rows, 2)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "small_model": small_model,
+    "steps": steps,
+    "encoding": encoding,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them."""
+    return BLOCK.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page)
