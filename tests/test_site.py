@@ -160,3 +160,11 @@ def test_a_version_is_the_same_everywhere() -> None:
     assert citation is not None
     assert project[1] == citation[1] == ifkv.__version__
     assert f"## {ifkv.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_are_included_and_not_their_names(page: Path) -> None:
+    """A formatter that takes an include for Python puts spaces into it, and it is shown as is."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if re.match(r"\s*-+ *8 *<", line):
+            assert re.fullmatch(r'--8<-- "[^"]+"', line), f"{page.name} would show {line!r}"

@@ -55,7 +55,7 @@ def draw() -> str:
     _panel(canvas, 272, y, "Stitched", "only the prompt sees everything", stage=1)
     _panel(canvas, 548, y, "Repaired", "selected rows (▸) see, too", stage=2)
     side = y + len(_segments()) * CELL
-    canvas.text(24, side + 20, "rows: tokens   columns: keys", size=12, fill="soft")
+    canvas.text(24, side + 20, "rows: tokens; columns: keys", size=12, fill="soft")
     labels = (
         ("old", "seen when the document was encoded"),
         ("new", "seen when the question came"),
