@@ -12,6 +12,7 @@ from torch import Tensor
 from ifkv.cost import NO_COST, Cost
 
 if TYPE_CHECKING:
+    from ifkv.planning import Plan
     from ifkv.stitched_cache import StitchedCache
 
 
@@ -39,6 +40,7 @@ class Answer:
         question: The question that was asked.
         selector: What chose the slots, as :func:`ifkv.selectors.resolve` takes it.
         selection_cost: What choosing them cost, reordering included.
+        plan: What ``ratio="auto"`` was decided by; None for other ratios.
         tokenizer: The session's tokenizer, which turns the context's tokens into text again.
 
     In a notebook, an answer is displayed as :meth:`to_html` draws it.
@@ -59,6 +61,7 @@ class Answer:
     question: str = ""
     selector: str = "attention-norm"
     selection_cost: Cost = NO_COST
+    plan: Plan | None = None
     tokenizer: Any = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -117,6 +120,7 @@ class Prepared:
         question: As in :class:`Answer`.
         selector: As in :class:`Answer`.
         selection_cost: As in :class:`Answer`.
+        plan: As in :class:`Answer`.
     """
 
     cache: StitchedCache
@@ -130,3 +134,4 @@ class Prepared:
     question: str = ""
     selector: str = "attention-norm"
     selection_cost: Cost = NO_COST
+    plan: Plan | None = None

@@ -77,6 +77,7 @@ def answer_of(tokenizer: Any, ready: Prepared, token_ids: Tensor, decode_seconds
         question=ready.question,
         selector=ready.selector,
         selection_cost=ready.selection_cost,
+        plan=ready.plan,
         tokenizer=tokenizer,
     )
 

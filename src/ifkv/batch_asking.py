@@ -12,6 +12,7 @@ import torch
 
 from ifkv.answer import Answer, Prepared
 from ifkv.answering import answer_of, check_answer_kwargs, selector_with_layers
+from ifkv.auto import Ratio
 from ifkv.batch_generation import GreedySettings, decode, greedy_settings
 from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
@@ -20,7 +21,7 @@ from ifkv.forward import num_layers
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
 from ifkv.scoring import chosen_layers
-from ifkv.selectors import Budget, Selector, resolve
+from ifkv.selectors import Selector, resolve
 from ifkv.stitching import check_stitchable
 from ifkv.streaming import text_streamer
 
@@ -38,7 +39,7 @@ def ask_many(
     questions: Sequence[str],
     *,
     documents: Sequence[str] | Sequence[Sequence[str] | None] | None,
-    ratio: float | Budget,
+    ratio: Ratio | None,
     reorder: bool,
     selector: str | Selector,
     max_new_tokens: int,
@@ -49,7 +50,7 @@ def ask_many(
 ) -> list[Answer]:
     """See :meth:`ifkv.Session.ask_many`."""
     watch = Stopwatch(session.model)
-    budget = Budget.of(ratio)
+    budget = session._ratios.fixed(ratio, "several questions at once")
     rule = selector_with_layers(resolve(selector), layers)
     check_positive(max_new_tokens, "max_new_tokens")
     check_positive(batch_tokens, "batch_tokens")

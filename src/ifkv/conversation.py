@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ifkv.answer import Answer
 from ifkv.answering import complete, stop_tokens
+from ifkv.auto import Ratio
 from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
@@ -21,7 +22,7 @@ from ifkv.turns import Asked, Turn, prepare_turn
 from ifkv.undoing import all_or_nothing
 
 if TYPE_CHECKING:
-    from ifkv.selectors import Budget, Selector
+    from ifkv.selectors import Selector
     from ifkv.session import Session
     from ifkv.stitched_cache import StitchedCache
 
@@ -112,7 +113,7 @@ class Conversation:
         self,
         question: str,
         *,
-        ratio: float | Budget = 0.15,
+        ratio: Ratio | None = None,
         revisit: bool = False,
         selector: str | Selector = "attention-norm",
         max_new_tokens: int = 32,
@@ -125,7 +126,8 @@ class Conversation:
         Args:
             question: The question.
             ratio: Share of the new documents' tokens to recompute (in the first turn of all tokens
-                before the question, as in :meth:`Session.ask`), or a budget. A turn without new
+                before the question, as in :meth:`Session.ask`), or a budget; the session's if
+                None, and never ``"auto"``. A turn without new
                 documents has nothing to recompute.
             revisit: Let the question choose among the slots of earlier documents, too, that no
                 turn has recomputed yet; the ratio then counts these as well. Rows of earlier turns

@@ -68,5 +68,9 @@ class StoreWarning(UserWarning):
     """A store has lost a document; it was prefilled again, and the answer is right."""
 
 
+class CalibrationWarning(UserWarning):
+    """The machine's rates are being measured, which takes some seconds, or cannot be kept."""
+
+
 class StoreFullError(StoreError):
     """The byte budget, or the disk, has no room for the document; nothing was stored."""

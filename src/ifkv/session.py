@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.answering import check_answer_kwargs, complete, selector_with_layers
+from ifkv.auto import Ratio, Ratios
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.preparation import Stopwatch, prepare
-from ifkv.selectors import Budget, Selector, resolve
+from ifkv.selectors import Selector, resolve
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.conversation import Conversation
+    from ifkv.planning import Planner
     from ifkv.store import DocumentStore
 
 
@@ -47,6 +49,8 @@ class Session:
             tokenizer's chat template puts before the documents, with ``instruction``.
         instruction: Text before the documents, when the prefix is not given.
         backend: For :func:`ifkv.patch`.
+        ratio: Of requests that give none; see :meth:`ask`.
+        planner: Makes the plans of ``ratio="auto"``, in place of one for this machine.
         kv_dtype: Of each request's cache, as in :func:`ifkv.stitch`; what the store keeps is
             another matter (``codec`` of the stores).
 
@@ -70,10 +74,13 @@ class Session:
         prefix: str | Sequence[int] | None = None,
         instruction: str = INSTRUCTION,
         backend: str = "auto",
+        ratio: Ratio = 0.15,
+        planner: Planner | None = None,
         kv_dtype: torch.dtype | None = None,
     ):
         check_kv_dtype(kv_dtype, model.device)
         patch(model, backend=backend)
+        self._ratios = Ratios(model, ratio, backend, planner)
         self.model = model
         self.kv_dtype = kv_dtype
         self.tokenizer = tokenizer
@@ -137,7 +144,7 @@ class Session:
         question: str,
         *,
         documents: Sequence[str] | None = None,
-        ratio: float | Budget = 0.15,
+        ratio: Ratio | None = None,
         reorder: bool = False,
         selector: str | Selector = "attention-norm",
         max_new_tokens: int = 32,
@@ -152,7 +159,10 @@ class Session:
             documents: Keys of the documents to use, in order; all that this session added if None.
             ratio: Recompute ratio. 0 answers from the stitched documents as they are; 1 recomputes
                 everything that is not exact already and equals a full prefill. Or a
-                :class:`ifkv.selectors.Budget`, for other limits and for smoothed scores.
+                :class:`ifkv.selectors.Budget`, for other limits and for smoothed scores. Or
+                ``"auto"``: a :class:`ifkv.planning.Plan` for this machine chooses, and is the
+                answer's ``plan``; the first time the machine is measured for some seconds.
+                The session's ratio if None.
             reorder: Put the documents the question finds most in last.
             max_new_tokens: Length of the answer at most.
             stream: True prints the answer as it comes; a function is called with each piece.
@@ -187,7 +197,7 @@ class Session:
         questions: Sequence[str],
         *,
         documents: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
-        ratio: float | Budget = 0.15,
+        ratio: Ratio | None = None,
         reorder: bool = False,
         selector: str | Selector = "attention-norm",
         max_new_tokens: int = 32,
@@ -206,7 +216,7 @@ class Session:
             questions: The questions; their prompts may have any lengths.
             documents: Keys of the documents of all questions, or for each question a list of its
                 own (None in it for all documents). Documents that questions share are read once.
-            ratio: As in :meth:`ask`.
+            ratio: As in :meth:`ask`, but for ``"auto"``.
             reorder: As in :meth:`ask`.
             selector: As in :meth:`ask`.
             max_new_tokens: Length of each answer at most.
@@ -260,7 +270,7 @@ class Session:
         question: str,
         *,
         documents: Sequence[str] | None = None,
-        ratio: float | Budget = 0.15,
+        ratio: Ratio | None = None,
         reorder: bool = False,
         selector: str | Selector = "attention-norm",
         layers: Sequence[int] | None = None,
@@ -269,9 +279,9 @@ class Session:
 
         Takes the arguments of :meth:`ask` and raises its errors.
         """
-        timed = Stopwatch(self.model)
-        budget = Budget.of(ratio)  # refuse a bad one before any work
         rule = selector_with_layers(resolve(selector), layers)
+        choose = self._ratios.chooser(ratio, rule, reorder=reorder)
+        timed = Stopwatch(self.model)
         prompt = self.format.prompt_ids(question)
         run = functools.partial(
             prepare,
@@ -279,7 +289,6 @@ class Session:
             prompt_ids=prompt,
             question_ids=self.format.encode(question),
             timed=timed,
-            budget=budget,
             reorder=reorder,
             selector=rule,
             layers=layers,
@@ -289,14 +298,15 @@ class Session:
         with timed("load"):
             # Reordering reads documents twice, so then they are read whole.
             chosen = self._library.get(documents, lazy=not reorder)
+        budget, plan = choose(chosen, len(prompt))
         try:
-            ready = run(chosen)
+            ready = run(chosen, budget=budget)
         except StoreCorruptionError as error:  # found on the way, in rows that were just read
             with timed("load"):
                 self._library.make_again(error.key, error)
                 chosen = self._library.get(documents)
-            ready = run(chosen)
-        return dataclasses.replace(ready, question=question)
+            ready = run(chosen, budget=budget)
+        return dataclasses.replace(ready, question=question, plan=plan)
 
     def complete(
         self,

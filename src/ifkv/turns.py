@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.answering import check_answer_kwargs, selector_with_layers
+from ifkv.auto import Ratio
 from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
@@ -46,7 +47,7 @@ class Asked:
         session: Session,
         question: str,
         *,
-        ratio: float | Budget = 0.15,
+        ratio: Ratio | None = None,
         revisit: bool = False,
         selector: str | Selector = "attention-norm",
         max_new_tokens: int = 32,
@@ -58,7 +59,8 @@ class Asked:
         check_answer_kwargs(session.model, generate_kwargs)
         chosen_layers(num_layers(session.model), layers)
         session.format.prompt_ids(question)
-        budget, rule = Budget.of(ratio), selector_with_layers(resolve(selector), layers)
+        budget = session._ratios.fixed(ratio, "turns of a conversation")
+        rule = selector_with_layers(resolve(selector), layers)
         return cls(question, budget, rule, revisit, max_new_tokens, generate_kwargs)
 
 

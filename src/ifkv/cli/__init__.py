@@ -1,4 +1,4 @@
-"""The command line: ``ifkv demo | ask | eval | verify | encode | store``."""
+"""The command line: ``ifkv demo | ask | eval | plan | verify | encode | store``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ifkv.cli.ask import ask
 from ifkv.cli.demo import demo
 from ifkv.cli.encode import encode
 from ifkv.cli.eval import evaluate
+from ifkv.cli.plan import plan
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
-from ifkv.errors import IfkvError, StoreWarning
+from ifkv.errors import CalibrationWarning, IfkvError, StoreWarning
 
 app = typer.Typer(
     name="ifkv",
@@ -28,6 +29,7 @@ app.command()(demo)
 app.command()(ask)
 app.command()(encode)
 app.command("eval")(evaluate)
+app.command()(plan)
 app.command()(verify)
 app.add_typer(store_app, name="store")
 
@@ -58,7 +60,7 @@ def _show_warning(
 
     Takes the arguments of :func:`warnings.showwarning`.
     """
-    if issubclass(category, StoreWarning):
+    if issubclass(category, StoreWarning | CalibrationWarning):
         typer.secho(f"{category.__name__}: {message}", fg="yellow", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)

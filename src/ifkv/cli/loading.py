@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -40,6 +40,41 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             "torch that supports it."
         ) from error
     return loaded
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a model by folder or hub id; no weights are read.
+
+    Raises:
+        InvalidInputError: There is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return config
+
+
+def check_device(device: str) -> None:
+    """Refuse a device on which nothing can be computed here.
+
+    Raises:
+        InvalidInputError: There is no such device.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidInputError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); give cpu, or "
+            "install a build of torch that supports it."
+        ) from error
 
 
 def load_tokenizer(name: str) -> Any:

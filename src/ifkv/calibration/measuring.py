@@ -1,0 +1,233 @@
+"""Measure a machine's rates: some seconds of small pieces of work, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ifkv.calibration.bench import Bench, ascending, few_layers
+from ifkv.calibration.curves import Curve, Grid
+from ifkv.calibration.probes import Clock, Probe, grow, run_in_turns
+from ifkv.calibration.rates import Rates
+from ifkv.cost import ModelShape, causal_pairs
+from ifkv.patching import patch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LAYER_ROWS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+TOKENS = (256, 1024, 2048, 4096, 8192)
+CONTEXTS = (512, 2048, 8192)
+SHARES = (0.03, 0.1, 0.3)
+QUERIES = (8, 32, 128)
+STITCHED_TOKENS, STITCHED_DOCUMENTS = 2048, 8
+# One probe at its largest, and all rounds behind the first.
+PROBE_SECONDS, ROUND_SECONDS = 0.7, 6.0
+DISK_TOKENS = 512
+
+
+@torch.no_grad()
+def measure(
+    config: PretrainedConfig,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str = "auto",
+    round_seconds: float = ROUND_SECONDS,
+    probe_seconds: float = PROBE_SECONDS,
+    disk: Path | None = None,
+) -> Rates:
+    """Measure the rates of a model's layers.
+
+    Random layers of the model's shape are run, never the model: at most one, or as many as fill
+    192 MiB, so that an 8B model takes about 1 GiB.
+
+    Args:
+        config: The model's config.
+        shape: The model's shape.
+        dtype: Of weights and cache.
+        device: Where to run.
+        backend: As in :func:`ifkv.patch`.
+        round_seconds: Seconds after which no further round of measurements begins.
+        probe_seconds: How long a single piece of work may take; larger ones are left out.
+        disk: A folder whose disk is measured, too.
+
+    Returns:
+        The rates.
+
+    Raises:
+        StoreError: Nothing can be written in ``disk``.
+        OSError: Nothing can be written in ``disk``.
+    """
+    model = few_layers(config, dtype, device, shape)
+    clock, limit = Clock(device), config.max_position_embeddings
+    with patch(model, backend=backend):
+        bench = Bench(model, shape)
+        depths: dict[int, int] = {}
+        pairs: dict[tuple[int, float], float] = {}
+
+        def layers(rows: int) -> list[Probe]:
+            run, depths[rows] = bench.through_layers(rows)
+            return [Probe(run)]
+
+        def scattered(context: int) -> list[Probe]:
+            probes = []
+            for share in SHARES:
+                run, pairs[context, share] = bench.rows_attention(context, share)
+                probes.append(Probe(run))
+            return probes
+
+        def queries(context: int) -> list[Probe]:
+            return [Probe(run) for q in QUERIES for run in bench.query_attention(context, q)]
+
+        contexts = ascending(CONTEXTS, limit)
+        through = grow(
+            ascending(LAYER_ROWS, limit), layers, clock, limit=probe_seconds, power=1, least=5
+        )
+        full = grow(
+            ascending(TOKENS, limit),
+            lambda tokens: [Probe(bench.prefill_attention(tokens))],
+            clock,
+            limit=probe_seconds,
+            power=2,
+        )
+        rows = grow(contexts, scattered, clock, limit=probe_seconds, power=2)
+        asked = grow(contexts, queries, clock, limit=probe_seconds, power=1)
+        tokens = min(STITCHED_TOKENS, limit)
+        few, stitched_bytes = bench.stitching(1, tokens)
+        many, _ = bench.stitching(STITCHED_DOCUMENTS, tokens)
+        head, head_bytes = bench.head()
+        single = [Probe(few), Probe(many), Probe(head)]
+        host_bytes = 0
+        if device.type != "cpu":
+            copying, host_bytes = bench.to_device()
+            single.append(Probe(copying))
+        for probe in single:
+            clock.time(probe.run)
+        families = (through, full, rows, asked)
+        every = [p for family in families for group in family.values() for p in group] + single
+        run_in_turns(every, clock, budget=round_seconds)
+
+    warm, cold, opening = (None, None, 0.0) if disk is None else measure_disk(disk)
+    width = shape.attention_width
+    one, several = single[0].seconds, single[1].seconds
+    return Rates(
+        date=time.strftime("%Y-%m-%d"),
+        layer=Curve(
+            tuple(map(float, through)),
+            tuple(group[0].seconds / depths[size] for size, group in through.items()),
+        ),
+        prefill_attention=Grid(
+            tuple(map(float, full)),
+            (1.0,),
+            tuple(
+                (4 * width * causal_pairs(0, size) / group[0].seconds,)
+                for size, group in full.items()
+            ),
+        ),
+        rows_attention=Grid(
+            tuple(map(float, rows)),
+            SHARES,
+            tuple(
+                tuple(
+                    4 * width * pairs[size, share] / probe.seconds
+                    for share, probe in zip(SHARES, group, strict=True)
+                )
+                for size, group in rows.items()
+            ),
+        ),
+        query_attention=_over_queries(asked, 0, lambda t, q: 4 * width * causal_pairs(t, q)),
+        norms=_over_queries(asked, 1, lambda t, q: 2.0 * width * t * q),
+        weight_bytes=head_bytes / single[2].seconds,
+        stitch_bytes=stitched_bytes / one,
+        stitch_document=max(0.0, (several - one) / (STITCHED_DOCUMENTS - 1)),
+        host_bytes=host_bytes / single[3].seconds if host_bytes else None,
+        warm_bytes=warm,
+        cold_bytes=cold,
+        open_document=opening,
+    )
+
+
+def _over_queries(
+    asked: dict[int, list[Probe]], which: int, count: Callable[[int, int], float]
+) -> Grid:
+    """Rates of attention (0) or norms (1), whose operations ``count`` tells."""
+    return Grid(
+        tuple(map(float, asked)),
+        tuple(map(float, QUERIES)),
+        tuple(
+            tuple(
+                count(context, query) / group[2 * index + which].seconds
+                for index, query in enumerate(QUERIES)
+            )
+            for context, group in asked.items()
+        ),
+    )
+
+
+def measure_disk(folder: Path, *, rounds: int = 3) -> tuple[float, float, float]:
+    """Measure how fast documents come from a folder's disk.
+
+    A store of some MiB is made in a folder of its own inside, and removed again. Where the system
+    lets nobody drop files from its page cache, both rates are those of the page cache.
+
+    Args:
+        folder: Where; made if it is not there.
+        rounds: How often.
+
+    Returns:
+        Bytes per second out of the page cache, and past it; and seconds to open a document.
+
+    Raises:
+        StoreError: Nothing can be written there.
+        OSError: Nothing can be written there.
+    """
+    from ifkv.store import DiskStore
+    from ifkv.testing.documents import random_document
+
+    folder.mkdir(parents=True, exist_ok=True)
+    opening: list[float] = []
+    reading: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".calibration-") as place:
+        made = [
+            random_document(seed, length=DISK_TOKENS, layers=16, kv_heads=4, head_dim=64)
+            for seed in range(4)
+        ]
+        nbytes = sum(document.nbytes for document in made)
+        with DiskStore(place) as store:
+            keys = [store.put(document) for document in made]
+        for cold in (True, False) * rounds:
+            if cold:
+                _forget(Path(place))
+            with DiskStore(place) as store:
+                start = time.perf_counter()
+                documents = [store.get(key, lazy=True) for key in keys]
+                opened = time.perf_counter()
+                for document in documents:
+                    for layer in range(document.shape[0]):
+                        document.layer(layer)
+                reading[cold].append(time.perf_counter() - opened)
+                opening.append((opened - start) / len(keys))
+    return nbytes / min(reading[False]), nbytes / min(reading[True]), min(opening)
+
+
+def _forget(folder: Path) -> None:
+    """Have the system drop a folder's files from its page cache, where it takes such advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)

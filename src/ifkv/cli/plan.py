@@ -1,0 +1,100 @@
+"""``ifkv plan``: how soon would a request answer here, and at which ratio?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder or hub id of a model; its config is read, no weights."),
+    ],
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", "-n", help="Tokens of the context.", min=1, show_default=False),
+    ],
+    documents: Annotated[int, typer.Option(help="How many documents they are.", min=1)] = 8,
+    query: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 32,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="A recompute ratio to consider; may be given several times. 0.05, 0.15 and 0.3 "
+            "if not given.",
+            min=0,
+            max=1,
+            show_default=False,
+        ),
+    ] = None,
+    speedup: Annotated[
+        float, typer.Option(help="How many times as soon as plain prefill is soon enough.")
+    ] = 2.0,
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Measure this machine anew.")
+    ] = False,
+) -> None:
+    """Predict times to first token on this machine, and recommend a recompute ratio.
+
+    What the machine does with layers of the model's shape is measured once, in about ten seconds,
+    on random weights, and kept. hot: the documents' keys and values are in memory; warm: in a store
+    on the disk that the system has in its page cache; cold: past the page cache. Give the machine
+    rest while it measures, or the rates are those of a busy machine.
+
+    Example: ifkv plan path/to/model --tokens 4000 --documents 12
+    """
+    import torch
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ifkv.cli.loading import DTYPES, check_device, load_config
+    from ifkv.errors import InvalidInputError
+    from ifkv.planning import RATIOS, planner_for
+
+    if dtype not in DTYPES:
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    console = Console()
+    config = load_config(model)
+    check_device(device)
+    with console.status("measuring this machine"):
+        planner = planner_for(
+            config, dtype=getattr(torch, dtype), device=device, recalibrate=recalibrate
+        )
+    made = planner.plan(
+        tokens, documents=documents, prompt=query, ratios=ratio or RATIOS, speedup=speedup
+    )
+    table = Table(
+        title=escape(f"{model}, {dtype}, {device}, {torch.get_num_threads()} threads"),
+        caption="Predicted times to first token; how many times as soon as plain prefill hot is, "
+        "and the bound S(r) on that.",
+    )
+    for name in ("", "tokens", "hot", "warm", "cold", "sooner", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in made.forecasts:
+        table.add_row(
+            f"r = {each.ratio:g}",
+            str(each.rows),
+            *(_seconds(time) for time in (each.hot, each.warm, each.cold)),
+            f"{made.prefill / each.hot:.2f}×",
+            f"{each.bound:.2f}×",
+            style="bold" if each.ratio == made.ratio else None,
+        )
+    table.add_row("plain prefill", str(tokens), _seconds(made.prefill), style="dim")
+    console.print(table)
+    console.print(
+        f"{tokens} tokens in {documents} documents, and a prompt of {query}. Their keys "
+        f"and values take {decimal(made.kv_bytes)}. Rates measured on {planner.rates.date}."
+    )
+    advice = "plain prefill" if made.ratio is None else f"r = {made.ratio:g}"
+    console.print(f"[green]Recommended: {advice}[/] ({made.reason}).")
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "not measured"
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

@@ -1,0 +1,315 @@
+"""Predict times to first token from a model's shape and a machine's rates, and choose a ratio.
+
+Times add up what :mod:`ifkv.cost` counts, at the rates of :mod:`ifkv.calibration`: rows through a
+layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a machine
+with one rate for everything and no overhead the prediction is the arithmetic itself.
+
+The choice: the largest ratio whose hot TTFT is predicted to come ``speedup`` times as soon as that
+of plain prefill, twice by default, since answers come nearer to plain prefill's with every
+recomputed token. If none does, the soonest ratio; and plain prefill, which is exact, where no
+ratio is sooner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.calibration import Rates, rates_for
+from ifkv.checks import check_positive
+from ifkv.cost import ModelShape, causal_pairs, speedup_bound, spread_pairs
+from ifkv.errors import InvalidInputError
+from ifkv.families import resolve_family
+from ifkv.scoring import chosen_layers
+from ifkv.selection import budget
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+RATIOS = (0.05, 0.15, 0.3)
+SPEEDUP = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """What one recompute ratio is predicted to take; all times in seconds.
+
+    Attributes:
+        ratio: The recompute ratio.
+        rows: Tokens that are recomputed.
+        stitch: Stitching the documents.
+        select: Scoring and selecting, with the default selector.
+        recompute: Selected rows and the prompt, up to the first token's logits.
+        hot: Time to first token with the documents in memory: the three together.
+        warm: The same from a store on the disk, out of the system's page cache; None if the disk
+            could not be measured. Loading is added in full, as if nothing of it were hidden.
+        cold: The same, past the page cache.
+        bound: S(r): how many times sooner than plain prefill the operations alone allow.
+    """
+
+    ratio: float
+    rows: int
+    stitch: float
+    select: float
+    recompute: float
+    hot: float
+    warm: float | None
+    cold: float | None
+    bound: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Predictions for one request, and what they recommend.
+
+    Attributes:
+        tokens: Tokens of the context.
+        documents: How many documents it has.
+        prompt: Tokens of the prompt.
+        prefill: Predicted seconds of plain prefill to the first token's logits.
+        kv_bytes: Bytes of the context's keys and values, in memory and in an exact store.
+        forecasts: One for each ratio.
+        ratio: The ratio that is recommended; None stands for plain prefill.
+        reason: Why, in a sentence.
+    """
+
+    tokens: int
+    documents: int
+    prompt: int
+    prefill: float
+    kv_bytes: int
+    forecasts: tuple[Forecast, ...]
+    ratio: float | None
+    reason: str
+
+
+class Planner:
+    """Makes plans for one model on one machine.
+
+    Args:
+        shape: The model's shape.
+        rates: The machine's rates.
+        positions: Tokens that the model has positions for; None knows no end.
+
+    Examples:
+        >>> from ifkv.planning import Planner
+        >>> from ifkv.calibration import Curve, Grid, Rates
+        >>> from ifkv.cost import ModelShape
+        >>> from ifkv.testing import tiny_model
+        >>> flat = Grid((1.0,), (1.0,), ((1e9,),))
+        >>> rates = Rates("2026-01-01", Curve((1.0,), (1e-3,)), flat, flat, flat, flat,
+        ...               weight_bytes=1e9, stitch_bytes=1e9, stitch_document=0.0, host_bytes=None)
+        >>> plan = Planner(ModelShape.of(tiny_model()), rates).plan(1000, documents=4, prompt=20)
+        >>> plan.ratio, plan.reason
+        (0.3, 'the largest of these ratios predicted to be 2 times as soon as plain prefill')
+    """
+
+    def __init__(self, shape: ModelShape, rates: Rates, *, positions: int | None = None):
+        self.shape = shape
+        self.rates = rates
+        self.positions = positions
+
+    def plan(
+        self,
+        tokens: int,
+        *,
+        documents: int,
+        prompt: int,
+        ratios: Sequence[float] = RATIOS,
+        layers: Sequence[int] | None = None,
+        speedup: float = SPEEDUP,
+    ) -> Plan:
+        """Predict a request's times and choose among the ratios.
+
+        Args:
+            tokens: Tokens of the context, the prefix among them.
+            documents: How many documents it has; they count as equally long.
+            prompt: Tokens of the prompt.
+            ratios: What to choose among.
+            layers: Scoring layers, as in :func:`ifkv.score`.
+            speedup: How many times as soon as plain prefill a ratio should be.
+
+        Raises:
+            InvalidInputError: A number that is not positive, more documents than tokens, a ratio
+                outside [0, 1] or none at all, or more tokens than the model has positions.
+        """
+        for what, value in (("tokens", tokens), ("documents", documents), ("prompt", prompt)):
+            check_positive(value, what)
+        if documents > tokens:
+            raise InvalidInputError(
+                f"{documents} documents cannot be made of {tokens} tokens; each has at least one."
+            )
+        if self.positions is not None and tokens + prompt > self.positions:
+            raise InvalidInputError(
+                f"{tokens} tokens and a prompt of {prompt} are {tokens + prompt}, but this model "
+                f"has {self.positions} positions; take fewer."
+            )
+        if not math.isfinite(speedup) or speedup <= 0:
+            raise InvalidInputError(f"speedup is {speedup!r}, but must be a number above 0.")
+        if not ratios:
+            raise InvalidInputError("there are no ratios to choose among; give at least one.")
+        scoring = chosen_layers(self.shape.num_layers, layers)
+        prefill = self._prefill(tokens + prompt)
+        forecasts = tuple(
+            self._forecast(tokens, documents, prompt, ratio, scoring)
+            for ratio in sorted(set(ratios))
+        )
+        ratio, reason = _choose(prefill, forecasts, speedup)
+        nbytes = tokens * self.shape.token_bytes
+        return Plan(tokens, documents, prompt, prefill, nbytes, forecasts, ratio, reason)
+
+    def _prefill(self, tokens: int) -> float:
+        shape, rates = self.shape, self.rates
+        pairs = 4 * shape.attention_width * causal_pairs(0, tokens)
+        layer = rates.layer.at(tokens) + pairs / rates.prefill_attention.at(tokens, 1)
+        return shape.num_layers * layer + self._head()
+
+    def _forecast(
+        self, tokens: int, documents: int, prompt: int, ratio: float, scoring: list[int]
+    ) -> Forecast:
+        shape, rates = self.shape, self.rates
+        first = tokens // documents  # is exact already, and never selected
+        rows = min(budget(tokens, ratio), tokens - first)
+        position = (tokens + first) / (2 * tokens)
+        nbytes = tokens * shape.token_bytes
+        stitch = nbytes / rates.stitch_bytes + documents * rates.stitch_document
+        if rates.host_bytes is not None:
+            stitch += nbytes / rates.host_bytes
+        # A budget of nothing or of everything needs no scores.
+        select = 0.0 if ratio in (0, 1) else self._scoring(tokens, prompt, scoring)
+        recompute = self._recompute(tokens, rows, prompt, position)
+        hot = stitch + select + recompute
+        warm, cold = (
+            None if speed is None else hot + nbytes / speed + documents * rates.open_document
+            for speed in (rates.warm_bytes, rates.cold_bytes)
+        )
+        bound = speedup_bound(
+            shape,
+            context_length=tokens,
+            query_length=prompt,
+            ratio=rows / tokens,
+            scoring_layers=max(scoring) + 1 if select else 0,
+            position=position,
+        )
+        return Forecast(ratio, rows, stitch, select, recompute, hot, warm, cold, bound)
+
+    def _scoring(self, tokens: int, prompt: int, layers: list[int]) -> float:
+        shape, rates = self.shape, self.rates
+        wide = shape.attention_width
+        attention = 4 * wide * causal_pairs(tokens, prompt)
+        attention /= rates.query_attention.at(tokens, prompt)
+        norms = 2 * wide * prompt * tokens / rates.norms.at(tokens, prompt)
+        through = rates.layer.at(prompt)
+        # The deepest layer runs without its MLP.
+        return (
+            max(layers) * (through + attention)
+            + through * self._attention_share
+            + attention
+            + len(layers) * norms
+        )
+
+    def _recompute(self, tokens: int, rows: int, prompt: int, position: float) -> float:
+        shape, rates = self.shape, self.rates
+        wide, every = shape.attention_width, rows + prompt
+        through = rates.layer.at(every)
+        rate = rates.rows_attention.at(tokens, every / tokens)
+        pairs = spread_pairs(rows, tokens, position) + causal_pairs(tokens, prompt)
+        one = causal_pairs(tokens + prompt - 1, 1) * 4 * wide / rates.query_attention.at(tokens, 1)
+        # In the last layer rows give keys and values alone, and one is run whole.
+        return (
+            (shape.num_layers - 1) * (through + 4 * wide * pairs / rate)
+            + through * self._attention_share
+            + rates.layer.at(1)
+            + one
+            + self._head()
+        )
+
+    def _head(self) -> float:
+        shape = self.shape
+        return shape.vocabulary * shape.hidden_size * shape.element_size / self.rates.weight_bytes
+
+    @property
+    def _attention_share(self) -> float:
+        return self.shape.attention_parameters / self.shape.layer_parameters
+
+
+def _choose(
+    prefill: float, forecasts: Sequence[Forecast], speedup: float
+) -> tuple[float | None, str]:
+    """The ratio of a plan, and the reason; the module says how."""
+    enough = [each.ratio for each in forecasts if each.hot * speedup <= prefill]
+    if enough:
+        return max(enough), (
+            f"the largest of these ratios predicted to be {speedup:g} times as soon as plain "
+            "prefill"
+        )
+    soonest = min(forecasts, key=lambda each: each.hot)
+    if soonest.hot < prefill:
+        return soonest.ratio, (
+            f"the soonest of these ratios, predicted to be {prefill / soonest.hot:.2f} times as "
+            f"soon as plain prefill; none is {speedup:g} times as soon"
+        )
+    return None, "plain prefill is predicted to be sooner than any of these ratios"
+
+
+def shape_of_config(config: PretrainedConfig, dtype: torch.dtype) -> ModelShape:
+    """The shape of the model that a config describes; no weights are made.
+
+    Raises:
+        InvalidInputError: The config is not that of a causal language model.
+        UnsupportedModelError: Its family is not supported.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"no plan can be made for a {config.model_type!r} model: {str(error).splitlines()[0]}"
+        ) from error
+    resolve_family(model)
+    return ModelShape.of(model)
+
+
+def planner_for(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    recalibrate: bool = False,
+) -> Planner:
+    """A planner for a model on this machine, whose rates are measured if they are not known yet.
+
+    Args:
+        model: A model, or only its config.
+        dtype: Of weights and cache; a model's own.
+        device: Where it runs; a model's own.
+        backend: As in :func:`ifkv.patch`.
+        recalibrate: Measure the rates anew.
+
+    Raises:
+        InvalidInputError: The config describes no model of this kind.
+        UnsupportedModelError: The model belongs to no family that is supported.
+    """
+    found: Any = model
+    if hasattr(found, "base_model"):
+        config, shape = found.config, ModelShape.of(found)
+        dtype, device = found.dtype, found.device
+    else:
+        config, dtype = found, dtype or torch.float32
+        shape = shape_of_config(config, dtype)
+    rates = rates_for(
+        config,
+        shape,
+        dtype=dtype,
+        device=torch.device(device),
+        backend=backend,
+        again=recalibrate,
+    )
+    return Planner(shape, rates, positions=config.max_position_embeddings)

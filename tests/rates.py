@@ -1,0 +1,29 @@
+"""Machines for tests of plans: rates that are known, instead of measured ones."""
+
+from __future__ import annotations
+
+from ifkv.calibration import Curve, Grid, Rates
+from ifkv.cost import ModelShape
+
+
+def flat(operations: float) -> Grid:
+    return Grid((1.0,), (1.0,), ((operations,),))
+
+
+def machine(layer: Curve, operations: float = 1e30, **others: float | None) -> Rates:
+    """Layers take the time of a curve, all else as good as none if not given."""
+    rate = flat(operations)
+    settings = {"weight_bytes": 1e30, "stitch_bytes": 1e30, "stitch_document": 0.0}
+    return Rates(
+        "2026-01-01", layer, rate, rate, rate, rate, **{**settings, "host_bytes": None, **others}
+    )
+
+
+def ideal(shape: ModelShape, operations: float) -> Rates:
+    """A machine with one rate for every operation, and nothing else that takes time."""
+    return machine(Curve((1.0,), (2 * shape.layer_parameters / operations,)), operations)
+
+
+# An overhead, and so much a row.
+ROWS_COST = machine(Curve((1.0, 2.0), (1.0, 2.0)))
+PASSES_COST = machine(Curve((1.0, 2.0), (1.0, 1.000001)))

@@ -1,0 +1,285 @@
+"""Measured rates: what lies between points, what is kept, and what a damaged file does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from typer.testing import CliRunner
+
+from ifkv import calibration
+from ifkv.calibration import Curve, Grid, Rates, keeping
+from ifkv.calibration.probes import Clock, Probe, grow, run_in_turns
+from ifkv.cli import app
+from ifkv.cost import ModelShape
+from ifkv.errors import CalibrationWarning, UnsupportedModelError
+from ifkv.planning import Planner
+from ifkv.testing import tiny_model
+from rates import PASSES_COST, ROWS_COST
+
+MODEL = tiny_model("llama", dtype=torch.float32, max_position_embeddings=512)
+SHAPE = ModelShape.of(MODEL)
+CPU = torch.device("cpu")
+positive = st.floats(0.01, 100.0)
+
+
+@given(
+    st.dictionaries(st.integers(1, 10**5), positive, min_size=1, max_size=6), st.floats(0.5, 2e5)
+)
+def test_curves_meet_their_points_and_stay_positive(points, size) -> None:
+    sizes = sorted(points)
+    curve = Curve(tuple(map(float, sizes)), tuple(points[each] for each in sizes))
+    assert [curve.at(each) for each in sizes] == pytest.approx([points[each] for each in sizes])
+    assert curve.at(size) > 0
+    if size > sizes[-1]:
+        assert curve.at(size) >= curve.at(sizes[-1])
+
+
+@given(st.floats(0.1, 1e5), st.floats(0.001, 10), st.lists(positive, min_size=4, max_size=4))
+def test_grids_stay_between_their_rates(row, column, rates) -> None:
+    grid = Grid((10.0, 100.0), (0.1, 1.0), ((rates[0], rates[1]), (rates[2], rates[3])))
+    assert min(rates) * (1 - 1e-9) <= grid.at(row, column) <= max(rates) * (1 + 1e-9)
+    assert grid.at(100, 0.1) == pytest.approx(rates[2])
+
+
+def test_probes_grow_until_they_are_too_long_and_no_shorter_than_least() -> None:
+    class Told(Clock):
+        def time(self, run):
+            return float(run())
+
+    def reached(**options) -> list[int]:
+        sizes, clock = [1, 2, 4, 8, 16], Told(CPU)
+        return list(grow(sizes, lambda n: [Probe(lambda: n)], clock, limit=4, power=1, **options))
+
+    assert reached() == [1, 2, 4]
+    assert reached(least=4) == [1, 2, 4, 8]
+    probes = [Probe(lambda: 1), Probe(lambda: 2)]
+    run_in_turns(probes, Told(CPU), budget=0, least=3)
+    assert [probe.seconds for probe in probes] == [1, 2]
+    assert [len(probe.times) for probe in probes] == [3, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "phi3"])
+def test_a_machine_is_measured(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, max_position_embeddings=512)
+    shape = ModelShape.of(model)
+    before = torch.get_rng_state()
+    rates = calibration.measure(
+        model.config,
+        shape,
+        dtype=torch.float32,
+        device=CPU,
+        round_seconds=0.0,
+        probe_seconds=0.01,
+        disk=tmp_path,
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
+    assert Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates
+    assert rates.warm_bytes
+    assert rates.cold_bytes
+    plan = Planner(shape, rates).plan(300, documents=3, prompt=9)
+    assert 0 < plan.forecasts[0].hot < plan.forecasts[0].warm
+    assert plan.prefill > 0
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
+    """How often the machine was measured; and the folder is empty."""
+    times: list[object] = []
+
+    def measure(*arguments, **options) -> Rates:
+        times.append(options["disk"])
+        return ROWS_COST
+
+    monkeypatch.setattr(keeping, "measure", measure)
+    monkeypatch.setenv("IFKV_CACHE", str(tmp_path / "cache"))
+    return times
+
+
+def rates(**options) -> Rates:
+    given = {"dtype": torch.float32, "device": CPU, **options}
+    return calibration.rates_for(MODEL.config, SHAPE, **given)
+
+
+def the_file() -> Path:
+    (file,) = calibration.calibration_folder().iterdir()
+    return file
+
+
+def test_rates_are_measured_once_and_kept(measured, recwarn) -> None:
+    assert rates() == rates() == ROWS_COST
+    assert len(measured) == 1
+    assert [warning.category for warning in recwarn] == [CalibrationWarning]
+    assert rates(again=True) == ROWS_COST
+    assert len(measured) == 2
+    the_file()
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_other_settings_are_measured_for_themselves(measured, monkeypatch) -> None:
+    rates()
+    rates(dtype=torch.bfloat16)
+    rates(backend="reference")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 63)
+    rates()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    rates()
+    assert len(measured) == 5
+    assert len(list(calibration.calibration_folder().iterdir())) == 5
+
+
+def damage(text: str) -> list[str]:
+    found = json.loads(text)
+
+    def changed(**values) -> str:
+        return json.dumps({**found, "rates": {**found["rates"], **values}})
+
+    layer = found["rates"]["layer"]
+    return [
+        "",
+        text[: len(text) // 2],
+        "[]",
+        "null",
+        "[" * 100_000,
+        json.dumps({**found, "about": {**found["about"], "threads": 999}}),
+        json.dumps({"about": found["about"]}),
+        changed(more=1),
+        changed(date=7),
+        changed(weight_bytes=0),
+        changed(weight_bytes=-1),
+        changed(weight_bytes=True),
+        changed(weight_bytes="fast"),
+        changed(weight_bytes=float("inf")),
+        changed(stitch_document=float("nan")),
+        changed(warm_bytes=0),
+        changed(layer=[]),
+        changed(layer={**layer, "sizes": layer["sizes"][::-1]}),
+        changed(layer={**layer, "seconds": layer["seconds"][:1]}),
+        changed(norms={"rows": [1.0], "columns": [1.0], "rates": [[1.0, 2.0]]}),
+        changed(norms={"rows": [1.0], "columns": [1.0], "rates": 3}),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_damaged_and_foreign_files_are_measured_again_and_say_so(measured) -> None:
+    rates()
+    sound = the_file().read_text()
+    for number, text in enumerate(damage(sound), 2):
+        the_file().write_text(text)
+        with pytest.warns(CalibrationWarning, match="cannot be used"):
+            assert rates() == ROWS_COST
+        assert len(measured) == number, text[:80]
+        assert the_file().read_text() == sound
+
+
+def test_bytes_that_are_no_text_are_measured_again(measured) -> None:
+    with pytest.warns(CalibrationWarning):
+        rates()
+    the_file().write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(CalibrationWarning, match="cannot be used"):
+        rates()
+
+
+@pytest.mark.filterwarnings("ignore:measuring")
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(
+    measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IFKV_CACHE", str(tmp_path / "file"))
+    with pytest.warns(CalibrationWarning, match="cannot be written"):
+        assert rates() == ROWS_COST
+    assert measured == [None]
+
+
+def test_an_interrupted_write_leaves_what_was_there(measured, monkeypatch) -> None:
+    with pytest.warns(CalibrationWarning):
+        rates()
+    before = the_file().read_text()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keeping.os, "replace", interrupted)
+    with pytest.warns(CalibrationWarning), pytest.raises(KeyboardInterrupt):
+        rates(again=True)
+    assert the_file().read_text() == before
+
+
+# The command line.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    MODEL.config.save_pretrained(tmp_path / "config")  # and no weights
+    return str(tmp_path / "config")
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_plan_needs_a_config_alone(measured, folder: str) -> None:
+    ask = ["plan", folder, "--tokens", "400", "--query", "10"]
+    result = CliRunner().invoke(app, ask)
+    assert result.exit_code == 0, result.output
+    for words in ("r = 0.05", "r = 0.15", "r = 0.3", "plain prefill", "Recommended: r = 0.3", "kB"):
+        assert words in result.output
+    CliRunner().invoke(app, [*ask, "--recalibrate"])
+    own = CliRunner().invoke(app, [*ask, "--ratio", "0.1", "--ratio", "0.2", "--speedup", "6"])
+    assert "Recommended: r = 0.1" in own.output
+    assert "r = 0.3" not in own.output
+    assert len(measured) == 2
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_plan_recommends_plain_prefill(measured, folder: str, monkeypatch) -> None:
+    monkeypatch.setattr(keeping, "measure", lambda *_, **__: PASSES_COST)
+    result = CliRunner().invoke(app, ["plan", folder, "-n", "100"])
+    assert "Recommended: plain prefill" in result.output
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["-n", "600"], "512 positions"),
+        (["-n", "5"], "8 documents cannot be made of 5 tokens"),
+        (["-n", "100", "--dtype", "int8"], "'int8' is unknown"),
+        (["-n", "100", "--device", "abacus"], "'abacus' cannot be used"),
+        (["-n", "100", "--speedup", "-1"], "speedup is -1"),
+    ],
+)
+def test_plan_refuses_bad_input(measured, folder: str, options, words) -> None:
+    result = CliRunner().invoke(app, ["plan", folder, *options])
+    assert result.exit_code == 1
+    assert words in str(result.exception)
+
+
+def test_plan_refuses_what_is_no_model(measured, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["plan", str(tmp_path), "-n", "10"])
+    assert "neither a folder with a model" in str(result.exception)
+    assert measured == []
+
+
+def test_unsupported_families_are_refused_before_anything_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Gemma2Config
+
+    monkeypatch.setenv("IFKV_CACHE", str(tmp_path / "cache"))
+    Gemma2Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, vocab_size=64, max_position_embeddings=256,
+    ).save_pretrained(tmp_path / "gemma")  # fmt: skip
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "gemma"), "-n", "100"])
+    assert isinstance(result.exception, UnsupportedModelError)
+    assert "gemma2" in str(result.exception)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_rates_are_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ROWS_COST.date = "2027-01-01"  # type: ignore[misc]
