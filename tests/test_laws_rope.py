@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ifkv
-from ifkv import positions, stitching
+from ifkv import positions, stitch_plan
 from ifkv.patching import handle_of
 from ifkv.rope import rotate
 from ifkv.testing import FAMILIES, assert_bit_equal, assert_close, rope_types, tiny_model
@@ -125,7 +125,7 @@ def test_law_19_a_constant_added_to_all_positions_changes_no_score(s: Scenario, 
 
     with prepared(s.model, s.request) as bench:
         expected = ifkv.score(s.model, bench.stitch(s.order), s.request.query)
-        with patch.object(stitching, "layout", shifted):
+        with patch.object(stitch_plan, "layout", shifted):
             got = ifkv.score(s.model, bench.stitch(s.order), s.request.query)
     assert_close(got, expected, what="scores", tolerance=1e-5)
 

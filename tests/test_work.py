@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import ifkv
-from ifkv import recomputation, rows_pass, scoring, stitching
+from ifkv import recomputation, recompute_request, rows_pass, scoring, stitching
 from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
 from ifkv.documents import DocumentCache
@@ -403,9 +403,9 @@ def test_masked_blocks_that_are_computed_are_noticed(
 def test_rows_that_nobody_selected_are_noticed(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast = recomputation._checked_slots
+    fast = recompute_request._checked_slots
     monkeypatch.setattr(
-        recomputation, "_checked_slots", lambda slots, length: fast(range(length), length)
+        recompute_request, "_checked_slots", lambda slots, length: fast(range(length), length)
     )
     with pytest.raises(AssertionError, match="rows of"):
         check_recompute_rows(model, 700)

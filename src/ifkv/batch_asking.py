@@ -13,11 +13,12 @@ import torch
 from ifkv.answer import Answer, Prepared
 from ifkv.answering import answer_of, check_answer_kwargs, selector_with_layers
 from ifkv.auto import Ratio
-from ifkv.batch_generation import GreedySettings, decode, greedy_settings
+from ifkv.batch_generation import decode
 from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.forward import num_layers
+from ifkv.greedy import GreedySettings, greedy_settings
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
 from ifkv.scoring import chosen_layers

@@ -17,7 +17,8 @@ from ifkv.backends.base import Reduction
 from ifkv.checks import naming_request
 from ifkv.errors import InvalidInputError
 from ifkv.forward import num_layers
-from ifkv.recomputation import Recomputation, run_recomputations
+from ifkv.recomputation import run_recomputations
+from ifkv.recompute_request import Recomputation
 from ifkv.scoring import (
     Scoring,
     attention_norm,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
+from ifkv.document_cache import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
 from ifkv.patching import PatchHandle, handle_of
@@ -20,69 +20,10 @@ if TYPE_CHECKING:
 
     from ifkv.backends.base import DocumentPlan
 
+__all__ = ["DEFAULT_BATCH_TOKENS", "DocumentCache", "prefill_documents"]
+
 # Tokens of one ragged forward when the caller does not say.
 DEFAULT_BATCH_TOKENS = 4096
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DocumentCache:
-    """Keys and values of one document, made behind a prefix and beside nothing else.
-
-    Immutable and shared: requests read it, none writes into it.
-
-    Attributes:
-        token_ids: Long ``[n]``, on the CPU.
-        prefix_ids: Long ``[P]``, on the CPU: the tokens it was encoded behind.
-        keys: ``[layers, kv_heads, n, head_dim]``, after qk-norm and before the rotation.
-        values: ``[layers, kv_heads, n, head_dim]``.
-        fingerprint: Identity of the model that made it.
-        prefix: The prefix's own rows, shared by all documents behind it; None if ``P == 0``.
-    """
-
-    token_ids: Tensor
-    prefix_ids: Tensor
-    keys: Tensor
-    values: Tensor
-    fingerprint: str
-    prefix: DocumentCache | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the document's own keys and values, without the prefix's."""
-        return self.keys.nbytes + self.values.nbytes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(layers, kv_heads, n, head_dim)``."""
-        return tuple(self.keys.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of keys and values."""
-        return self.keys.dtype
-
-    @property
-    def lazy(self) -> bool:
-        """Whether rows are read from a store when they are used (:mod:`ifkv.store.lazy`)."""
-        return False
-
-    def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
-        """Keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
-
-        Args:
-            layer: Which.
-            pin_memory: Where a store reads it first: into page-locked memory.
-        """
-        return torch.stack((self.keys[layer], self.values[layer]))
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def __repr__(self) -> str:
-        return (
-            f"DocumentCache({len(self)} tokens behind {len(self.prefix_ids)}, "
-            f"{self.nbytes / 2**20:.1f} MiB, {self.keys.dtype}, {self.fingerprint[:8]})"
-        )
 
 
 def prefill_documents(
@@ -167,28 +108,6 @@ def _check_prefix(prefix: DocumentCache, identity: str) -> None:
             "document's .prefix, or token ids."
         )
     check_rows(prefix, "the prefix")
-
-
-def check_rows(document: DocumentCache, what: str) -> None:
-    """Refuse a document that does not have one row of keys and values for each of its tokens.
-
-    Raises:
-        InvalidInputError: Its shapes or dtypes contradict each other.
-    """
-    if document.lazy:
-        return  # its store has checked it against its header
-    keys, values = document.keys, document.values
-    if (
-        keys.ndim != 4
-        or keys.shape != values.shape
-        or keys.dtype != values.dtype
-        or keys.shape[2] != len(document)
-    ):
-        raise InvalidInputError(
-            f"{what} has {len(document)} tokens, keys {keys.dtype} {tuple(keys.shape)} and values "
-            f"{values.dtype} {tuple(values.shape)}, but both must be [layers, kv_heads, tokens, "
-            "head_dim] of one dtype. Use documents as prefill_documents made them."
-        )
 
 
 def _batches(tokens: list[Tensor], budget: int, progress: bool) -> Iterator[list[Tensor]]:

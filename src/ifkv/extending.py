@@ -10,8 +10,8 @@ import torch
 from ifkv.documents import DocumentCache
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.rope import rotate
+from ifkv.stitch_plan import check_documents
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
-from ifkv.stitching import check_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

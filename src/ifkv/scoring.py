@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend, QueryPlan, Reduction
+from ifkv.backends.base import Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
-from ifkv.patching import PatchHandle, handle_of
+from ifkv.patching import handle_of
+from ifkv.scoring_pass import Measure, QueryView, ScoringPass
 from ifkv.stitched_cache import StitchedCache, check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = [
+    "DEFAULT_DEPTH",
+    "Measure",
+    "QueryView",
+    "Scoring",
+    "attention_norm",
+    "chosen_layers",
+    "default_layers",
+    "mean_over_layers",
+    "measure_query",
+    "run_scorings",
+    "score",
+]
 
 # Share of the depth whose layers score when the caller does not say: the paper's layers 22 to 25
 # of 40 (Qwen3-14B) and their neighbours in shallower models.
@@ -79,39 +94,6 @@ def score(
 def mean_over_layers(norms: Sequence[Tensor]) -> Tensor:
     """A request's scores from its layers' norms, float32 ``[T]``."""
     return torch.stack(list(norms)).mean(dim=0).to(torch.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryView:
-    """What one layer of a scoring pass has to look at.
-
-    Attributes:
-        backend: The model's attention backend.
-        layer_idx: The layer.
-        query: Rotated, ``[1, heads, Q, head_dim]``.
-        context_keys: Rotated, ``[1, kv_heads, T, head_dim]``; views of the cache, not to be
-            written, and perhaps float8, whatever the query is.
-        context_values: As the keys, up to a factor.
-        logsumexp: Of the attention over context and query tokens, ``[1, heads, Q]``.
-        plan: The pass's plan, which holds the positions.
-        scaling: Factor on the query's products with these context keys.
-        window: A row sees keys fewer than this many positions behind it; None sees all.
-        value_scale: Factor on the context values.
-    """
-
-    backend: Backend
-    layer_idx: int
-    query: Tensor
-    context_keys: Tensor
-    context_values: Tensor
-    logsumexp: Tensor
-    plan: QueryPlan
-    scaling: float
-    window: int | None
-    value_scale: float = 1.0
-
-
-Measure = Callable[[QueryView], Tensor]
 
 
 def attention_norm(reduction: Reduction) -> Measure:
@@ -231,87 +213,3 @@ def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
             f"0 to {depth - 1}, or -{depth} to -1 from the end."
         )
     return chosen
-
-
-class ScoringPass:
-    """Query tokens over stitched caches that are only read; scores are taken on the way.
-
-    Attributes:
-        measured: For each request what was measured in each scoring layer passed so far.
-
-    Args:
-        handle: The model's handle.
-        caches: The cache of each request.
-        layers: Where to measure.
-        positions: Of each request's query tokens, which follow one another.
-        measure: What to measure.
-    """
-
-    def __init__(
-        self,
-        handle: PatchHandle,
-        caches: Sequence[StitchedCache],
-        layers: Sequence[int],
-        positions: Sequence[Tensor],
-        measure: Measure,
-    ):
-        self._backend = handle.backend
-        self._caches = caches
-        self._layers = frozenset(layers)
-        self._plan = handle.backend.plan_queries(positions, [cache.positions for cache in caches])
-        self._measure = measure
-        self.measured: list[list[Tensor]] = [[] for _ in caches]
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keep nothing: the query's keys and values live for one layer."""
-        return keys, values
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        """The queries' attention; in a scoring layer, the contexts' norms too."""
-        layers = [cache.layers[layer_idx] for cache in self._caches]
-        lengths = [cache.context_length for cache in self._caches]
-        context_keys = [
-            layer.key_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
-        ]
-        context_values = [
-            layer.value_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
-        ]
-        out, logsumexp = self._backend.attend_queries(
-            query,
-            keys,
-            values,
-            context_keys,
-            context_values,
-            self._plan,
-            scaling=scaling,
-            window=window,
-            scales=[layer.scales for layer in layers],
-        )
-        if layer_idx not in self._layers:
-            return out
-        queries = query.split(self._plan.counts, dim=2)
-        logsumexps = logsumexp.split(self._plan.counts, dim=2)
-        for index, layer in enumerate(layers):
-            view = QueryView(
-                backend=self._backend,
-                layer_idx=layer_idx,
-                query=queries[index],
-                context_keys=context_keys[index],
-                context_values=context_values[index],
-                logsumexp=logsumexps[index],
-                plan=self._plan.parts[index],
-                scaling=scaling * layer.scales.keys,
-                window=window,
-                value_scale=layer.scales.values,
-            )
-            self.measured[index].append(self._measure(view))
-        return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.plans import UNSCALED, KVScales
-from ifkv.checks import naming_request, whole_numbers
-from ifkv.documents import DocumentCache, check_rows
-from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.checks import naming_request
+from ifkv.documents import DocumentCache
+from ifkv.errors import InvalidInputError
 from ifkv.float8 import FLOAT8, check_kv_dtype
 from ifkv.layer_loading import LayerLoader
-from ifkv.patching import PatchHandle, handle_of
-from ifkv.positions import Layout, layout
+from ifkv.patching import handle_of
 from ifkv.rope import rotate
 from ifkv.rounded_layer import RoundedLayer
 from ifkv.rounding import place_rounded
+from ifkv.stitch_plan import StitchPlan
 from ifkv.stitched_cache import StitchedCache
-from ifkv.stitched_layer import StitchedLayer, capacity_for
+from ifkv.stitched_layer import StitchedLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +65,7 @@ def stitch(
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
-    planned = _Plan.checked(model, documents, order, geometry)
+    planned = StitchPlan.checked(model, documents, order, geometry)
     check_kv_dtype(kv_dtype, model.device)
     return _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
 
@@ -129,7 +128,7 @@ def _checked(
     requests: Sequence[Sequence[DocumentCache]],
     orders: Sequence[Sequence[int] | None] | None,
     geometry: str,
-) -> list[_Plan]:
+) -> list[StitchPlan]:
     given = [None] * len(requests) if orders is None else list(orders)
     if len(given) != len(requests):
         raise InvalidInputError(
@@ -138,51 +137,12 @@ def _checked(
     plans = []
     for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
         with naming_request(index):
-            plans.append(_Plan.checked(model, documents, order, geometry))
+            plans.append(StitchPlan.checked(model, documents, order, geometry))
     return plans
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A request's documents, checked, arranged and placed."""
-
-    documents: list[DocumentCache]
-    order: list[int]
-    placed: Layout
-
-    @classmethod
-    def checked(
-        cls,
-        model: PreTrainedModel,
-        documents: Sequence[DocumentCache],
-        order: Sequence[int] | None,
-        geometry: str,
-    ) -> _Plan:
-        handle = handle_of(model)
-        handle.rope.check_frequencies()
-        check_documents(model, handle, documents)
-        arranged = _arrange(documents, order)
-        ordered = [documents[i] for i in arranged]
-        placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
-        handle.rope.check_length(len(placed.positions), "the stitched context")
-        return cls(ordered, arranged, placed)
-
-    @property
-    def first(self) -> DocumentCache:
-        return self.documents[0]
-
-    @property
-    def parts(self) -> list[DocumentCache]:
-        prefix = self.first.prefix
-        return ([] if prefix is None else [prefix]) + self.documents
-
-    @property
-    def capacity(self) -> int:
-        return capacity_for(len(self.placed.positions))
-
-
 def _room(
-    model: PreTrainedModel, plan: _Plan, capacity: int, kv_dtype: torch.dtype | None
+    model: PreTrainedModel, plan: StitchPlan, capacity: int, kv_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
     depth, kv_heads, _, head_dim = plan.first.shape
@@ -192,7 +152,7 @@ def _room(
 
 
 def _fill(
-    model: PreTrainedModel, plan: _Plan, keys: Tensor, values: Tensor, *, shared: bool
+    model: PreTrainedModel, plan: StitchPlan, keys: Tensor, values: Tensor, *, shared: bool
 ) -> StitchedCache:
     """Stitch into buffers; ``shared`` says that other caches lie in the same allocation."""
     handle, device = handle_of(model), model.device
@@ -248,70 +208,3 @@ def _load(loader: LayerLoader, index: int, layer: StitchedLayer) -> None:
     loader.ensure(index)
     if isinstance(layer, RoundedLayer):
         layer.scales = loader.scales[index]
-
-
-def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:
-    arranged = list(range(len(documents))) if order is None else whole_numbers(order, "order")
-    if sorted(arranged) != list(range(len(documents))):
-        raise InvalidInputError(
-            f"order is {arranged}, but must name each of the {len(documents)} documents once, "
-            "counting from 0."
-        )
-    return arranged
-
-
-def check_documents(
-    model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
-) -> None:
-    """Refuse documents that do not belong to the model or to one another."""
-    if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
-        raise InvalidInputError(
-            f"documents is a {type(documents).__name__}; a list of what prefill_documents returned "
-            "is wanted."
-        )
-    if not documents:
-        raise InvalidInputError("no documents to stitch; give at least one.")
-    identity = handle.fingerprints.of(model)
-    for index, document in enumerate(documents):
-        if not isinstance(document, DocumentCache):
-            raise InvalidInputError(
-                f"document {index} is a {type(document).__name__}; stitch takes what "
-                "prefill_documents returned."
-            )
-        if document.fingerprint != identity:
-            raise FingerprintMismatchError(
-                f"document {index} was made by model {document.fingerprint[:8]}, this one is "
-                f"{identity[:8]}: other weights, dtype or rope configuration. Prefill it again."
-            )
-        if not torch.equal(document.prefix_ids, documents[0].prefix_ids):
-            raise FingerprintMismatchError(
-                f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
-                f"document 0 behind {documents[0].prefix_ids.tolist()}; a request has one prefix. "
-                "Prefill them behind the same."
-            )
-        held = document.prefix
-        if (held is None) != (len(document.prefix_ids) == 0) or (
-            held is not None and not torch.equal(held.token_ids, document.prefix_ids)
-        ):
-            raise InvalidInputError(
-                f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
-                f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
-                "prefill_documents made it."
-            )
-        check_rows(document, f"document {index}")
-        if held is not None:
-            check_rows(held, f"the prefix of document {index}")
-            if held.fingerprint != identity:
-                raise FingerprintMismatchError(
-                    f"the prefix of document {index} was made by model {held.fingerprint[:8]}, "
-                    f"this one is {identity[:8]}. Prefill the documents again."
-                )
-        first = documents[0]
-        for part in [document] if held is None else [document, held]:
-            if part.dtype != first.dtype or part.shape[:2] != first.shape[:2]:
-                raise InvalidInputError(
-                    f"document {index} or its prefix holds {part.dtype} "
-                    f"{part.shape}, document 0 {first.dtype} {first.shape}; "
-                    "those of one request have the same layers, heads and dtype. Use documents as "
-                    "prefill_documents made them."
-                )

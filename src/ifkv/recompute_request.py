@@ -1,0 +1,94 @@
+"""One request of a recompute: its rows, checked, before any of them runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ifkv.checks import token_tensor
+from ifkv.depths import checked_depths
+from ifkv.errors import InvalidInputError
+from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recomputation:
+    """One request's rows, checked and ready to run.
+
+    Attributes:
+        cache: Its cache.
+        slots: Long ``[rows]``, ascending, on the CPU: selected slots, then the prompt's.
+        token_ids: Long ``[rows]``, on the model's device.
+        prompt: The prompt's tokens, on the model's device, or None.
+        length: Slots in use once the rows have run.
+        depths: Long ``[rows]``, on the CPU: in how many layers each row runs; None runs all.
+    """
+
+    cache: StitchedCache
+    slots: Tensor
+    token_ids: Tensor
+    prompt: Tensor | None
+    length: int
+    depths: Tensor | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        model: PreTrainedModel,
+        cache: StitchedCache,
+        slots: Sequence[int] | Tensor,
+        prompt_ids: Sequence[int] | Tensor | None,
+        depths: Sequence[int] | Tensor | None = None,
+    ) -> Recomputation:
+        """From the arguments of :func:`recompute`; raises its errors, and changes nothing."""
+        handle = check_cache(model, cache)
+        check_answerable(cache, "recompute")
+        handle.rope.check_frequencies()
+        rows = _checked_slots(slots, cache.context_length)
+        reach = None if depths is None else checked_depths(depths, slots, len(cache.layers))
+        ids = cache.token_ids[rows.to(cache.token_ids.device)]
+        length = cache.context_length
+        prompt = None
+        if prompt_ids is not None:
+            prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
+            length += len(prompt)
+            handle.rope.check_length(length, "context and prompt")
+            rows = torch.cat((rows, torch.arange(cache.context_length, length)))
+            ids = torch.cat((ids, prompt))
+            if reach is not None:
+                reach = torch.cat((reach, torch.full_like(prompt, len(cache.layers)).cpu()))
+        return cls(cache, rows, ids, prompt, length, reach)
+
+
+def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:
+    """Slots as an ascending long tensor on the CPU."""
+    try:
+        given = torch.as_tensor(slots).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"slots is no sequence of whole numbers: {error}.") from error
+    if given.ndim != 1 or (
+        len(given) and (given.dtype.is_floating_point or given.dtype == torch.bool)
+    ):
+        raise InvalidInputError(
+            f"slots are {given.dtype} of shape {tuple(given.shape)}; integers [k] are wanted, as "
+            "ifkv.select returns them."
+        )
+    ordered = given.to(torch.long).sort().values
+    if len(ordered) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < length:
+        bad = int(ordered[0]) if ordered[0] < 0 else int(ordered[-1])
+        raise InvalidInputError(
+            f"slot {bad} is out of range: the context has slots 0 to {length - 1}."
+        )
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise InvalidInputError(
+            f"slot {int(twice[0])} is given more than once; name each slot once."
+        )
+    return ordered

@@ -1,0 +1,135 @@
+"""What is settled before anything is stitched: documents that belong together, and places."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ifkv.checks import whole_numbers
+from ifkv.document_cache import DocumentCache, check_rows
+from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.patching import PatchHandle, handle_of
+from ifkv.positions import Layout, layout
+from ifkv.stitched_layer import capacity_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class StitchPlan:
+    """A request's documents, checked, arranged and placed.
+
+    Attributes:
+        documents: In the order in which they are stitched.
+        order: For each of them, its index among the documents given.
+        placed: Where each lies, and at which positions.
+    """
+
+    documents: list[DocumentCache]
+    order: list[int]
+    placed: Layout
+
+    @classmethod
+    def checked(
+        cls,
+        model: PreTrainedModel,
+        documents: Sequence[DocumentCache],
+        order: Sequence[int] | None,
+        geometry: str,
+    ) -> StitchPlan:
+        """From the arguments of :func:`ifkv.stitch`; raises its errors."""
+        handle = handle_of(model)
+        handle.rope.check_frequencies()
+        check_documents(model, handle, documents)
+        arranged = _arrange(documents, order)
+        ordered = [documents[i] for i in arranged]
+        placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
+        handle.rope.check_length(len(placed.positions), "the stitched context")
+        return cls(ordered, arranged, placed)
+
+    @property
+    def first(self) -> DocumentCache:
+        """The first document, whose dtype and shape all have."""
+        return self.documents[0]
+
+    @property
+    def parts(self) -> list[DocumentCache]:
+        """Whatever has rows, in their order: the prefix, if there is one, and the documents."""
+        prefix = self.first.prefix
+        return ([] if prefix is None else [prefix]) + self.documents
+
+    @property
+    def capacity(self) -> int:
+        """Slots to make room for."""
+        return capacity_for(len(self.placed.positions))
+
+
+def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:
+    arranged = list(range(len(documents))) if order is None else whole_numbers(order, "order")
+    if sorted(arranged) != list(range(len(documents))):
+        raise InvalidInputError(
+            f"order is {arranged}, but must name each of the {len(documents)} documents once, "
+            "counting from 0."
+        )
+    return arranged
+
+
+def check_documents(
+    model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
+) -> None:
+    """Refuse documents that do not belong to the model or to one another."""
+    if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
+        raise InvalidInputError(
+            f"documents is a {type(documents).__name__}; a list of what prefill_documents returned "
+            "is wanted."
+        )
+    if not documents:
+        raise InvalidInputError("no documents to stitch; give at least one.")
+    identity = handle.fingerprints.of(model)
+    for index, document in enumerate(documents):
+        if not isinstance(document, DocumentCache):
+            raise InvalidInputError(
+                f"document {index} is a {type(document).__name__}; stitch takes what "
+                "prefill_documents returned."
+            )
+        if document.fingerprint != identity:
+            raise FingerprintMismatchError(
+                f"document {index} was made by model {document.fingerprint[:8]}, this one is "
+                f"{identity[:8]}: other weights, dtype or rope configuration. Prefill it again."
+            )
+        if not torch.equal(document.prefix_ids, documents[0].prefix_ids):
+            raise FingerprintMismatchError(
+                f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
+                f"document 0 behind {documents[0].prefix_ids.tolist()}; a request has one prefix. "
+                "Prefill them behind the same."
+            )
+        held = document.prefix
+        if (held is None) != (len(document.prefix_ids) == 0) or (
+            held is not None and not torch.equal(held.token_ids, document.prefix_ids)
+        ):
+            raise InvalidInputError(
+                f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
+                f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
+                "prefill_documents made it."
+            )
+        check_rows(document, f"document {index}")
+        if held is not None:
+            check_rows(held, f"the prefix of document {index}")
+            if held.fingerprint != identity:
+                raise FingerprintMismatchError(
+                    f"the prefix of document {index} was made by model {held.fingerprint[:8]}, "
+                    f"this one is {identity[:8]}. Prefill the documents again."
+                )
+        first = documents[0]
+        for part in [document] if held is None else [document, held]:
+            if part.dtype != first.dtype or part.shape[:2] != first.shape[:2]:
+                raise InvalidInputError(
+                    f"document {index} or its prefix holds {part.dtype} "
+                    f"{part.shape}, document 0 {first.dtype} {first.shape}; "
+                    "those of one request have the same layers, heads and dtype. Use documents as "
+                    "prefill_documents made them."
+                )
