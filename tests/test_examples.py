@@ -18,6 +18,7 @@ from sqlite_store import SqliteStore
 
 import ifkv
 from ifkv.errors import StoreCorruptionError
+from ifkv.selectors import registry
 from ifkv.testing import random_document, tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green."]
@@ -153,3 +154,27 @@ def test_llamaindex_answers_over_given_documents(session: ifkv.Session) -> None:
     assert llm.complete("Which?", documents=TEXTS).text == expected
     assert [r.text for r in llm.stream_complete("Which?", documents=TEXTS)] == [expected]
     assert llm.metadata.num_output == 6
+
+
+# The selector
+
+
+def test_a_selector_of_one_s_own_takes_the_rarest_tokens(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing registers it; other tests shall not find it.
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    from rare_tokens import RareTokens
+
+    session.add(["The lamp is red.", "The lamp is red. The lamp is old."])
+    ready = session.prepare("Which?", selector=RareTokens(power=2), ratio=0.1)
+    assert ready.selector == "rare-tokens:power=2.0"
+    ids = ready.cache.token_ids
+    counts = (ids[:, None] == ids[None]).sum(dim=1)
+    start = ready.cache.document_slices[0].stop
+    taken = counts[ready.slots]
+    left = torch.ones(len(ids), dtype=torch.bool)
+    left[:start] = False
+    left[ready.slots] = False
+    assert 0 < len(taken) < len(ids) - start
+    assert taken.max() <= counts[left].min()

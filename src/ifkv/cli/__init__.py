@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import warnings
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import typer
 
@@ -20,11 +20,34 @@ from ifkv.errors import CalibrationWarning, IfkvError, StoreWarning
 
 app = typer.Typer(
     name="ifkv",
-    help="Answer over documents that were prefilled once. Start with: ifkv demo",
     no_args_is_help=True,
+    help="Answer over documents that were prefilled once. Start with: ifkv demo",
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and stop; before any command."""
+    if wanted:
+        from ifkv import __version__
+
+        typer.echo(f"ifkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Nothing to do before a command."""
+
+
 app.command()(demo)
 app.command()(ask)
 app.command()(encode)

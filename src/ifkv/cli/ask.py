@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ifkv.cli.importing import Imports, import_all
+
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
@@ -27,6 +29,7 @@ def ask(
             help="What chooses the tokens to recompute, such as epic or cacheblend:deviation=kv."
         ),
     ] = "attention-norm",
+    imports: Imports = None,
     compare: Annotated[
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
@@ -64,6 +67,7 @@ def ask(
     from ifkv.session import Session
     from ifkv.store import MemoryStore
 
+    import_all(imports or [])
     resolve(selector)  # refuse a bad one before the model is loaded
     console = Console()
     texts = read_texts(files)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ifkv.cli.importing import Imports, import_all
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -40,6 +42,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    imports: Imports = None,
     ratios: Annotated[
         str, typer.Option(help="Recompute ratios, separated by commas.")
     ] = ".05,.10,.15,.30",
@@ -120,6 +123,7 @@ def evaluate(
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
 
+    import_all(imports or [])
     wanted = [spec for text in selectors or names() for spec in split_specs(text)]
     ways = matrix(
         wanted,
