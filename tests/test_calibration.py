@@ -20,7 +20,7 @@ from ifkv.cost import ModelShape
 from ifkv.errors import CalibrationWarning, UnsupportedModelError
 from ifkv.planning import Planner
 from ifkv.testing import tiny_model
-from rates import PASSES_COST, ROWS_COST
+from rates import PASSES_COST, ROWS_COST, flat, ideal
 
 MODEL = tiny_model("llama", dtype=torch.float32, max_position_embeddings=512)
 SHAPE = ModelShape.of(MODEL)
@@ -232,6 +232,21 @@ def test_plan_needs_a_config_alone(measured, folder: str) -> None:
     assert "Recommended: r = 0.1" in own.output
     assert "r = 0.3" not in own.output
     assert len(measured) == 2
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_plan_says_when_rates_look_like_those_of_a_busy_machine(
+    measured, tmp_path: Path, monkeypatch
+) -> None:
+    # Deep enough that what the last layer leaves out does not matter.
+    deep = tiny_model("llama", dtype=torch.float32, num_layers=30, max_position_embeddings=512)
+    deep.config.save_pretrained(tmp_path / "deep")
+    found = {"rates": ideal(ModelShape.of(deep), 1e9)}
+    monkeypatch.setattr(keeping, "measure", lambda *_, **__: found["rates"])
+    ask = ["plan", str(tmp_path / "deep"), "-n", "400", "--recalibrate"]
+    assert "probably busy" not in CliRunner().invoke(app, ask).output
+    found["rates"] = dataclasses.replace(found["rates"], prefill_attention=flat(1e7))
+    assert "probably busy" in CliRunner().invoke(app, ask).output
 
 
 @pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+# Plain prefill may reach a lower rate than the pieces do, but hardly by more than this.
+BUSY = 1.25
+
 
 def plan(
     model: Annotated[
@@ -90,6 +93,12 @@ def plan(
         f"{tokens} tokens in {documents} documents, and a prompt of {query}. Their keys "
         f"and values take {decimal(made.kv_bytes)}. Rates measured on {planner.rates.date}."
     )
+    if any(made.prefill / each.hot > BUSY * each.bound for each in made.forecasts):
+        console.print(
+            "[yellow]Some of these times are far sooner than the count of operations allows, so "
+            "that the machine was probably busy while it was measured: give it rest and "
+            "--recalibrate.[/]"
+        )
     advice = "plain prefill" if made.ratio is None else f"r = {made.ratio:g}"
     console.print(f"[green]Recommended: {advice}[/] ({made.reason}).")
 
