@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer
 from ifkv.backends.plans import UNSCALED, KVScales
 from ifkv.errors import GeometryError
 from ifkv.marks import mark_stitched
+from ifkv.memory import empty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +127,7 @@ class StitchedLayer(DynamicLayer):
         for name in ("key_buffer", "value_buffer"):
             old: Tensor = getattr(self, name)
             batch, kv_heads, _, head_dim = old.shape
-            new = old.new_empty(batch, kv_heads, capacity, head_dim)
+            new = empty((batch, kv_heads, capacity, head_dim), old.dtype, old.device)
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 

@@ -15,6 +15,7 @@ from ifkv.documents import DocumentCache
 from ifkv.errors import InvalidInputError
 from ifkv.float8 import FLOAT8, check_kv_dtype
 from ifkv.layer_loading import LayerLoader
+from ifkv.memory import empty
 from ifkv.patching import handle_of
 from ifkv.rope import rotate
 from ifkv.rounded_layer import RoundedLayer
@@ -147,8 +148,8 @@ def _room(
     """Buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
     depth, kv_heads, _, head_dim = plan.first.shape
     shape = (depth, 1, kv_heads, capacity, head_dim)
-    keys = torch.empty(shape, dtype=kv_dtype or plan.first.dtype, device=model.device)
-    return keys, torch.empty_like(keys)
+    dtype, device = kv_dtype or plan.first.dtype, model.device
+    return empty(shape, dtype, device), empty(shape, dtype, device)
 
 
 def _fill(
