@@ -1,8 +1,8 @@
 """Memory for caches: on a CPU, in huge pages, where a fresh allocation is quick to write.
 
-A request allocates its whole stitched cache anew and writes it once; on pages of 4 KiB, most of the
-time goes into page faults. Linux gives huge pages to allocations that ask for them, which torch's do
-only if the process was started with ``THP_MEM_ALLOC_ENABLE=1``.
+A request allocates its whole stitched cache anew and writes it once; on pages of 4 KiB, most of
+the time goes into page faults. Linux gives huge pages to allocations that ask for them, which
+torch's do only if the process was started with ``THP_MEM_ALLOC_ENABLE=1``.
 """
 
 from __future__ import annotations
