@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.stitched_cache import StitchedCache
+from ifkv.upstream import cache_keyword
 
 
 class OverwritingCache(DynamicCache):
@@ -72,7 +73,7 @@ def recompute_densely(model, cache: OverwritingCache, context_ids: Tensor, promp
         ids[None],
         attention_mask=mask[None, None],
         position_ids=slots[None],
-        past_key_values=cache,
+        **cache_keyword(model, cache),
         logits_to_keep=1,
     )
     return out.logits[0, -1]

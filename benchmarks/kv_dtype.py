@@ -28,6 +28,7 @@ import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.demo.model import load_demo_model
 from ifkv.text import INSTRUCTION, PromptFormat
+from ifkv.upstream import cache_keyword
 
 RATIOS = (0.0, 0.15, 1.0)
 FLOAT8 = torch.float8_e4m3fn
@@ -56,7 +57,7 @@ def answer_logits(
     first = ifkv.recompute(model, cache, slots, prompt_ids=prompt)
     rows = [first[None]]
     for token in answer[:-1]:  # one by one, as in decoding
-        rows.append(model(token[None, None], past_key_values=cache).logits[0])
+        rows.append(model(token[None, None], **cache_keyword(model, cache)).logits[0])
     return torch.cat(rows).float()
 
 

@@ -30,6 +30,7 @@ from batches import load, seconds
 import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.store import MemoryStore
+from ifkv.upstream import cache_keyword
 
 RATIO = 0.15
 RESULTS = Path(__file__).parent / "results"
@@ -53,11 +54,11 @@ def plain_turn(model: Any, ids: torch.Tensor, kept: int) -> Callable[[], object]
     """Plain transformers: the tokens behind the first ``kept``, over a cache that holds those."""
     cache = transformers.DynamicCache()
     with torch.no_grad():
-        model(ids[None, :kept], past_key_values=cache, logits_to_keep=1)
+        model(ids[None, :kept], logits_to_keep=1, **cache_keyword(model, cache))
 
     @torch.no_grad()
     def run() -> object:
-        logits = model(ids[None, kept:], past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids[None, kept:], logits_to_keep=1, **cache_keyword(model, cache)).logits
         return int(logits[0, -1].argmax())
 
     def restored() -> object:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -133,3 +134,9 @@ def poison(cache: ifkv.StitchedCache, slots: Sequence[int] | slice, value: float
     for layer in cache.layers:
         layer.key_buffer[:, :, slots] = value
         layer.value_buffer[:, :, slots] = value
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model's output holds: under one name from transformers 5.24 on, before that
+    under another."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values

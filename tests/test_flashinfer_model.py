@@ -20,7 +20,7 @@ from ifkv.testing import (
     dense_stitched,
     shared_tiny_model,
 )
-from scenario import EXACT, Scenario, assert_rows_equal, scenarios
+from scenario import EXACT, Scenario, assert_rows_equal, cache_of, scenarios
 
 PREFIX = [1, 2]
 DOCUMENTS = [[3 + (7 * i) % 90 for i in range(40)], [5, 6, 7], [9] * 30]
@@ -109,11 +109,11 @@ def test_a_mask_or_another_cache_is_left_to_the_models_own_attention():
     ids = torch.tensor([PROMPT])
     with torch.no_grad():
         plain = model(ids)
-        plain_step = model(torch.tensor([[8]]), past_key_values=plain.past_key_values).logits
+        plain_step = model(torch.tensor([[8]]), past_key_values=cache_of(plain)).logits
     backend = standin_backend()
     with ifkv.patch(model, backend=backend), torch.no_grad():
         again = model(ids)
-        step = model(torch.tensor([[8]]), past_key_values=again.past_key_values).logits
+        step = model(torch.tensor([[8]]), past_key_values=cache_of(again)).logits
         assert backend._module.plans == 0
         cache = ifkv.stitch(model, ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX))
         planned = backend._module.plans

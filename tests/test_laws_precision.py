@@ -24,7 +24,7 @@ from ifkv.testing import (
     truth_model,
 )
 from ifkv.testing.strategies import Request
-from scenario import Scenario, assert_rows_equal, keys_of, prepared, scenarios, values_of
+from scenario import Scenario, assert_rows_equal, cache_of, keys_of, prepared, scenarios, values_of
 
 HALVES = [torch.bfloat16, torch.float16]
 SUPPORTED = ("default", "linear", "llama3", "yarn")
@@ -93,7 +93,7 @@ def upstream(model: PreTrainedModel, ids: list[int]) -> tuple[Tensor, Tensor, Te
     with torch.no_grad():
         # A cache made without the config keeps all keys of a sliding layer.
         out = model(torch.tensor([ids]), past_key_values=DynamicCache())
-    layers = out.past_key_values.layers
+    layers = cache_of(out).layers
     keys, values = (torch.cat([getattr(layer, x) for layer in layers]) for x in ("keys", "values"))
     return keys, values, out.logits[0, -1]
 

@@ -24,6 +24,7 @@ from ifkv.testing import (
     truth_model,
 )
 from ifkv.testing.strategies import Request, requests, slot_subsets
+from scenario import cache_of
 
 EXACT = 1e-12  # float64 with wide norms; 3e-14 is what is seen
 FAMILY_ROPES = [(family, rope) for family in FAMILIES for rope in rope_types(family)]
@@ -39,8 +40,8 @@ def assert_equals_upstream(model: PreTrainedModel, ids: Tensor, tolerance: float
         # A cache made without the config keeps all keys of a sliding layer.
         upstream = model(ids[None], past_key_values=DynamicCache())
     ours = dense_prefill(model, ids)
-    keys = torch.cat([layer.keys for layer in upstream.past_key_values.layers])
-    values = torch.cat([layer.values for layer in upstream.past_key_values.layers])
+    keys = torch.cat([layer.keys for layer in cache_of(upstream).layers])
+    values = torch.cat([layer.values for layer in cache_of(upstream).layers])
     assert_close(ours.keys[0], keys[0], what="layer-0 keys", tolerance=min(tolerance, 1e-12))
     assert_close(ours.keys, keys, what="keys", tolerance=tolerance)
     assert_close(ours.values, values, what="values", tolerance=tolerance)

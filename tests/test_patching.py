@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import ifkv
 from ifkv.patching import handle_of
 from ifkv.testing import assert_bit_equal, tiny_model
+from scenario import cache_of
 
 IDS = torch.tensor([[5, 9, 33, 2, 71, 40]])
 HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
@@ -178,10 +179,10 @@ def test_config_changes_are_seen_through_the_patch(model: PreTrainedModel) -> No
     with ifkv.patch(model):
         model.config.use_cache = False
         assert model.base_model.config.use_cache is False
-        assert model(IDS).past_key_values is None
+        assert cache_of(model(IDS)) is None
         model.base_model.config.use_cache = True
         assert model.config.use_cache is True
-        assert model(IDS).past_key_values is not None
+        assert cache_of(model(IDS)) is not None
         assert model.base_model.config.to_dict() == model.config.to_dict()
         assert isinstance(model.base_model.config, type(model.config))
 

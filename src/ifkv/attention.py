@@ -2,7 +2,7 @@
 
 An *attention pass* is one run of rows through the decoder layers on ifkv's terms: it decides where
 each layer's new keys and values go, and what every row attends to. It is handed to the layers as
-their ``past_key_values`` (transformers asks it where keys and values go) and as the keyword
+their cache (transformers asks it where keys and values go) and as the keyword
 ``ifkv_pass`` (which travels to the attention function). All its state is its own, so passes on
 different models or threads cannot meet.
 """
@@ -29,13 +29,16 @@ Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
 class AttentionPass(Protocol):
     """One run of rows through the layers of a patched model."""
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values; return what :meth:`attend` shall be given.
 
         Args:
             keys: ``[1, kv_heads, rows, head_dim]``, rotated by whatever the run was given.
             values: ``[1, kv_heads, rows, head_dim]``.
             layer_idx: The layer.
+            **unread: What releases of transformers hand over besides.
         """
         ...
 

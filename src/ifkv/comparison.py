@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.answering import pad_token_id
+from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from ifkv.answer import Answer, Prepared
@@ -77,7 +78,8 @@ def compare(
 
     started = time.perf_counter()
     # A plain cache keeps every key, so that it can be cropped where layers slide.
-    first = model(ids, use_cache=True, past_key_values=DynamicCache(), logits_to_keep=1)
+    cache = DynamicCache()
+    first = model(ids, use_cache=True, logits_to_keep=1, **cache_keyword(model, cache))
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     full_seconds = time.perf_counter() - started
@@ -87,15 +89,15 @@ def compare(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_token_id(session.tokenizer),
-        past_key_values=_shorter(first.past_key_values),
+        **cache_keyword(model, _shorter(cache)),
     )
     reply = generated[0, ids.shape[1] :]
     # generate() left all but the reply's last token in the cache; read the reply's rows anew.
-    first.past_key_values.crop(-(first.past_key_values.get_seq_length() - ids.shape[1]))
-    truth = _reply_logits(model, first.past_key_values, first.logits[0, -1], reply)
+    cache.crop(-(cache.get_seq_length() - ids.shape[1]))
+    truth = _reply_logits(model, cache, first.logits[0, -1], reply)
     text = session.tokenizer.decode(reply, skip_special_tokens=True).strip()
     ways = [Way("full prefill", full_seconds, 1.0, None, 0.0, text, None)]
-    del first
+    del first, cache
 
     for ratio in ratios:
         ready = session.prepare(
@@ -139,7 +141,8 @@ def _reply_logits(model: Any, cache: Any, first: Tensor, reply: Tensor) -> Tenso
         return first[None].double()
     ids = reply[None, :-1].to(model.device)
     seen = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
-    rest = model(ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0]
+    named = cache_keyword(model, cache)
+    rest = model(ids, attention_mask=seen, use_cache=True, **named).logits[0]
     return torch.cat((first[None], rest)).double()
 
 

@@ -175,7 +175,9 @@ class _PrefillPass:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         if layer_idx == 0:
             _, kv_heads, _, head_dim = keys.shape
             for length in self._plan.lengths:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +67,7 @@ def run_layers(
     """
     base: Any = model.base_model
     for layer in base.layers[start:stop]:
-        hidden = layer(hidden, **_keywords(positions, rotation, attention_pass))
+        hidden = layer(hidden, **_keywords(layer, positions, rotation, attention_pass))
     return hidden
 
 
@@ -94,7 +96,7 @@ def run_attention(
     layer = base.layers[layer_idx]
     layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
-        **_keywords(positions, rotation, attention_pass),
+        **_keywords(layer.self_attn, positions, rotation, attention_pass),
     )
 
 
@@ -128,12 +130,14 @@ def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _keywords(
-    positions: Tensor, rotation: tuple[Tensor, Tensor], attention_pass: AttentionPass
+    module: nn.Module,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
 ) -> dict[str, Any]:
-    return {
+    return cache_keyword(module, attention_pass) | {
         "attention_mask": None,
         "position_ids": positions[None],
-        "past_key_values": attention_pass,
         "use_cache": True,
         "position_embeddings": rotation,
         "ifkv_pass": attention_pass,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
+from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ DEFAULT_MAX_NEW_TOKENS = 32
 
 _RESERVED = (
     "attention_mask",
+    "cache",
     "cache_implementation",
     "input_ids",
     "inputs",
@@ -106,7 +108,7 @@ def run_generate(
         out = cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=used,
+            **cache_keyword(model, used),
             **kwargs,
         )
     finally:

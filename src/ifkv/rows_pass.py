@@ -41,7 +41,9 @@ class RowsPass:
         self._write = write
         self._skip = skip_attention_in
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         """Overwrite the rows' slots; the whole buffers are what they attend to."""
         if self._write:
             parts = zip(

@@ -74,7 +74,9 @@ class ScoringPass:
         self._measure = measure
         self.measured: list[list[Tensor]] = [[] for _ in caches]
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         """Keep nothing: the query's keys and values live for one layer."""
         return keys, values
 

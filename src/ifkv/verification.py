@@ -25,6 +25,7 @@ from ifkv.recomputation import recompute
 from ifkv.scoring import score
 from ifkv.selection import select
 from ifkv.stitching import stitch
+from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +110,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
             0.0,
         )
         truth = DynamicCache()
-        expected = native(ids, past_key_values=truth, use_cache=True).logits[0, -1]
+        expected = native(ids, use_cache=True, **cache_keyword(native, truth)).logits[0, -1]
         layers = range(len(truth.layers))
         documents = prefill_documents(model, parts, prefix=prefix)
         yield from _laws(
@@ -131,7 +132,7 @@ def _rounding(native: Any, ids: Tensor, total: int) -> float:
     exact = copy.deepcopy(native).float()
     caches = (DynamicCache(), DynamicCache())
     logits = [
-        one(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+        one(ids, use_cache=True, **cache_keyword(one, cache)).logits[0, -1]
         for one, cache in zip((native, exact), caches, strict=True)
     ]
     layers = range(len(caches[0].layers))

@@ -175,7 +175,9 @@ class _NoAttention:
     def __init__(self, slots: Tensor, keys: Tensor, values: Tensor):
         self._slots, self._keys, self._values = slots, keys, values
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         self._keys.index_copy_(2, self._slots, keys)
         self._values.index_copy_(2, self._slots, values)
         return keys, values

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.upstream import cache_keyword
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -87,5 +89,6 @@ def _forward(model: PreTrainedModel, cache: Any, token_ids: Tensor) -> Tensor:
     ids = token_ids[None].to(model.device)
     seen = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
     run: Any = model
-    logits: Tensor = run(ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits[0]
+    named = cache_keyword(model, cache)
+    logits: Tensor = run(ids, attention_mask=seen, use_cache=True, **named).logits[0]
     return logits

@@ -24,6 +24,7 @@ from ifkv.reordering import reorder
 from ifkv.scoring import default_layers
 from ifkv.selectors import Ranked, Request, Selection, Selector, sentence_groups
 from ifkv.stitching import stitch
+from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from ifkv.stitched_cache import StitchedCache
@@ -75,13 +76,13 @@ class Trial:
         ids = torch.cat([d.token_ids for d in self._parts()] + [torch.tensor(self._prompt)])
         # A plain cache keeps every key, so that it can be cropped where layers slide.
         run: Any = model
-        out = run(
+        cache = DynamicCache()
+        first = run(
             ids[None].to(model.device),
             use_cache=True,
-            past_key_values=DynamicCache(),
             logits_to_keep=1,
-        )
-        cache, first = out.past_key_values, out.logits[0, -1]
+            **cache_keyword(model, cache),
+        ).logits[0, -1]
         self._reply, _ = greedy(
             model, cache, first, max_new_tokens=bench.max_new_tokens, stop=bench.stop
         )

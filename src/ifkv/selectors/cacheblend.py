@@ -121,7 +121,9 @@ class _SecondLayer:
         self._plan = plan
         self.fresh: tuple[Tensor, Tensor] | None = None
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
         if layer_idx == 1:
             self.fresh = keys, values
             return keys, values

@@ -1,0 +1,53 @@
+"""The profile of a request's steps, on a tiny model."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))  # they import one another by name
+        yield importlib.import_module("milliseconds")
+        for name in ("milliseconds", "ttft", "ttft_report", "bench_models", "dense_mask"):
+            sys.modules.pop(name, None)
+
+
+def test_every_operator_has_one_kind(bench):
+    kinds = {
+        name: bench.kind_of(name)
+        for name in ("aten::mm", "aten::copy_", "aten::mul", "aten::mkldnn_linear")
+    }
+    assert kinds["aten::mm"] == "matrix products"
+    assert kinds["aten::copy_"] == "moving rows"
+    assert kinds["aten::mul"] == kinds["aten::mkldnn_linear"] == "other operators"
+
+
+def test_a_matrix_product_is_counted_as_one(bench):
+    x = torch.randn(256, 256)
+    found = bench.spent(lambda: x @ x, 3)
+    assert found["kinds"]["matrix products"] > 0
+    assert found["kinds"]["attention kernel"] == found["kinds"]["moving rows"] == 0
+    assert found["operators"] >= 2  # matmul, and the mm that it calls
+
+
+def test_each_step_and_full_prefill_have_a_row(bench):
+    setting = bench.Setting(*bench.load("tiny", torch.float32), 300)
+    rows = bench.measure(setting, 0.15, 2)
+    assert [row["step"] for row in rows] == ["stitch", "score", "recompute, prompt", "full prefill"]
+    for row in rows:
+        # What is not in an operator is between them; the profiler's own cost comes on top.
+        assert sum(row["kinds"].values()) >= row["seconds"] * (1 - 1e-9) > 0
+    products = {row["step"]: row["kinds"]["matrix products"] for row in rows}
+    assert products["stitch"] == 0 < products["score"]
+    about = dict.fromkeys(
+        ("model", "dtype", "date", "processor", "threads", "torch", "transformers", "repeats"), "x"
+    )
+    page = bench.as_markdown(about | {"ratio": 0.15}, rows)
+    assert page.count("\n| 300 | ") == 4

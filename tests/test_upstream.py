@@ -1,0 +1,38 @@
+"""Names that differ between releases of transformers."""
+
+import warnings
+
+import pytest
+from torch import nn
+from transformers import DynamicCache
+
+import ifkv
+from ifkv.testing import tiny_model
+from ifkv.upstream import cache_keyword
+
+
+class Older(nn.Module):
+    def forward(self, hidden, past_key_values=None, use_cache=False): ...
+
+
+class Newer(nn.Module):
+    def forward(self, hidden, cache=None, use_cache=False, **kwargs): ...
+
+
+@pytest.mark.parametrize(("module", "name"), [(Older(), "past_key_values"), (Newer(), "cache")])
+def test_a_cache_goes_by_the_name_that_the_forward_has(module, name):
+    cache = DynamicCache()
+    assert cache_keyword(module, cache) == {name: cache}
+
+
+def test_a_request_runs_without_a_deprecated_name():
+    model = tiny_model("llama")
+    ifkv.patch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        documents = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9, 10]], prefix=[1])
+        cache = ifkv.stitch(model, documents)
+        slots = ifkv.select(cache, ifkv.score(model, cache, [20, 21]), ratio=0.5)
+        ifkv.recompute(model, cache, slots)
+        output = ifkv.generate(model, cache, [20, 21], max_new_tokens=3, do_sample=False)
+    assert 3 <= output.shape[1] <= 5
