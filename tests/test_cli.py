@@ -55,7 +55,7 @@ def test_verify_fails_when_a_law_is_broken(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows are not written into the cache: all attend to stale keys and values.
-    def forgetful(self, keys, values, layer_idx):
+    def forgetful(self, keys, values, layer_idx, **unread):
         return keys, values
 
     monkeypatch.setattr(ifkv.rows_pass.RowsPass, "update", forgetful)

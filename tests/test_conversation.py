@@ -312,7 +312,9 @@ def test_a_stream_that_is_left_keeps_what_was_said(session: ifkv.Session) -> Non
     chat = session.conversation(session.add(TEXTS[:2]))
     text = " ".join(["word"] * 40)
     pieces = chat.stream("Red?", ratio=1, **saying(session, text))
-    assert next(pieces) == "word "
+    first = next(pieces)  # a word, or as little as the release of transformers hands over
+    assert first
+    assert text.startswith(first)
     with pytest.raises(InvalidInputError, match="still being made"):
         chat.ask("Old?")
     with pytest.raises(InvalidInputError, match="still being made"):

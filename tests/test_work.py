@@ -432,7 +432,7 @@ def test_a_copy_of_the_cache_in_every_layer_is_noticed(
 ) -> None:
     fast = rows_pass.RowsPass.update
 
-    def copying(self: Any, keys: Any, values: Any, layer_idx: int) -> Any:
+    def copying(self: Any, keys: Any, values: Any, layer_idx: int, **unread: Any) -> Any:
         for cache in self._caches:
             cache.layers[layer_idx].keys.clone()
         return fast(self, keys, values, layer_idx)
@@ -468,7 +468,7 @@ def test_what_is_kept_of_every_layer_is_noticed(
 ) -> None:
     fast, kept = rows_pass.RowsPass.update, []
 
-    def keeping(self: Any, keys: Any, values: Any, layer_idx: int) -> Any:
+    def keeping(self: Any, keys: Any, values: Any, layer_idx: int, **unread: Any) -> Any:
         kept.extend(cache.layers[layer_idx].keys.clone() for cache in self._caches)
         return fast(self, keys, values, layer_idx)
 
