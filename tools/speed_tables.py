@@ -107,10 +107,27 @@ def encoding() -> str:
     return as_table("dtype | way | tokens/s | of plain prefill | peak memory", rows, 2)
 
 
+def milliseconds() -> str:
+    """What each step of a request spends its time on."""
+    found = json.loads((RESULTS / "milliseconds-cpu-float32.json").read_text(encoding="utf-8"))
+    kinds = list(found["rows"][0]["kinds"])
+    rows = [
+        [
+            f"{row['context']:,}",
+            row["step"],
+            f"{1e3 * row['seconds']:.0f} ms",
+            *(f"{1e3 * row['kinds'][kind]:.0f}" for kind in kinds),
+        ]
+        for row in found["rows"]
+    ]
+    return as_table(f"context | step | all | {' | '.join(kinds)}", rows, 2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "small_model": small_model,
     "steps": steps,
     "encoding": encoding,
+    "milliseconds": milliseconds,
 }
 
 
