@@ -13,10 +13,14 @@ from typer.testing import CliRunner
 
 import ifkv.preparation
 import ifkv.rows_pass
+from ifkv.auto import Ratios
 from ifkv.cli import app
+from ifkv.cost import ModelShape
 from ifkv.errors import InvalidInputError
+from ifkv.planning import Planner
 from ifkv.store import DiskStore
 from ifkv.testing import tiny_model, tiny_tokenizer
+from rates import ROWS_COST
 
 TEXTS = {"lamp.txt": "The lamp is red.", "door.md": "The door is green and old.", "r.txt": "Rain."}
 
@@ -143,6 +147,45 @@ def test_ask_by_another_selector(model_folder: Path, texts: list[str]) -> None:
     result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 0, result.output
     assert "epic:by=tokens" in result.output
+
+
+@pytest.mark.parametrize("compare", ["--compare", "--no-compare"])
+def test_ask_plans_the_ratio(
+    model_folder: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, compare: str
+) -> None:
+    planner = Planner(ModelShape.of(tiny_model("llama")), ROWS_COST)
+    monkeypatch.setattr("ifkv.planning.planner_for", lambda *args, **kwargs: planner)
+    asked, choose = [], Ratios.chooser
+    monkeypatch.setattr(
+        Ratios,
+        "chooser",
+        lambda self, ratio, *args, **kwargs: (
+            asked.append(ratio) or choose(self, ratio, *args, **kwargs)
+        ),
+    )
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), compare]
+    result = CliRunner().invoke(app, [*arguments, "--ratio", "auto", "--max-new-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert "auto" in asked
+    assert ("planned:" in result.output) == (compare == "--compare")
+
+
+@pytest.mark.parametrize("ratio", ["automatic", "2", "-0.5", "nan"])
+def test_ask_names_a_ratio_that_is_none(texts: list[str], ratio: str) -> None:
+    arguments = ["ask", "Why?", *texts, "--model", "no/such/model", f"--ratio={ratio}"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"'{ratio}' is neither 'auto'" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("flags", [["--reorder"], ["--selector", "epic"]])
+def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
+    texts: list[str], flags: list[str]
+) -> None:
+    arguments = ["ask", "Why?", *texts, "--model", "no/such/model", "--ratio", "auto", *flags]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, InvalidInputError)
+    assert "ratio is 'auto'" in str(result.exception)
 
 
 @pytest.mark.parametrize(

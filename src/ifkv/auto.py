@@ -19,6 +19,24 @@ Ratio = float | Budget | Literal["auto"]
 Chooser = Callable[["Sequence[DocumentCache]", int], "tuple[Budget, Plan | None]"]
 
 
+def check_plannable(selector: Selector, *, reorder: bool) -> AttentionNorm:
+    """Refuse requests whose time to first token plans know nothing of.
+
+    Returns:
+        The selector.
+
+    Raises:
+        InvalidInputError: Documents are reordered, or the selector is not ``attention-norm``.
+    """
+    if not reorder and isinstance(selector, AttentionNorm):
+        return selector
+    found = "reorder=True" if reorder else f"selector={str(selector)!r}"
+    raise InvalidInputError(
+        f"ratio is 'auto', but what {found} takes is not predicted; give a ratio between 0 "
+        "and 1, or leave out both reorder and selector."
+    )
+
+
 class Ratios:
     """What the ratios given to a session and to its requests mean; safe to share by threads.
 
@@ -74,14 +92,9 @@ class Ratios:
         if given != "auto":
             budget = Budget.of(given)
             return lambda documents, prompt: (budget, None)
-        if reorder or not isinstance(selector, AttentionNorm):
-            found = "reorder=True" if reorder else f"selector={str(selector)!r}"
-            raise InvalidInputError(
-                f"ratio is 'auto', but what {found} takes is not predicted; give a ratio between 0 "
-                "and 1, or leave out both reorder and selector."
-            )
+        rule = check_plannable(selector, reorder=reorder)
         planner = self._planned()
-        layers = selector.layers.within(planner.shape.num_layers)
+        layers = rule.layers.within(planner.shape.num_layers)
 
         def choose(documents: Sequence[DocumentCache], prompt: int) -> tuple[Budget, Plan]:
             plan = planner.plan(

@@ -16,6 +16,7 @@ from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from ifkv.answer import Answer, Prepared
+    from ifkv.auto import Ratio
     from ifkv.selectors import Selector
     from ifkv.session import Session
 
@@ -49,7 +50,7 @@ def compare(
     question: str,
     *,
     documents: Sequence[str] | None = None,
-    ratios: Sequence[float] = (0.0, 0.15),
+    ratios: Sequence[Ratio] = (0.0, 0.15),
     reorder: bool = False,
     selector: str | Selector = "attention-norm",
     max_new_tokens: int = 24,
@@ -63,7 +64,7 @@ def compare(
         session: Where the documents are.
         question: The question.
         documents: As in :meth:`Session.ask`.
-        ratios: Recompute ratios; 0 is stitch only.
+        ratios: Recompute ratios, as in :meth:`Session.ask`; 0 is stitch only.
         reorder: As in :meth:`Session.ask`; not applied at ratio 0.
         selector: As in :meth:`Session.ask`.
         max_new_tokens: Length of the answers at most.
@@ -104,7 +105,7 @@ def compare(
             question,
             documents=documents,
             ratio=ratio,
-            reorder=reorder and ratio > 0,
+            reorder=reorder and ratio != 0,
             selector=selector,
         )
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
@@ -124,9 +125,13 @@ def compare(
     return ways
 
 
-def _name(ready: Prepared, ratio: float) -> str:
+def _name(ready: Prepared, ratio: Ratio) -> str:
     by = "" if ready.selector == "attention-norm" else f", {ready.selector}"
-    return f"ifkv, r = {ratio:g}{by}"
+    if ready.plan is not None:
+        planned = "plain prefill" if ready.plan.ratio is None else f"r = {ready.plan.ratio:g}"
+        return f"ifkv, planned: {planned}{by}"
+    shown = f"{ratio:g}" if isinstance(ratio, float | int) else str(ratio)
+    return f"ifkv, r = {shown}{by}"
 
 
 def _shorter(cache: Any) -> Any:

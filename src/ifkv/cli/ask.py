@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ifkv.cli.importing import Imports, import_all
+
+
+def ratio_of(text: str) -> float | Literal["auto"]:
+    """A recompute ratio as written on the command line.
+
+    Raises:
+        typer.BadParameter: It is neither ``auto`` nor a number from 0 to 1.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio <= 1:
+        raise typer.BadParameter(f"{text!r} is neither 'auto' nor a number from 0 to 1.")
+    return ratio
 
 
 def ask(
@@ -18,7 +35,13 @@ def ask(
         typer.Option("--model", "-m", help="Folder or hub id of the model.", show_default=False),
     ],
     ratio: Annotated[
-        float, typer.Option(help="Recompute ratio: share of the context recomputed.", min=0, max=1)
+        Any,
+        typer.Option(
+            help="Recompute ratio: share of the context recomputed, 0 to 1; 'auto' measures this "
+            "machine and plans it, as ifkv plan does.",
+            parser=ratio_of,
+            metavar="RATIO|auto",
+        ),
     ] = 0.15,
     reorder: Annotated[
         bool, typer.Option("--reorder", help="Put the documents that matter most last.")
@@ -60,6 +83,7 @@ def ask(
     from rich.console import Console
     from rich.markup import escape
 
+    from ifkv.auto import check_plannable
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.loading import load_model, load_tokenizer, read_texts
     from ifkv.float8 import FLOAT8
@@ -68,7 +92,9 @@ def ask(
     from ifkv.store import MemoryStore
 
     import_all(imports or [])
-    resolve(selector)  # refuse a bad one before the model is loaded
+    rule = resolve(selector)  # refuse a bad one before the model is loaded
+    if ratio == "auto":
+        check_plannable(rule, reorder=reorder)
     console = Console()
     texts = read_texts(files)
     tokenizer = load_tokenizer(model)

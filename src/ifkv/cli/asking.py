@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
@@ -27,7 +27,7 @@ def answer_questions(
     titles: Sequence[str],
     questions: Sequence[str],
     expected: Sequence[str] | None,
-    ratio: float,
+    ratio: float | Literal["auto"],
     reorder: bool,
     selector: str = "attention-norm",
     max_new_tokens: int,
@@ -42,7 +42,7 @@ def answer_questions(
         titles: Their titles, for the picture.
         questions: The questions.
         expected: Words that a right answer holds, one per question, if known.
-        ratio: Recompute ratio.
+        ratio: Recompute ratio, or ``"auto"`` to have it planned.
         reorder: Whether to reorder documents.
         selector: What chooses the tokens to recompute.
         max_new_tokens: Length of an answer.
@@ -67,7 +67,7 @@ def answer_questions(
     compare(session, questions[0], documents=session.keys[:1], max_new_tokens=1)
 
     reports: list[Report] = []
-    ratios = (0.0, ratio) if ratio > 0 else (0.0,)
+    ratios = (0.0, ratio) if ratio != 0 else (0.0,)
     for index, question in enumerate(questions):
         with console.status(f"question {index + 1} of {len(questions)}: {escape(question)}"):
             ways = compare(
@@ -87,7 +87,7 @@ def answer_questions(
     console.print()
     console.print(Heatmap(reports[0], documents=3, lines=4))
     if html is not None:
-        note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio:g}"
+        note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio}"
         console.print(f"\nThe same as a page: {write_html(html, reports, note=note)}")
 
 
@@ -132,7 +132,7 @@ def stream_answer(
     session: Session,
     question: str,
     *,
-    ratio: float,
+    ratio: float | Literal["auto"],
     reorder: bool,
     selector: str = "attention-norm",
     max_new_tokens: int,
