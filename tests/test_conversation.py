@@ -181,16 +181,16 @@ def test_a_turn_without_new_documents_runs_its_own_rows(
 ) -> None:
     chat = session.conversation(session.add(TEXTS))
     chat.ask("Old?", ratio=0.2, max_new_tokens=3)
-    import ifkv.recomputation
+    import ifkv.recompute_request
 
     rows: list[int] = []
-    embed = ifkv.recomputation.embed
+    embed = ifkv.recompute_request.embed
 
     def counted(model: Any, ids: Tensor) -> Tensor:
         rows.append(len(ids))
         return embed(model, ids)
 
-    monkeypatch.setattr(ifkv.recomputation, "embed", counted)
+    monkeypatch.setattr(ifkv.recompute_request, "embed", counted)
     before = state(chat)
     answer = chat.ask("Red?", max_new_tokens=3)
     assert rows == [len(answer.prompt_ids)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,7 @@ def run_by_depth(
     slots: Sequence[Tensor],
     lengths: Sequence[int],
     depths: Sequence[Tensor],
+    begins: Sequence[Tensor],
 ) -> Tensor:
     """Run rows through the layers, each as deep as it goes, up to the last layer's keys and values.
 
@@ -60,21 +62,25 @@ def run_by_depth(
         model: A patched model.
         handle: Its handle.
         caches: The cache of each request.
-        hidden: The rows' embeddings, request after request, ``[1, rows, hidden]``.
+        hidden: What each row's first layer is given, request after request, ``[1, rows, hidden]``.
         slots: Each request's, long, ascending, on the CPU.
         lengths: Each request's slots in use once the rows have run.
         depths: Each request's, long, on the CPU, one per row.
+        begins: Each row's first layer, as the depths; below the depth.
 
     Returns:
         ``[1, rows, hidden]``: what the last layer was given, at the rows that reach it.
     """
     layers = num_layers(model)
-    reach = torch.cat(list(depths))
+    cuts = sorted({0, *torch.cat([*depths, *begins]).tolist()})
     hidden = hidden.clone()
-    start = 0
-    for stop in sorted(set(reach.tolist()) - {0}):
-        # Between two depths that occur, the same rows run.
-        alive = [own >= stop for own in depths]
+    for start, stop in pairwise(cuts):
+        # Between two layers where rows begin or end, the same rows run.
+        alive = [
+            (own >= stop) & (first <= start) for own, first in zip(depths, begins, strict=True)
+        ]
+        if not any(bool(part.any()) for part in alive):
+            continue
         own = [part[kept] for part, kept in zip(slots, alive, strict=True)]
         plan = handle.backend.plan_requests(own, lengths, model.device)
         cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
@@ -87,5 +93,4 @@ def run_by_depth(
         if stop == layers:
             run_attention(model, rows, plan.slots, rotation, run, layers - 1)
         hidden[:, at] = rows
-        start = stop
     return hidden

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifkv.checks import check_positive
 from ifkv.depths import run_by_depth
-from ifkv.forward import embed, num_layers, row_logits, run_attention, run_layers
+from ifkv.forward import num_layers, row_logits, run_attention, run_layers
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.recompute_request import Recomputation
 from ifkv.rows_pass import RowsPass
@@ -96,6 +96,9 @@ def run_recomputations(
             end += rows.stop - rows.start
             if rows.stop == counts[index] and jobs[index].prompt is not None:
                 lasts[index] = hidden[:, end - 1 : end].clone()  # the rest need not be kept
+    for job in jobs:
+        if job.owed is not None:
+            job.owed.paid()
     logits: list[Tensor | None] = [None] * len(jobs)
     if not lasts:
         return logits
@@ -148,18 +151,17 @@ def _run_block(
     Returns:
         What the last layer was given, ``[1, rows, hidden]``.
     """
-    hidden = embed(model, torch.cat([job.token_ids[rows] for job, rows in block]))
+    hidden = torch.cat([job.entering(model, rows) for job, rows in block], dim=1)
     own = [job.slots[rows] for job, rows in block]
     lengths = [job.length for job, _ in block]
-    if any(job.depths is not None for job, _ in block):
+    if any(job.depths is not None or job.begins is not None for job, _ in block):
         depth = num_layers(model)
-        reach = [
-            torch.full_like(part, depth) if job.depths is None else job.depths[rows]
-            for part, (job, rows) in zip(own, block, strict=True)
-        ]
-        return run_by_depth(
-            model, handle, [job.cache for job, _ in block], hidden, own, lengths, reach
-        )
+        reach, begins = [], []
+        for part, (job, rows) in zip(own, block, strict=True):
+            reach.append(torch.full_like(part, depth) if job.depths is None else job.depths[rows])
+            begins.append(torch.zeros_like(part) if job.begins is None else job.begins[rows])
+        caches = [job.cache for job, _ in block]
+        return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins)
     plan = handle.backend.plan_requests(own, lengths, model.device)
     cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
     last = num_layers(model) - 1

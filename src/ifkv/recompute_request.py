@@ -12,10 +12,13 @@ from torch import Tensor
 from ifkv.checks import token_tensor
 from ifkv.depths import checked_depths
 from ifkv.errors import InvalidInputError
+from ifkv.forward import embed
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ifkv.owed_rows import OwedRows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,11 +27,12 @@ class Recomputation:
 
     Attributes:
         cache: Its cache.
-        slots: Long ``[rows]``, ascending, on the CPU: selected slots, then the prompt's.
+        slots: Long ``[rows]``, ascending, on the CPU: slots selected and owed, then the prompt's.
         token_ids: Long ``[rows]``, on the model's device.
         prompt: The prompt's tokens, on the model's device, or None.
         length: Slots in use once the rows have run.
         depths: Long ``[rows]``, on the CPU: in how many layers each row runs; None runs all.
+        owed: Rows among them that the cache owes, which may begin in a later layer.
     """
 
     cache: StitchedCache
@@ -37,6 +41,7 @@ class Recomputation:
     prompt: Tensor | None
     length: int
     depths: Tensor | None = None
+    owed: OwedRows | None = None
 
     @classmethod
     def checked(
@@ -52,7 +57,14 @@ class Recomputation:
         check_answerable(cache, "recompute")
         handle.rope.check_frequencies()
         rows = _checked_slots(slots, cache.context_length)
-        reach = None if depths is None else checked_depths(depths, slots, len(cache.layers))
+        layers = len(cache.layers)
+        reach = None if depths is None else checked_depths(depths, slots, layers)
+        owed = cache.owed if cache.owed is not None and len(cache.owed.slots) else None
+        if owed is not None:  # they run through all layers, selected or not
+            other = ~torch.isin(rows, owed.slots)
+            rows, order = torch.cat((rows[other], owed.slots)).sort()
+            if reach is not None:
+                reach = torch.cat((reach[other], torch.full_like(owed.slots, layers)))[order]
         ids = cache.token_ids[rows.to(cache.token_ids.device)]
         length = cache.context_length
         prompt = None
@@ -63,8 +75,23 @@ class Recomputation:
             rows = torch.cat((rows, torch.arange(cache.context_length, length)))
             ids = torch.cat((ids, prompt))
             if reach is not None:
-                reach = torch.cat((reach, torch.full_like(prompt, len(cache.layers)).cpu()))
-        return cls(cache, rows, ids, prompt, length, reach)
+                reach = torch.cat((reach, torch.full_like(prompt, layers).cpu()))
+        return cls(cache, rows, ids, prompt, length, reach, owed)
+
+    @property
+    def begins(self) -> Tensor | None:
+        """The first layer of each row, long ``[rows]``, on the CPU; None if that is 0 for all."""
+        if self.owed is None or self.owed.layer == 0:
+            return None
+        return torch.isin(self.slots, self.owed.slots) * self.owed.layer
+
+    def entering(self, model: PreTrainedModel, rows: slice) -> Tensor:
+        """What the first layer of each of some rows is given, ``[1, rows, hidden]``."""
+        hidden = embed(model, self.token_ids[rows])
+        if self.owed is not None and self.owed.layer > 0:
+            at, own = self.slots[rows], self.owed.slots
+            hidden[:, torch.isin(at, own)] = self.owed.hidden[:, torch.isin(own, at)]
+        return hidden
 
 
 def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:

@@ -14,12 +14,16 @@ from ifkv.backends.base import Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
+from ifkv.owed_rows import Carrying, owing
 from ifkv.patching import handle_of
+from ifkv.recomputation import recompute
 from ifkv.scoring_pass import Measure, QueryView, ScoringPass
 from ifkv.stitched_cache import StitchedCache, check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ifkv.attention import AttentionPass
 
 __all__ = [
     "DEFAULT_DEPTH",
@@ -193,12 +197,24 @@ def run_scorings(
     ]
     positions = torch.cat(own)
     hidden = embed(model, torch.cat([job.query for job in jobs]).to(device))
+    caches, deepest = [job.cache for job in jobs], layers[-1]
+    for cache in caches:  # carried by an earlier pass that did not go so deep
+        if cache.owed is not None and 0 < cache.owed.layer < deepest:
+            recompute(model, cache, [])
+    scoring = ScoringPass(handle, caches, layers, own, measure)
+    run: AttentionPass = scoring
+    carrying = None
+    if debtors := owing(caches):
+        run = carrying = Carrying(model, handle, debtors, scoring)
+        positions = torch.cat((carrying.slots, positions))
+        hidden = torch.cat((carrying.hidden, hidden), dim=1)
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
-    run = ScoringPass(handle, [job.cache for job in jobs], layers, own, measure)
-    rotation, deepest = (cos[None], sin[None]), layers[-1]
+    rotation = (cos[None], sin[None])
     hidden = run_layers(model, hidden, positions, rotation, run, deepest)
     run_attention(model, hidden, positions, rotation, run, deepest)
-    return run.measured
+    if carrying is not None:
+        carrying.carried(hidden, deepest)
+    return scoring.measured
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:

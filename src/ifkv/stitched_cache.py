@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.layer_loading import LayerLoader
+    from ifkv.owed_rows import OwedRows
     from ifkv.positions import Layout
 
 
@@ -42,6 +43,7 @@ class StitchedCache(Cache):
         candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
             ascending, on the model's device; see :meth:`choosing`. If None, all behind the first
             document, and a ratio counts the whole context.
+        owed: Slots of the context whose rows have not run through all layers yet, or None.
         layers: One :class:`StitchedLayer` per decoder layer.
         loader: What reads the documents, if a store does so lazily; None otherwise.
     """
@@ -68,6 +70,7 @@ class StitchedCache(Cache):
         self.fingerprint = fingerprint
         self.prompt_ids: Tensor | None = None
         self.candidates: Tensor | None = None
+        self.owed: OwedRows | None = None
 
     @property
     def context_length(self) -> int:
@@ -199,6 +202,7 @@ class StitchedCache(Cache):
         """A cache of its own with the same contents."""
         twin = copy.copy(self)
         twin.layers = [layer.clone() for layer in self.layers]
+        twin.owed = copy.copy(self.owed)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

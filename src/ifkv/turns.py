@@ -16,6 +16,7 @@ from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
 from ifkv.forward import num_layers
+from ifkv.owed_rows import owe
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch, finished
 from ifkv.recomputation import recompute
@@ -161,8 +162,12 @@ def prepare_turn(
     model, budget, selector = session.model, asked.budget, asked.selector
     start, candidates = cache.context_length, turn.old_slots
     if turn.documents:
-        with timed("recompute and prompt"):
-            recompute(model, cache, cache.add_tokens(turn.before_ids))
+        owe(model, cache, turn.before_ids)
+        # A selector may look at any row, unless its class says otherwise; and where slots before
+        # these rows are to be recomputed, these see them as the turns before did.
+        if len(turn.old_slots) or not vars(type(selector)).get("only_scores", False):
+            with timed("recompute and prompt"):
+                recompute(model, cache, [])
         with timed("stitch"):
             candidates = torch.cat((candidates, extend(model, cache, turn.documents)))
     selection = Selection(candidates, None, Cost())  # no slots, if there are none to choose from

@@ -57,6 +57,7 @@ class AttentionNorm(Ranked):
 
     name: ClassVar[str] = "attention-norm"
     paper: ClassVar[str] = "InfoFlow KV, arXiv 2603.05353"
+    only_scores: ClassVar[bool] = True
 
     layers: Layers = DEFAULT_LAYERS
     query: Query = "prompt"

@@ -31,6 +31,7 @@ class Random(Ranked):
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "none: a control"
+    only_scores: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -52,6 +52,7 @@ class Entropy(Ranked):
 
     name: ClassVar[str] = "entropy"
     paper: ClassVar[str] = "a baseline named by the code of arXiv 2603.05353; definition our own"
+    only_scores: ClassVar[bool] = True
 
     layers: Layers = DEFAULT_LAYERS
     query: Query = "prompt"

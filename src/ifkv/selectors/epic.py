@@ -37,6 +37,7 @@ class Epic(Ranked):
 
     name: ClassVar[str] = "epic"
     paper: ClassVar[str] = "EPIC, arXiv 2410.15332"
+    only_scores: ClassVar[bool] = True
 
     by: Literal["share", "tokens"] = "share"
     tokens: int = 0

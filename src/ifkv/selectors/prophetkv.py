@@ -48,6 +48,7 @@ class ProphetKV(Ranked):
 
     name: ClassVar[str] = "prophetkv"
     paper: ClassVar[str] = "after ProphetKV, arXiv 2602.02579"
+    only_scores: ClassVar[bool] = True
 
     shortlist: float = 0.2
     layers: Layers = ALL_LAYERS

@@ -67,11 +67,16 @@ class Selector(ABC):
         name: What it is called in the registry.
         paper: Where it was published.
         evaluation_only: Whether it needs what a request does not have, such as a full prefill.
+        only_scores: Whether it reads the cache's rows through the pass of :func:`ifkv.score` and
+            :func:`ifkv.recompute` alone, or not at all. Tokens that stand before further documents
+            of a conversation then run along with its first pass instead of in one of their own.
+            Said by each class for itself; it is not inherited.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     evaluation_only: ClassVar[bool] = False
+    only_scores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -28,6 +28,7 @@ class Recency(Ranked):
 
     name: ClassVar[str] = "recency"
     paper: ClassVar[str] = "StreamingLLM's recent window, arXiv 2309.17453: a control"
+    only_scores: ClassVar[bool] = True
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request

@@ -50,6 +50,7 @@ class TwoRound(Selector):
 
     name: ClassVar[str] = "two-round"
     paper: ClassVar[str] = "our own, after arXiv 2603.05353"
+    only_scores: ClassVar[bool] = True
 
     share: float = 0.5
     layers: Layers = DEFAULT_LAYERS

@@ -40,6 +40,7 @@ class ValueAware(Ranked):
 
     name: ClassVar[str] = "value-aware"
     paper: ClassVar[str] = "VATP, arXiv 2406.12335"
+    only_scores: ClassVar[bool] = True
 
     layers: Layers = DEFAULT_LAYERS
     query: Query = "prompt"

@@ -1,0 +1,149 @@
+"""Rows of a context that have not run yet: they run along with the next pass over the cache.
+
+A pass over few rows costs mostly the reading of the weights. Tokens that come between the rows of
+a conversation and its new documents therefore get no pass of their own: the scoring pass carries
+them as deep as it goes, and the recompute takes them on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ifkv.forward import embed
+from ifkv.rows_pass import RowsPass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.attention import AttentionPass
+    from ifkv.patching import PatchHandle
+    from ifkv.stitched_cache import StitchedCache
+
+
+@dataclasses.dataclass(eq=False)
+class OwedRows:
+    """Slots of a context whose keys and values are there in the first layers only, or in none.
+
+    Views of a cache share it, so that a row that has run is owed by none of them.
+
+    Attributes:
+        slots: Long ``[n]``, ascending, on the CPU; empty once they have run.
+        hidden: What layer :attr:`layer` is to be given, ``[1, n, hidden]``.
+        layer: The layer they have come to.
+    """
+
+    slots: Tensor
+    hidden: Tensor
+    layer: int = 0
+
+    def paid(self) -> None:
+        """They have run through all layers."""
+        self.slots, self.hidden = self.slots[:0], self.hidden[:, :0]
+
+
+def owe(model: PreTrainedModel, cache: StitchedCache, token_ids: Sequence[int]) -> None:
+    """Lengthen a cache's context by tokens whose rows the next passes run along.
+
+    Whatever reads the cache's rows before :func:`ifkv.recompute` must be a scoring pass. No slot
+    before these tokens may be recomputed with them: in the layers that a scoring pass carried them
+    through they would have seen it as it was, in deeper ones as it is then.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache that ends with its context and owes nothing.
+        token_ids: The tokens.
+    """
+    if token_ids:
+        slots = cache.add_tokens(token_ids)
+        cache.owed = OwedRows(slots, embed(model, cache.token_ids[int(slots[0]) :]))
+
+
+def owing(caches: Sequence[StitchedCache]) -> list[StitchedCache]:
+    """Those of the caches that owe rows which no pass has carried yet, each once."""
+    found = {}
+    for cache in caches:
+        if cache.owed is not None and len(cache.owed.slots) and cache.owed.layer == 0:
+            found[id(cache.owed)] = cache
+    return list(found.values())
+
+
+class Carrying:
+    """A pass in front of whose rows those run that caches owe.
+
+    In every layer the owed rows' keys and values are written first, so that the others, which
+    stand behind them, see them. Each kind of row attends as in a pass of its own.
+
+    Attributes:
+        slots: Of all owed rows, long, on the model's device.
+        hidden: What the first layer is given of them, ``[1, n, hidden]``.
+
+    Args:
+        model: A patched model.
+        handle: Its handle.
+        caches: Caches that owe rows, which no pass has carried yet.
+        inner: The pass of the other rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        handle: PatchHandle,
+        caches: Sequence[StitchedCache],
+        inner: AttentionPass,
+    ):
+        self._owed = [cache.owed for cache in caches if cache.owed is not None]
+        self._counts = [len(owed.slots) for owed in self._owed]
+        plan = handle.backend.plan_requests(
+            [owed.slots for owed in self._owed],
+            [cache.context_length for cache in caches],
+            model.device,
+        )
+        self._first = RowsPass(handle, caches, self._counts, plan)
+        self._inner = inner
+        self._rows = sum(self._counts)
+        self.slots = plan.slots
+        self.hidden = torch.cat([owed.hidden for owed in self._owed], dim=1)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the owed rows; the others are the inner pass's."""
+        rows = self._rows
+        self._first.update(keys[:, :, :rows], values[:, :, :rows], layer_idx)
+        return self._inner.update(keys[:, :, rows:], values[:, :, rows:], layer_idx)
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> Tensor:
+        """Each kind of row as in a pass of its own."""
+        first, rest = query[:, :, : self._rows], query[:, :, self._rows :]
+        return torch.cat(
+            (
+                self._first.attend(layer_idx, first, keys, values, scaling=scaling, window=window),
+                self._inner.attend(layer_idx, rest, keys, values, scaling=scaling, window=window),
+            ),
+            dim=1,
+        )
+
+    def carried(self, hidden: Tensor, layer: int) -> None:
+        """Keep how far the owed rows have come.
+
+        Args:
+            hidden: What ``layer`` was given, the owed rows first, ``[1, n + others, hidden]``.
+            layer: The deepest layer that was run, for its keys and values.
+        """
+        parts = hidden[:, : self._rows].clone().split(self._counts, dim=1)
+        for owed, part in zip(self._owed, parts, strict=True):
+            owed.hidden, owed.layer = part, layer
