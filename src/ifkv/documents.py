@@ -20,10 +20,17 @@ if TYPE_CHECKING:
 
     from ifkv.backends.base import DocumentPlan
 
-__all__ = ["DEFAULT_BATCH_TOKENS", "DocumentCache", "prefill_documents"]
+__all__ = ["DocumentCache", "default_batch_tokens", "prefill_documents"]
 
-# Tokens of one ragged forward when the caller does not say.
+# Tokens of one ragged forward when the caller does not say. On a CPU larger ones leave its caches:
+# measured in benchmarks/encoding.py.
 DEFAULT_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 1024
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens of one ragged forward when the caller does not say."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else DEFAULT_BATCH_TOKENS
 
 
 def prefill_documents(
@@ -42,8 +49,8 @@ def prefill_documents(
             tokenised again, and a document's cache does not depend on its neighbours.
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
             ``.prefix`` of documents made earlier, which is then shared and not computed again.
-        batch_tokens: Tokens of one forward at most (a longer document goes alone); more is faster
-            and takes more memory. Default 4096.
+        batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
+            more memory. Default 1024 on a CPU, where more is slower, and 4096 elsewhere.
         progress: Show a progress bar.
 
     Returns:
@@ -90,7 +97,7 @@ def prefill_documents(
         empty = prefix_ids[:0]
         shared = _prefill_batch(model, handle, [prefix_ids], empty, None, identity)[0]
     caches: list[DocumentCache] = []
-    for batch in _batches(tokens, batch_tokens or DEFAULT_BATCH_TOKENS, progress):
+    for batch in _batches(tokens, batch_tokens or default_batch_tokens(model.device), progress):
         caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
     return caches
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
-from ifkv.documents import DEFAULT_BATCH_TOKENS, DocumentCache, prefill_documents
+from ifkv.documents import DocumentCache, default_batch_tokens, prefill_documents
 from ifkv.patching import handle_of
 from ifkv.store.keys import document_key
 
@@ -86,7 +86,7 @@ def encode_documents(
     report = on_progress or (lambda *_: None)
     report(done, total)
     behind: Tensor | DocumentCache = prefix if isinstance(prefix, DocumentCache) else prefix_ids
-    budget = batch_tokens or DEFAULT_BATCH_TOKENS
+    budget = batch_tokens or default_batch_tokens(model.device)
     while missing:
         size = len(missing[0][1])
         count = 1
