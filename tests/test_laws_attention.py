@@ -1,5 +1,6 @@
 """Query attention, attention norms and their building blocks, against dense masks."""
 
+import dataclasses
 from unittest.mock import patch
 
 import pytest
@@ -198,3 +199,46 @@ def test_merged_parts_equal_the_whole(
     out, logsumexp = merge_partial(torch.zeros_like(whole[0]), nothing, *whole)
     assert_bit_equal(out, whole[0], what="merged with nothing")
     assert_bit_equal(logsumexp, whole[1], what="log-sum-exp merged with nothing")
+
+
+@often
+@given(
+    shape=heads(),
+    prefix=st.integers(0, 6),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 40),
+)
+def test_documents_see_prefix_and_themselves(
+    shape: Heads, prefix: int, lengths: list[int], window: int | None
+) -> None:
+    """With a prefix much shorter than its document, as short, longer, and none at all."""
+    backend, scaling = ReferenceBackend(), shape.head_dim**-0.5
+    query, keys, values = shape.draw(sum(lengths), sum(lengths), torch.float64)
+    _, prefix_keys, prefix_values = dataclasses.replace(shape, seed=shape.seed + 1).draw(
+        1, prefix, torch.float64
+    )
+    plan = backend.plan_documents(tuple(lengths), prefix, torch.device("cpu"))
+    out = backend.attend_documents(
+        query,
+        keys,
+        values,
+        prefix_keys,
+        prefix_values,
+        plan,
+        scaling=scaling,
+        window=window,
+    )
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        start += length
+        positions = torch.arange(prefix, prefix + length)
+        visible = visible_rows(positions, torch.arange(prefix + length), window)
+        expected, _, _ = dense_attention(
+            query[:, :, rows],
+            torch.cat((prefix_keys, keys[:, :, rows]), dim=2),
+            torch.cat((prefix_values, values[:, :, rows]), dim=2),
+            visible,
+            scaling,
+        )
+        assert_close(out[:, rows], expected, what="attention", tolerance=1e-10)
