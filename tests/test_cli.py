@@ -193,6 +193,7 @@ def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
     [
         (["verify", "no/such/model"], "neither a folder with a model"),
         (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt cannot be read"),
+        (["ask", "Why?", "FILE", "--model", "no/model"], "give the folder of a model"),
         (["ask", " ", "FILE", "--model", "MODEL"], "the question is"),
         (["ask", "Why?", "FILE", "--model", "no", "--selector", "best"], "choose one of attention"),
         (["verify", "MODEL", "--dtype", "int8"], "dtype 'int8' is unknown"),

@@ -89,7 +89,8 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InvalidInputError(
-            f"{name!r} has no tokenizer that can be loaded: {str(error).splitlines()[0]}"
+            f"{name!r} has no tokenizer that can be loaded; give the folder of a model with its "
+            f"tokenizer, or a hub id. ({str(error).splitlines()[0]})"
         ) from error
 
 
