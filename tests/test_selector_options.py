@@ -174,6 +174,7 @@ PUBLISHED = [
     "prophetkv",
     "random",
     "recency",
+    "sink-aware",
     "two-round",
     "value-aware",
 ]
@@ -196,6 +197,7 @@ def test_names_are_the_published_ones_and_each_names_its_paper() -> None:
         "attention-norm:layers=0.5-1.0,query=both,reduction=sum,geometry=tl-tp",
         "attention-norm:layers=-2+-1",
         "cacheblend:deviation=kv",
+        "sink-aware:sinks=2,query=question",
         "epic:by=tokens,tokens=16",
         "random:seed=7",
         "two-round:share=0.25",
@@ -228,6 +230,7 @@ def test_a_selector_is_its_string(spec: str) -> None:
         ("attention-norm:layers=0.5-1.5", "between 0 and 1"),
         ("attention-norm:layers=top", "range of the depth"),
         ("epic:tokens=-1", "0 \\(no limit\\)"),
+        ("sink-aware:sinks=-1", "value-aware alone"),
         ("two-round:share=1", "between 0 and 1"),
         ("two-round:share=nan", "must be a number"),
         ("prophetkv:shortlist=0", "above 0"),

@@ -21,7 +21,7 @@ from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.selection import budget
-from ifkv.selectors import Cost, Ranked, Request, Selection
+from ifkv.selectors import Budget, Cost, Ranked, Request, Selection
 from ifkv.selectors import cacheblend as cacheblend_module
 from ifkv.testing import (
     assert_bit_equal,
@@ -227,6 +227,28 @@ def test_value_aware_weighs_by_values(s: Scenario) -> None:
         for layer in (0, 2)
     ]
     assert_close(got, torch.stack(want).mean(0), what="scores", tolerance=ROUNDED)
+
+
+@given(s=scenarios(), sinks=st.integers(0, 4), data=st.data())
+def test_sinks_come_first_and_value_aware_decides_the_rest(
+    s: Scenario, sinks: int, data: st.DataObject
+) -> None:
+    with prepared(s.model, s.request) as bench:
+        cache = bench.stitch(s.order)
+        ruled: Any = selectors.SinkAware(sinks=sinks)
+        plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
+        first, last = cache.document_slices[0].stop, cache.context_length
+        number = data.draw(st.integers(0, last - first))
+        chosen = ruled.select(s.model, cache, asked(bench), Budget(number=number)).slots.tolist()
+        scores, cost = plain.rank(s.model, cache, asked(bench))
+        assert ruled.rank(s.model, cache, asked(bench))[1] == cost
+    heads = {
+        slot
+        for rows in cache.document_slices[1:]
+        for slot in range(rows.start, min(rows.start + sinks, rows.stop))
+    }
+    order = sorted(range(first, last), key=lambda slot: (slot not in heads, -float(scores[slot])))
+    assert chosen == sorted(order[:number])
 
 
 @given(s=scenarios(), block=st.integers(1, 7))

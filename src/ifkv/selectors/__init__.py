@@ -25,6 +25,7 @@ from ifkv.selectors.protocol import Ranked, Request, Selection, Selector
 from ifkv.selectors.recency import Recency
 from ifkv.selectors.registry import names, register, resolve, selector_class
 from ifkv.selectors.schedule import layer_depths
+from ifkv.selectors.sink_aware import SinkAware
 from ifkv.selectors.two_round import TwoRound
 from ifkv.selectors.value_aware import ValueAware
 
@@ -44,6 +45,7 @@ __all__ = [
     "Request",
     "Selection",
     "Selector",
+    "SinkAware",
     "TwoRound",
     "ValueAware",
     "describe",
