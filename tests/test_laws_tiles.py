@@ -195,3 +195,17 @@ def test_laws_10_and_11_with_tiny_tiles(s: Scenario, size: tuple[int, int, int])
         ifkv.recompute(s.model, cache, s.slots)
     seen = slice(0, s.slots[-1] + 1)
     assert_bit_equal(keys_of(cache)[:, :, seen], keys_of(expected)[:, :, seen], what="keys seen")
+
+
+@pytest.mark.parametrize("window", [None, 3, 50])
+def test_a_row_alone_is_one_call_without_a_mask(window: int | None) -> None:
+    shape = Heads(kv_heads=2, group=2, head_dim=8, seed=0)
+    query, keys, values = shape.draw(1, 40, torch.float64)
+    backend, slot = ReferenceBackend(), 33
+    plan = backend.plan_rows(torch.tensor([slot]), 40, CPU)
+    with patch.object(reference, "attend_narrow", wraps=reference.attend_narrow) as calls:
+        out = backend.attend_rows(query, keys, values, plan, scaling=0.3, window=window)
+    assert [call.kwargs for call in calls.call_args_list] == [{}]
+    visible = visible_rows(torch.tensor([slot]), torch.arange(40), window)
+    expected, _, _ = dense_attention(query, keys, values, visible, 0.3)
+    assert_close(out, expected, what="attention", tolerance=1e-12)

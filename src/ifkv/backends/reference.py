@@ -267,6 +267,9 @@ def _attend_tile(
 ) -> Tensor:
     """Attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
     first, end = tile.first, tile.last + 1
+    if tile.stop - tile.start == 1:  # sees all up to itself, without a mask: a step of decoding
+        begin = 0 if window is None else max(0, end - window)
+        return attend_narrow(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
     if window is not None and tile.last >= window:
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
