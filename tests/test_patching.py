@@ -53,6 +53,11 @@ def assert_same_state(got: dict[str, Any], expected: dict[str, Any]) -> None:
         assert same, f"{key} has changed"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_of_other_files() -> None:
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_registered() -> Iterator[None]:
     before = registered()
