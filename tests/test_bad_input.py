@@ -348,6 +348,16 @@ CASES: dict[str, Case] = {
         r"prompt_lookup_num_tokens.*leave it out",
         lambda b: b.generate(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)),
     ),
+    "token healing": (
+        INPUT,
+        r"token_healing changes the prompt.*leave it out",
+        lambda b: b.generate(token_healing=True, tokenizer=tiny_tokenizer()),
+    ),
+    "token healing in a config": (
+        INPUT,
+        r"token_healing changes the prompt.*leave it out",
+        lambda b: b.generate(generation_config=GenerationConfig(token_healing=True)),
+    ),
     "an unknown keyword": (
         ValueError,  # transformers' own
         r"made_up",

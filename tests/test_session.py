@@ -72,6 +72,23 @@ def test_streamed_pieces_are_the_answer(session: ifkv.Session) -> None:
     assert len(answer.token_ids) <= 8
 
 
+def test_a_stop_string_ends_an_answer_alone_in_a_batch_and_by_hand(session: ifkv.Session) -> None:
+    whole = session.ask(QUESTION, ratio=1.0, max_new_tokens=12).token_ids
+    stop = session.tokenizer.decode(whole[:4])[-2:]
+    limits: dict[str, Any] = dict(max_new_tokens=12, stop_strings=[stop])
+    answer = session.ask(QUESTION, ratio=1.0, **limits)
+    assert len(answer.token_ids) <= 4
+    assert answer.token_ids.tolist() == whole[: len(answer.token_ids)].tolist()
+    assert stop in session.tokenizer.decode(answer.token_ids)
+    (batched,) = session.ask_many([QUESTION], ratio=1.0, **limits)
+    assert batched.token_ids.tolist() == answer.token_ids.tolist()
+    ready = session.prepare(QUESTION, ratio=1.0)
+    by_hand = ifkv.generate(
+        session.model, ready.cache, ready.prompt_ids, tokenizer=session.tokenizer, **limits
+    )
+    assert by_hand[0, len(ready.prompt_ids) :].tolist() == answer.token_ids.tolist()
+
+
 def test_documents_by_key_and_in_the_order_asked(session: ifkv.Session) -> None:
     keys = session.keys
     answer = session.ask(QUESTION, documents=[keys[2], keys[0]], max_new_tokens=1)

@@ -45,7 +45,8 @@ def complete(
     """
     check_answer_kwargs(model, generate_kwargs)
     decoding = time.perf_counter()
-    settings = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer), **generate_kwargs}
+    settings = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer), "tokenizer": tokenizer}
+    settings |= generate_kwargs
     settings |= {"max_new_tokens": max_new_tokens, "streamer": text_streamer(tokenizer, stream)}
     sequence = run_generate(model, ready.cache, ready.prompt_ids, settings, keep=keep)
     token_ids = sequence[0, len(ready.prompt_ids) :].cpu()

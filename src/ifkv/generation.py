@@ -32,6 +32,7 @@ _RESERVED = (
     "position_ids",
     "use_cache",
 )
+_UNDECLARED = ("tokenizer",)  # generate() takes it, for stop_strings, out of its **kwargs
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -52,9 +53,9 @@ def generate(
         model: A patched model.
         cache: A stitched cache in the global geometry; afterwards it ends with its context again.
         prompt_ids: Tokens to be answered, ``[Q]`` or ``[1, Q]``.
-        **generate_kwargs: For ``model.generate()``: sampling, beams, ``streamer``, and so on.
-            Lengths count from the prompt's start. ``max_new_tokens`` is 32 if nothing limits the
-            answer.
+        **generate_kwargs: For ``model.generate()``: sampling, beams, ``streamer``,
+            ``stop_strings`` with its ``tokenizer``, and so on. Lengths count from the prompt's
+            start. ``max_new_tokens`` is 32 if nothing limits the answer.
 
     Returns:
         Token ids of prompt and continuation, ``[sequences, Q + new]``, or generate's own output
@@ -163,6 +164,11 @@ def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> Non
                 f"{key} asks for assisted decoding, which runs the whole context again behind a "
                 "cache that holds it already; leave it out."
             )
+    if kwargs.get("token_healing", getattr(config, "token_healing", None)):
+        raise InvalidInputError(
+            "token_healing changes the prompt's last tokens after the cache was made for them; "
+            "leave it out."
+        )
     if kwargs.get("max_new_tokens") is not None:
         check_positive(kwargs["max_new_tokens"], "max_new_tokens")
 
@@ -173,7 +179,8 @@ def _known_kwargs(model: PreTrainedModel) -> set[str]:
 
     methods: list[Any] = [model.generate, model.forward]
     parameters = [each for method in methods for each in inspect.signature(method).parameters]
-    return {*parameters, *vars(GenerationConfig()), *_RESERVED, *_ASSISTED} - {"self", "kwargs"}
+    known = {*parameters, *vars(GenerationConfig()), *_RESERVED, *_ASSISTED, *_UNDECLARED}
+    return known - {"self", "kwargs"}
 
 
 def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -> dict[str, Any]:
