@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -21,7 +22,7 @@ from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.selection import budget
-from ifkv.selectors import Budget, Cost, Ranked, Request, Selection
+from ifkv.selectors import Cost, Ranked, Request, Selection
 from ifkv.selectors import cacheblend as cacheblend_module
 from ifkv.testing import (
     assert_bit_equal,
@@ -229,26 +230,49 @@ def test_value_aware_weighs_by_values(s: Scenario) -> None:
     assert_close(got, torch.stack(want).mean(0), what="scores", tolerance=ROUNDED)
 
 
-@given(s=scenarios(), sinks=st.integers(0, 4), data=st.data())
-def test_sinks_come_first_and_value_aware_decides_the_rest(
-    s: Scenario, sinks: int, data: st.DataObject
+@given(s=scenarios(), sinks=st.integers(0, 4), share=st.sampled_from([1.0, 0.5, 0.25]))
+def test_beginnings_get_a_share_and_value_aware_decides_the_rest(
+    s: Scenario, sinks: int, share: float
 ) -> None:
+    """Against the definition, one number of the queue at a time."""
+    rule: Any = selectors.SinkAware(sinks=sinks, share=share)
+    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
     with prepared(s.model, s.request) as bench:
         cache = bench.stitch(s.order)
-        ruled: Any = selectors.SinkAware(sinks=sinks)
-        plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
-        first, last = cache.document_slices[0].stop, cache.context_length
-        number = data.draw(st.integers(0, last - first))
-        chosen = ruled.select(s.model, cache, asked(bench), Budget(number=number)).slots.tolist()
         scores, cost = plain.rank(s.model, cache, asked(bench))
-        assert ruled.rank(s.model, cache, asked(bench))[1] == cost
-    heads = {
-        slot
-        for rows in cache.document_slices[1:]
-        for slot in range(rows.start, min(rows.start + sinks, rows.stop))
-    }
-    order = sorted(range(first, last), key=lambda slot: (slot not in heads, -float(scores[slot])))
-    assert chosen == sorted(order[:number])
+        got, spent = rule.rank(s.model, cache, asked(bench))
+    assert spent == cost
+    ranked = sorted(scores[cache.document_slices[0].stop :].tolist(), reverse=True)
+    starts = [rows for rows in cache.document_slices[1:]]
+    queue = [r.start + i for i in range(sinks) for r in starts if r.start + i < r.stop]
+    want = scores.tolist()
+    for number, slot in enumerate(queue):
+        place = math.floor(number / share) - number
+        if place < len(ranked):
+            want[slot] = max(want[slot], ranked[place])
+    assert got.tolist() == want
+    # Of the n highest, a share are beginnings, as long as the queue lasts. (Equal scores: either.)
+    behind = range(cache.document_slices[0].stop, s.total)
+    for count in range(1, len(behind) + 1):
+        least = sorted((want[slot] for slot in behind), reverse=True)[count - 1]
+        taken = sum(want[slot] >= least for slot in queue)
+        assert taken >= min(len(queue), math.floor(count * share))
+
+
+def test_beginnings_that_cannot_be_chosen_take_no_place_in_the_queue() -> None:
+    """As in a conversation, where only further documents' slots are candidates."""
+    rule: Any = selectors.SinkAware(sinks=1, share=1.0)
+    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
+    tokens = Tokens([1, 2], [[5, 6, 7, 8], [9, 10], [11, 12, 13]], [3, 4], [14, 15])
+    with prepared(shared_tiny_model("llama"), tokens) as bench:
+        cache = bench.stitch()
+        last = cache.document_slices[-1]
+        view = cache.choosing(torch.arange(last.start, last.stop))
+        scores, _ = plain.rank(bench.model, view, asked(bench))
+        got, _ = rule.rank(bench.model, view, asked(bench))
+    assert got[last.start] == scores[last].max()
+    assert torch.equal(got[: last.start], scores[: last.start])
+    assert torch.equal(got[last.start + 1 :], scores[last.start + 1 :])
 
 
 @given(s=scenarios(), block=st.integers(1, 7))

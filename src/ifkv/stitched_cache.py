@@ -89,6 +89,15 @@ class StitchedCache(Cache):
             return int(self.document_slices[0].stop)
         return int(self.candidates[0]) if len(self.candidates) else self.context_length
 
+    @property
+    def candidate_slots(self) -> Tensor:
+        """The slots that a selector may choose, long, ascending."""
+        if self.candidates is not None:
+            return self.candidates
+        return torch.arange(
+            self.document_slices[0].stop, self.context_length, device=self.token_ids.device
+        )
+
     def choosing(self, candidates: Tensor) -> StitchedCache:
         """This cache as a selector shall see it: the same rows, other slots to choose from.
 

@@ -132,8 +132,7 @@ class Budget:
         if self.number is not None:
             return self.number
         assert self.mass is not None
-        among = slice(cache.first_candidate, None) if cache.candidates is None else cache.candidates
-        candidates = scores[among].double()
+        candidates = scores[cache.candidate_slots].double()
         if bool((candidates < 0).any()):
             raise InvalidInputError(
                 f"scores go down to {float(candidates.min()):g}, but a budget by mass needs scores "

@@ -159,11 +159,8 @@ class Ranked(Selector):
 
 def without_scores(cache: StitchedCache, budget: Budget) -> Selection | None:
     """The selection of a budget that is for all slots or none; None for any other."""
-    if budget.everything and cache.candidates is not None:
-        slots = cache.candidates
-    elif budget.everything:
-        start = cache.document_slices[0].stop
-        slots = torch.arange(start, cache.context_length, device=cache.token_ids.device)
+    if budget.everything:
+        slots = cache.candidate_slots
     elif budget.nothing:
         slots = torch.zeros(0, dtype=torch.long, device=cache.token_ids.device)
     else:

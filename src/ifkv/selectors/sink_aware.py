@@ -1,10 +1,11 @@
-"""``sink-aware``: every document's first tokens, then those of the largest value-aware norm."""
+"""``sink-aware``: value-aware norms, and a share for every document's first tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
@@ -25,19 +26,22 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class SinkAware(Ranked):
-    """The sinks at the documents' beginnings first, then ``value-aware`` over all layers.
+    """``value-aware`` over all layers, with a share for the sinks at the documents' beginnings.
 
     A document that was encoded alone makes attention sinks of its first tokens, which in context
     are none (EPIC, 2410.15332): they draw attention that full prefill would not give them, however
     little the query looks at them. Repairing a few of every document takes that wrong pull away;
     the rest of the budget goes to what the query attends to, weighed by values (VATP, 2406.12335).
 
-    Costs what ``value-aware`` does. Scores say an order and not an amount, so a budget by mass
-    means nothing here.
+    Beginnings queue up, all documents' first tokens before their second ones. Number i of the queue
+    (from 0) is scored at least as high as number ``floor(i / share) - i`` of all slots by their own
+    scores. So beginnings get their share of any budget, until there are none left.
+
+    Costs what ``value-aware`` does.
 
     Attributes:
-        sinks: Tokens at the beginning of each document but the first that are taken before all
-            others, among each other by their value-aware norm.
+        sinks: Tokens at the beginning of each document but the first that queue up.
+        share: What they take of a budget, above 0; with 1 they come before all others.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
         reduction: Over query tokens.
@@ -48,6 +52,7 @@ class SinkAware(Ranked):
     only_scores: ClassVar[bool] = True
 
     sinks: int = 8
+    share: float = 0.2
     layers: Layers = ALL_LAYERS
     query: Query = "prompt"
     reduction: Reduction = "l2"
@@ -59,6 +64,11 @@ class SinkAware(Ranked):
                 f"sink-aware's option sinks is {self.sinks}, but must be 0 (value-aware alone) or "
                 "more."
             )
+        if not 0 < self.share <= 1:
+            raise InvalidInputError(
+                f"sink-aware's option share is {self.share}, but must be above 0 and at most 1; "
+                "for no sinks at all, set sinks=0."
+            )
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
@@ -66,7 +76,25 @@ class SinkAware(Ranked):
         """See :meth:`Ranked.rank`."""
         base = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         scores, cost = base.rank(model, cache, request)
-        above = scores.max() + 1  # norms are not negative
-        for rows in cache.document_slices[1:]:
-            scores[rows.start : min(rows.start + self.sinks, rows.stop)] += above
+        candidates = cache.candidate_slots.to(scores.device)
+        ranked = scores[candidates].sort(descending=True).values
+        queue = _beginnings(cache, self.sinks).to(scores.device)
+        queue = queue[torch.isin(queue, candidates)]
+        number = torch.arange(len(queue), device=queue.device)
+        places = (number / self.share).long() - number
+        queue, places = queue[places < len(ranked)], places[places < len(ranked)]
+        scores[queue] = torch.maximum(scores[queue], ranked[places])
         return scores, cost
+
+
+def _beginnings(cache: StitchedCache, count: int) -> Tensor:
+    """The first tokens of each document but the first, all first ones before all second ones."""
+    return torch.tensor(
+        [
+            rows.start + offset
+            for offset in range(count)
+            for rows in cache.document_slices[1:]
+            if rows.start + offset < rows.stop
+        ],
+        dtype=torch.long,
+    )
