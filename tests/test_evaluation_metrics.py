@@ -99,6 +99,24 @@ def test_pairing_sees_what_differs_the_same_way_everywhere() -> None:
     assert found.low == pytest.approx(1)
 
 
+def test_one_question_does_not_decide_the_typical_ratio() -> None:
+    other = np.linspace(0.05, 0.2, 60)
+    nearer = other / 2
+    nearer[7] = 50.0
+    boot = Bootstrap(60)
+    assert nearer.sum() > other.sum()
+    found = boot.typical_ratio(nearer, other)
+    assert found.high < 0.9
+    back = boot.typical_ratio(other, nearer)
+    assert back.value == pytest.approx(1 / found.value)
+    assert back.low == pytest.approx(1 / found.high)
+
+
+def test_answers_as_good_as_full_prefills_are_not_told_apart() -> None:
+    found = Bootstrap(3).typical_ratio(np.array([1e-9, 0.0, 1e-7]), np.array([1e-6, 1e-5, 0.0]))
+    assert found.value == pytest.approx(1, abs=0.01)
+
+
 def test_the_same_seed_draws_the_same_questions() -> None:
     values = np.arange(20.0)
     assert Bootstrap(20, seed=3).mean(values) == Bootstrap(20, seed=3).mean(values)

@@ -217,6 +217,8 @@ def test_a_summary_has_full_prefill_at_one_and_stitching_at_zero(
     assert float(rows[2]["gap_low"]) <= float(rows[2]["gap"]) <= float(rows[2]["gap_high"])
     pairs = {(one.first, one.second): one.gap.value for one in summary.differences()}
     assert pairs["epic", "random"] == pytest.approx(-pairs["random", "epic"])
+    factors = {(one.first, one.second): one.kl_ratio.value for one in summary.differences()}
+    assert factors["epic", "random"] == pytest.approx(1 / factors["random", "epic"])
     assert all(path.is_file() for path in written)
 
 

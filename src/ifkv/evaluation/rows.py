@@ -49,13 +49,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much more of the KL gap one way recovers than another, over the same questions.
+    """How much nearer to full prefill one way is than another, over the same questions.
 
     Attributes:
         first: The way that is compared.
         second: What it is compared with.
         ratio: The first one's ratio; None under a budget by number or mass.
         gap: Difference of the shares of the gap, first minus second.
+        kl_ratio: The first one's KL over the second one's on a typical question: the geometric mean
+            of the questions' ratios.
         f1: Difference of F1, at equal ratio and if both have answers.
         budget: The first one's budget, as tables show it.
     """
@@ -64,6 +66,7 @@ class Difference:
     second: str
     ratio: float | None
     gap: Estimate
+    kl_ratio: Estimate
     f1: Estimate | None
     budget: str
 

@@ -208,7 +208,7 @@ class Summary:
         scores = [self._column(key, "f1", questions) for key in keys]
         if not np.isnan(scores).any():
             f1 = self._bootstrap(len(questions)).difference(*scores)
-        return self._difference(keys[0], second, self._gap(one, two, questions), f1)
+        return self._difference(keys[0], second, one, two, questions, f1)
 
     def _at_equal_cost(self, first: str, second: str, ratio: float) -> Difference | None:
         """None if the second was not measured around the first one's cost."""
@@ -228,16 +228,29 @@ class Summary:
             return None
         questions = [question for question, here in zip(asked, covered, strict=True) if here]
         one = self._column(key, "kl", questions)
-        return self._difference(key, second, self._gap(one, interpolated[covered], questions), None)
+        return self._difference(key, second, one, interpolated[covered], questions, None)
 
-    def _difference(self, key: Key, second: str, gap: Estimate, f1: Estimate | None) -> Difference:
-        ratio = key[1] if key in self._plain else None
-        return Difference(key[0], second, ratio, gap, f1, self._budgets[key])
-
-    def _gap(self, one: Values, two: Values, questions: Sequence[str]) -> Estimate:
+    def _difference(
+        self,
+        key: Key,
+        second: str,
+        one: Values,
+        two: Values,
+        questions: Sequence[str],
+        f1: Estimate | None,
+    ) -> Difference:
+        """From both ways' KL, question by question."""
         boot = self._bootstrap(len(questions))
         stitched = self._column((STITCH_ONLY, 0.0), "kl", questions)
-        return boot.gap_share_difference(one, two, stitched, np.zeros(len(questions)))
+        return Difference(
+            first=key[0],
+            second=second,
+            ratio=key[1] if key in self._plain else None,
+            gap=boot.gap_share_difference(one, two, stitched, np.zeros(len(questions))),
+            kl_ratio=boot.typical_ratio(one, two),
+            f1=f1,
+            budget=self._budgets[key],
+        )
 
 
 @functools.lru_cache(maxsize=8)

@@ -46,6 +46,15 @@ def estimate(
     return f"{value.value:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
+def factor(value: Estimate) -> str:
+    """A factor and its interval.
+
+    >>> factor(Estimate(0.5, 0.25, 0.75, 9))
+    '0.50× [0.25, 0.75]'
+    """
+    return f"{value.value:.2f}× [{value.low:.2f}, {value.high:.2f}]"
+
+
 def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of what each way reached; of how many questions, where that differs.
 
@@ -81,15 +90,16 @@ def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str
 
 def difference_table(found: Iterable[Difference]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of paired differences."""
-    heads = ["way", "against", "r", "more of the gap", "F1", "clear"]
+    heads = ["way", "against", "r", "more of the gap", "clear", "KL, typically", "F1"]
     cells = [
         [
             one.first,
             one.second,
             one.budget,
             estimate(one.gap, percent=True),
-            estimate(one.f1),
             ("ahead" if one.gap.value > 0 else "behind") if one.gap.excludes_zero else "no",
+            factor(one.kl_ratio),
+            estimate(one.f1),
         ]
         for one in found
     ]
@@ -143,7 +153,9 @@ def sections(
         )
     leading = (
         "The way that recovers most at each ratio against all others, question by question; who "
-        "leads was found on the same questions. *clear* means that the interval excludes zero."
+        "leads was found on the same questions. *clear* means that the interval excludes zero. "
+        "*KL, typically* is the geometric mean of the questions' own ratios of KL: below 1× the "
+        "first is nearer to full prefill, and a few questions with a large KL do not decide it."
     )
     parts.append(
         (
