@@ -454,7 +454,7 @@ UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"SequenceClassification has no language-model head",
         lambda: AutoModelForSequenceClassification.from_config(config_of()).eval(),
     ),
-    "no model": (UnsupportedModelError, r"str has model_type None", lambda: "llama"),
+    "no model": (UnsupportedModelError, r"is a str, but .*from_pretrained", lambda: "llama"),
     "training mode": (
         UnsupportedModelError,
         r"training mode.*eval\(\)",

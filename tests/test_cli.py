@@ -192,6 +192,7 @@ def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
     ("arguments", "message"),
     [
         (["verify", "no/such/model"], "neither a folder with a model"),
+        (["verify", "./no/such/model"], "there is no folder ./no/such/model"),
         (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt cannot be read"),
         (["ask", "Why?", "FILE", "--model", "no/model"], "give the folder of a model"),
         (["ask", " ", "FILE", "--model", "MODEL"], "the question is"),

@@ -10,7 +10,7 @@ import torch
 import ifkv
 import ifkv.selectors
 from ifkv.backends.reference import ReferenceBackend
-from ifkv.errors import InvalidInputError, NotPatchedError
+from ifkv.errors import InvalidInputError, NotPatchedError, UnsupportedModelError
 from ifkv.selection import budget
 from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
@@ -289,6 +289,11 @@ def test_a_session_in_8_bits_answers_alone_and_in_batches() -> None:
         together = session.ask_many([QUESTION, "And the lamp?"], **how)
         assert together[0].token_ids.tolist() == alone.token_ids.tolist()
         assert_close(together[0].first_logits, alone.first_logits, what="logits", tolerance=1e-6)
+
+
+def test_a_session_refuses_a_models_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is a str, but .*from_pretrained"):
+        ifkv.Session("meta-llama/Llama-3.1-8B", tiny_tokenizer())  # type: ignore[arg-type]
 
 
 def test_a_session_refuses_a_dtype_that_no_cache_has() -> None:

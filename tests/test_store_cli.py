@@ -87,6 +87,11 @@ def test_rm(folder: Path) -> None:
         assert len(store) == 0
 
 
+def test_a_url_is_not_taken_for_a_folder() -> None:
+    with pytest.raises(InvalidInputError, match=r"is a URL \(s3://\), .*folder of a store"):
+        run("ls", "--store", "s3://bucket/store")
+
+
 def test_a_mistyped_folder_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="there is no store in"):
         run("ls", "--store", tmp_path / "sotre")

@@ -165,7 +165,13 @@ def resolve_family(model: PreTrainedModel) -> Family:
     Raises:
         UnsupportedModelError: No family covers its ``config.model_type``.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModelError(
+            f"the model is a {type(model).__name__}, but must be a loaded one; make it with "
+            "transformers: AutoModelForCausalLM.from_pretrained(...).eval()."
+        )
+    model_type = getattr(config, "model_type", None)
     for family in families().values():
         if model_type in family.model_types:
             return family

@@ -16,6 +16,7 @@ from ifkv.answering import check_answer_kwargs, complete, selector_with_layers
 from ifkv.auto import Ratio, Ratios
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
 from ifkv.patching import patch
@@ -78,6 +79,7 @@ class Session:
         planner: Planner | None = None,
         kv_dtype: torch.dtype | None = None,
     ):
+        resolve_family(model)
         check_kv_dtype(kv_dtype, model.device)
         patch(model, backend=backend)
         self._ratios = Ratios(model, ratio, backend, planner)

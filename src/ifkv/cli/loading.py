@@ -28,10 +28,7 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise _no_model(name, error) from error
     try:
         loaded: PreTrainedModel = model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
@@ -40,6 +37,16 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Pre
             "torch that supports it."
         ) from error
     return loaded
+
+
+def _no_model(name: str, error: Exception) -> InvalidInputError:
+    """What to say of a model that cannot be loaded."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        return InvalidInputError(f"there is no folder {name}; give one with a model, or a hub id.")
+    return InvalidInputError(
+        f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
+        f"{str(error).splitlines()[0]}"
+    )
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -53,10 +60,7 @@ def load_config(name: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"{name!r} is neither a folder with a model nor a hub id that can be loaded: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        raise _no_model(name, error) from error
     return config
 
 

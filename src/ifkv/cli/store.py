@@ -44,6 +44,11 @@ def _open(folder: Path | None) -> DiskStore:
     from ifkv.store import DiskStore, default_store_path
 
     path = default_store_path() if folder is None else folder
+    if scheme := re.match(r"\w[\w+.-]+(?=:/)", str(path)):
+        raise InvalidInputError(
+            f"--store is a URL ({scheme[0]}://), but these commands work on folders; give the "
+            "folder of a store on disk."
+        )
     if not (path / "documents").is_dir():
         raise InvalidInputError(
             f"there is no store in {path}; name one with --store, or make one with ifkv encode."
