@@ -4,7 +4,7 @@ A selector is used by name, with options behind a colon:
 
     >>> from ifkv import selectors
     >>> selectors.names()[:3]
-    ['attention-norm', 'cacheblend', 'entropy']
+    ['attention-norm', 'cacheblend', 'deviation-aware']
     >>> selectors.resolve("attention-norm:layers=0.0-1.0,query=question").query
     'question'
 
@@ -16,6 +16,7 @@ from ifkv.selectors.attention_norm import AttentionNorm
 from ifkv.selectors.budget import Budget, sentence_groups
 from ifkv.selectors.cacheblend import CacheBlend
 from ifkv.selectors.chance import Random
+from ifkv.selectors.deviation_aware import DeviationAware
 from ifkv.selectors.entropy import Entropy
 from ifkv.selectors.epic import Epic
 from ifkv.selectors.options import Layers, describe
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "CacheBlend",
     "Cost",
+    "DeviationAware",
     "Entropy",
     "Epic",
     "Layers",

@@ -15,6 +15,7 @@ from ifkv.selectors.attention_norm import Query
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.registry import register
+from ifkv.selectors.shares import check_share, with_share
 from ifkv.selectors.value_aware import ValueAware
 
 if TYPE_CHECKING:
@@ -33,15 +34,14 @@ class SinkAware(Ranked):
     little the query looks at them. Repairing a few of every document takes that wrong pull away;
     the rest of the budget goes to what the query attends to, weighed by values (VATP, 2406.12335).
 
-    Beginnings queue up, all documents' first tokens before their second ones. Number i of the queue
-    (from 0) is scored at least as high as number ``floor(i / share) - i`` of all slots by their own
-    scores. So beginnings get their share of any budget, until there are none left.
+    Beginnings queue up, all documents' first tokens before their second ones, and get their share
+    of any budget until there are none left.
 
     Costs what ``value-aware`` does.
 
     Attributes:
         sinks: Tokens at the beginning of each document but the first that queue up.
-        share: What they take of a budget, above 0; with 1 they come before all others.
+        share: What they get of a budget: above 0, at most 0.5.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
         reduction: Over query tokens.
@@ -64,11 +64,7 @@ class SinkAware(Ranked):
                 f"sink-aware's option sinks is {self.sinks}, but must be 0 (value-aware alone) or "
                 "more."
             )
-        if not 0 < self.share <= 1:
-            raise InvalidInputError(
-                f"sink-aware's option share is {self.share}, but must be above 0 and at most 1; "
-                "for no sinks at all, set sinks=0."
-            )
+        check_share(self.name, self.share, "for no sinks at all, set sinks=0")
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
@@ -76,15 +72,7 @@ class SinkAware(Ranked):
         """See :meth:`Ranked.rank`."""
         base = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         scores, cost = base.rank(model, cache, request)
-        candidates = cache.candidate_slots.to(scores.device)
-        ranked = scores[candidates].sort(descending=True).values
-        queue = _beginnings(cache, self.sinks).to(scores.device)
-        queue = queue[torch.isin(queue, candidates)]
-        number = torch.arange(len(queue), device=queue.device)
-        places = (number / self.share).long() - number
-        queue, places = queue[places < len(ranked)], places[places < len(ranked)]
-        scores[queue] = torch.maximum(scores[queue], ranked[places])
-        return scores, cost
+        return with_share(scores, cache, _beginnings(cache, self.sinks), self.share), cost
 
 
 def _beginnings(cache: StitchedCache, count: int) -> Tensor:

@@ -1,0 +1,200 @@
+"""Write what `ifkv eval` found into docs/arena.md: `python tools/arena_tables.py`.
+
+On the page a table stands between `<!-- arena: KIND FILE RATIO -->` and `<!-- /arena -->`; FILE
+stands for `benchmarks/results/arena-FILE.csv`. `--take FOLDER FILE` first makes such files of a
+folder that `ifkv eval` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from speed_tables import as_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "arena.md"
+BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /arena -->)", re.DOTALL)
+DEFAULT = "attention-norm"
+OURS = "sink-aware"
+# Selectors that know what a request cannot.
+REFERENCE_POINTS = ("full prefill", "stitch only", "oracle")
+Row = dict[str, str]
+
+
+def rows_of(file: str, questions: str = "all") -> list[Row]:
+    """Rows of a results file over some of its questions: all, first half, second half."""
+    return [row for row in _read(f"arena-{file}.csv") if row["questions"] == questions]
+
+
+def quality(file: str, ratio: float) -> str:
+    """What each way reached at a ratio."""
+    rows = []
+    for row in rows_of(file):
+        plain = row["way"] in ("full prefill", "stitch only")
+        if not plain and float(row["ratio"] or -1) != ratio:
+            continue
+        cost, kl, top1 = (f"{float(row[name]):.3f}" for name in ("flops", "kl", "top1"))
+        gap, nll = "–" if plain else _percent(row, "gap"), f"{float(row['nll']):.2f}"
+        rows.append([_name(row["way"]), cost, gap, kl, top1, nll])
+    return as_table("way | cost | gap recovered | KL | top-1 | NLL", rows, 1)
+
+
+def pairs(file: str, ratio: float) -> str:
+    """Ours against every other rule, and the default against CacheBlend's and EPIC's."""
+    rows = []
+    found = [
+        row
+        for row in _read(f"arena-{file}-differences.csv")
+        if row["questions"] == "all" and float(row["ratio"] or -1) == ratio
+    ]
+    for first, rivals in ((OURS, None), (DEFAULT, ("cacheblend", "epic"))):
+        for even in (row for row in found if row["at"] == "equal ratio" and row["first"] == first):
+            second = even["second"]
+            if (rivals and second not in rivals) or second == "oracle":
+                continue
+            cost = [
+                row
+                for row in found
+                if row["at"] == "equal cost" and (row["first"], row["second"]) == (first, second)
+            ]
+            rows.append(
+                [
+                    _name(first),
+                    _name(second),
+                    _points(even),
+                    _factor(even),
+                    *([_points(cost[0]), _factor(cost[0])] if cost else ["–", "–"]),
+                ]
+            )
+    head = "first | against | more of the gap | KL, typically | at equal operations | KL, typically"
+    return as_table(head, rows, 2)
+
+
+def ratios(file: str, _: float) -> str:
+    """The gap over ratios, of every way that was asked at more than one."""
+    ways: dict[str, dict[float, Row]] = {}
+    for row in rows_of(file):
+        if row["way"] not in REFERENCE_POINTS and row["ratio"]:
+            ways.setdefault(row["way"], {})[float(row["ratio"])] = row
+    swept = {way: found for way, found in ways.items() if len(found) > 1}
+    every = sorted({ratio for found in swept.values() for ratio in found})
+    rows = [
+        [_name(way), *(_percent(found[ratio], "gap") if ratio in found else "–" for ratio in every)]
+        for way, found in swept.items()
+    ]
+    return as_table(" | ".join(["way", *(f"r = {ratio:g}" for ratio in every)]), rows, 1)
+
+
+def halves(file: str, ratio: float) -> str:
+    """The rule that recovers most on one half, on the other one."""
+
+    def at(questions: str) -> dict[str, Row]:
+        return {
+            row["way"]: row
+            for row in rows_of(file, questions)
+            if row["way"] not in REFERENCE_POINTS and float(row["ratio"] or -1) == ratio
+        }
+
+    first, second = at("first half"), at("second half")
+    best = max(first, key=lambda way: float(first[way]["gap"]))
+    rows = [[_name(best), "", _percent(second[best], "gap"), ""]]
+    rows += [
+        [_name(best), _name(row["second"]), _points(row), _factor(row)]
+        for row in _read(f"arena-{file}-differences.csv")
+        if (row["questions"], row["at"], row["first"]) == ("second half", "equal ratio", best)
+        and float(row["ratio"] or -1) == ratio
+        and row["second"] not in REFERENCE_POINTS
+    ]
+    return as_table(
+        "chosen on the first half | against | gap, second half | KL, typically", rows, 2
+    )
+
+
+TABLES: dict[str, Callable[[str, float], str]] = {
+    "quality": quality,
+    "pairs": pairs,
+    "ratios": ratios,
+    "halves": halves,
+}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them."""
+    return BLOCK.sub(
+        lambda found: (
+            found[1] + "\n" + TABLES[found[2]](found[3], float(found[4])) + "\n" + found[5]
+        ),
+        text,
+    )
+
+
+def take(folder: Path, file: str) -> None:
+    """Make the results files of a folder: all questions, and both halves by a hash of their ids."""
+    from ifkv.evaluation.ledger import Ledger
+    from ifkv.evaluation.summary import Summary
+    from ifkv.evaluation.tables import comma_separated, csv_of
+
+    ledger = Ledger(folder)
+    even = {
+        question: hashlib.sha256(question.encode()).digest()[0] % 2 == 0
+        for question in ledger.references
+    }
+    parts = {
+        "all": list(even),
+        "first half": [question for question, here in even.items() if here],
+        "second half": [question for question, here in even.items() if not here],
+    }
+    rows, differences = [], []
+    for name, questions in parts.items():
+        summary = Summary(ledger, only=questions)
+        rows += csv_of(summary.rows, questions=name)
+        for at, equal_cost in (("equal ratio", False), ("equal cost", True)):
+            found = summary.differences(equal_cost=equal_cost)
+            differences += csv_of(found, questions=name, at=at)
+    for name, lines in (
+        (f"arena-{file}.csv", rows),
+        (f"arena-{file}-differences.csv", differences),
+    ):
+        (RESULTS / name).write_text(comma_separated(lines), encoding="utf-8")
+
+
+def _read(name: str) -> Iterable[Row]:
+    with (RESULTS / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _name(way: str) -> str:
+    if way in ("full prefill", "stitch only"):
+        return way
+    return f"`{way}` (default)" if way == DEFAULT else f"`{way}`"
+
+
+def _percent(row: Row, name: str) -> str:
+    value, low, high = (round(100 * float(row[name + end])) + 0 for end in ("", "_low", "_high"))
+    return f"{value} % [{low}, {high}]"
+
+
+def _points(row: Row) -> str:
+    value, low, high = (round(100 * float(row["gap" + end])) for end in ("", "_low", "_high"))
+    return f"{value:+d} [{low:+d}, {high:+d}]".replace("-", "−").replace("+0", "0")
+
+
+def _factor(row: Row) -> str:
+    value, low, high = (float(row["kl_ratio" + end]) for end in ("", "_low", "_high"))
+    return f"{value:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--take", nargs=2, metavar=("FOLDER", "FILE"))
+    given = parser.parse_args()
+    if given.take:
+        take(Path(given.take[0]), given.take[1])
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
