@@ -230,10 +230,10 @@ def test_value_aware_weighs_by_values(s: Scenario) -> None:
     assert_close(got, torch.stack(want).mean(0), what="scores", tolerance=ROUNDED)
 
 
-def shared(
+def raised(
     scores: Tensor, cache: ifkv.StitchedCache, queue: list[int], share: float
 ) -> list[float]:
-    """What a share makes of scores, by its definition, one number of the queue at a time."""
+    """Scores in which a queue has its share, by its definition, one number at a time."""
     ranked = sorted(scores[cache.document_slices[0].stop :].tolist(), reverse=True)
     want = scores.tolist()
     for number, slot in enumerate(queue):
@@ -267,7 +267,7 @@ def test_beginnings_get_a_share_and_value_aware_decides_the_rest(
     assert spent == cost
     later = cache.document_slices[1:]
     queue = [r.start + i for i in range(sinks) for r in later if r.start + i < r.stop]
-    assert got.tolist() == shared(scores, cache, queue, share)
+    assert got.tolist() == raised(scores, cache, queue, share)
     first = cache.document_slices[0].stop
     check_shares(got[first:].tolist(), [slot - first for slot in queue], scores[first:], share)
 
@@ -287,21 +287,29 @@ def test_beginnings_that_cannot_be_chosen_take_no_place_in_the_queue() -> None:
     assert torch.equal(got[last.start + 1 :], scores[last.start + 1 :])
 
 
-@given(s=scenarios(), share=st.sampled_from([0.5, 0.25]))
-def test_what_moves_gets_a_share_and_what_the_query_reads_the_rest(
-    s: Scenario, share: float
+@given(s=scenarios(), power=st.sampled_from([0.5, 1.0]), deviation=st.sampled_from(["v", "kv"]))
+def test_deviation_aware_weighs_what_is_read_by_how_far_it_moves(
+    s: Scenario, power: float, deviation: Any
 ) -> None:
-    rule: Any = selectors.DeviationAware(share=share)
+    """Against the truth: the second layer's rows of a full recompute."""
+    rule: Any = selectors.DeviationAware(power=power, deviation=deviation)
+    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
     with prepared(s.model, s.request) as bench:
         cache = bench.stitch(s.order)
-        asking, one = selectors.SinkAware().rank(s.model, cache, asked(bench))
-        moving, other = selectors.CacheBlend().rank(s.model, cache, asked(bench))
+        norms, one = plain.rank(s.model, cache, asked(bench))
+        other = selectors.CacheBlend().rank(s.model, cache, asked(bench))[1]
         got, cost = rule.rank(s.model, cache, asked(bench))
+        truth = cache.clone()
+        ifkv.recompute(s.model, truth, range(cache.document_slices[0].stop, s.total))
     assert cost == one + other
+    moved = torch.zeros(s.total)
+    for rows_of in (values_of, keys_of) if deviation == "kv" else (values_of,):
+        difference = (rows_of(truth) - rows_of(cache))[1, :, : s.total]
+        moved += difference.square().mean(dim=(0, 2)).float()
+    # Raised until the mean square stands alone: a root would make much of rounding around 0.
+    got, want = got ** (2 / power), norms ** (2 / power) * moved
     first = cache.document_slices[0].stop
-    queue = moving[first:].sort(descending=True, stable=True).indices
-    assert got.tolist() == shared(asking, cache, (queue + first).tolist(), share)
-    check_shares(got[first:].tolist(), queue.tolist(), asking[first:], share)
+    assert_close(got[first:], want[first:], what="scores", tolerance=1e-4)
 
 
 @given(s=scenarios(), block=st.integers(1, 7))

@@ -1,4 +1,4 @@
-"""``deviation-aware``: half by what the query looks at, half by what changes in context."""
+"""``deviation-aware``: what the query looks at, weighed by how far it moves in context."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost
+from ifkv.errors import InvalidInputError
 from ifkv.selectors.attention_norm import Query
 from ifkv.selectors.cacheblend import CacheBlend, Deviation
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.registry import register
-from ifkv.selectors.shares import check_share, with_share
-from ifkv.selectors.sink_aware import SinkAware
+from ifkv.selectors.value_aware import ValueAware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,17 +26,21 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class DeviationAware(Ranked):
-    """``sink-aware``, and a share for the slots whose second layer's values move most.
+    """``value-aware`` over all layers, times a power of how far the second layer's values move.
 
-    Rules that ask the query and CacheBlend's (2405.16444), which looks at what the context changes
-    whoever asks, fail on different questions: where the stitched documents mislead the query, its
-    attention cannot say what to repair. Each gets its share of the budget, and slots that both put
-    first are paid for once.
+    What a stale slot costs is how much is read from it times how wrong it is. The first factor is
+    the value-aware norm (VATP, 2406.12335); of the second CacheBlend (2405.16444) has a cheap
+    estimate: the root mean square by which the slot's values in the second layer deviate, for
+    which the first layer is run in context. With ``a`` the norm and ``d`` the deviation,
 
-    Costs what ``sink-aware`` and ``cacheblend`` do together.
+        s[j] = a[j] d[j]^power
+
+    A power below 1 says that the estimate, one layer's, is a rough one.
+
+    Costs what ``value-aware`` and ``cacheblend`` do together.
 
     Attributes:
-        share: Of the budget, for the slots that deviate: above 0, at most 0.5.
+        power: Of the deviation, above 0.
         deviation: As in ``cacheblend``.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
@@ -44,9 +48,9 @@ class DeviationAware(Ranked):
     """
 
     name: ClassVar[str] = "deviation-aware"
-    paper: ClassVar[str] = "our own, after CacheBlend, arXiv 2405.16444"
+    paper: ClassVar[str] = "our own, after CacheBlend, arXiv 2405.16444, and VATP, arXiv 2406.12335"
 
-    share: float = 0.5
+    power: float = 0.5
     deviation: Deviation = "v"
     layers: Layers = ALL_LAYERS
     query: Query = "prompt"
@@ -54,15 +58,18 @@ class DeviationAware(Ranked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.name, self.share, "for none use sink-aware, for all cacheblend")
+        if self.power <= 0:
+            raise InvalidInputError(
+                f"deviation-aware's option power is {self.power}, but must be above 0; without "
+                "the deviation it is value-aware."
+            )
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
         """See :meth:`Ranked.rank`."""
-        asking = SinkAware(layers=self.layers, query=self.query, reduction=self.reduction)
+        reading = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         moving = CacheBlend(deviation=self.deviation)
-        scores, cost = asking.rank(model, cache, request)
-        deviations, spent = moving.rank(model, cache, request)
-        queue = deviations.sort(descending=True, stable=True).indices
-        return with_share(scores, cache, queue, self.share), cost + spent
+        norms, cost = reading.rank(model, cache, request)
+        squares, spent = moving.rank(model, cache, request)
+        return norms * squares ** (self.power / 2), cost + spent

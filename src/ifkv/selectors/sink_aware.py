@@ -15,7 +15,6 @@ from ifkv.selectors.attention_norm import Query
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.registry import register
-from ifkv.selectors.shares import check_share, with_share
 from ifkv.selectors.value_aware import ValueAware
 
 if TYPE_CHECKING:
@@ -64,7 +63,11 @@ class SinkAware(Ranked):
                 f"sink-aware's option sinks is {self.sinks}, but must be 0 (value-aware alone) or "
                 "more."
             )
-        check_share(self.name, self.share, "for no sinks at all, set sinks=0")
+        if not 0 < self.share <= 0.5:
+            raise InvalidInputError(
+                f"sink-aware's option share is {self.share}, but must be above 0 and at most 0.5; "
+                "for no sinks at all, set sinks=0."
+            )
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
@@ -72,7 +75,7 @@ class SinkAware(Ranked):
         """See :meth:`Ranked.rank`."""
         base = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         scores, cost = base.rank(model, cache, request)
-        return with_share(scores, cache, _beginnings(cache, self.sinks), self.share), cost
+        return _raised(scores, cache, _beginnings(cache, self.sinks), self.share), cost
 
 
 def _beginnings(cache: StitchedCache, count: int) -> Tensor:
@@ -86,3 +89,24 @@ def _beginnings(cache: StitchedCache, count: int) -> Tensor:
         ],
         dtype=torch.long,
     )
+
+
+def _raised(scores: Tensor, cache: StitchedCache, queue: Tensor, share: float) -> Tensor:
+    """Scores in which slots that queue up are raised until they get a share of any budget.
+
+    Number i of the queue (from 0) is scored just above number ``floor(i / share) - i`` of all slots
+    by their own scores, unless it stands higher already. As i of the queue come before it, it is
+    then among the first ``floor(i / share) + 1``. A share of at most one half gives each a place of
+    its own.
+    """
+    candidates = cache.candidate_slots.to(scores.device)
+    ranked = scores[candidates].sort(descending=True).values
+    queue = queue.to(scores.device)
+    queue = queue[torch.isin(queue, candidates)]
+    number = torch.arange(len(queue), device=queue.device)
+    places = (number / share).long() - number
+    queue, places = queue[places < len(ranked)], places[places < len(ranked)]
+    above = torch.nextafter(ranked[places], torch.full_like(ranked[places], torch.inf))
+    raised = scores.clone()
+    raised[queue] = torch.maximum(scores[queue], above)
+    return raised
