@@ -174,6 +174,29 @@ def test_assisted_decoding_is_refused() -> None:
                 ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, **assistant)
 
 
+@pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "token_healing"])
+def test_what_a_models_own_config_says_counts_beside_a_config_given(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """generate() fills up what a config given leaves out."""
+    own = GenerationConfig(max_new_tokens=3)
+    with prepared(shared_tiny_model("llama"), REQUEST) as bench:
+        monkeypatch.setattr(bench.model.generation_config, setting, 3, raising=False)
+        with pytest.raises(ifkv.IfkvError, match=rf"{setting} .* leave it out"):
+            ifkv.generate(bench.model, bench.stitch(), REQUEST.prompt, generation_config=own)
+
+
+def test_beams_of_a_models_own_config_beside_a_config_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = GenerationConfig(max_new_tokens=4, do_sample=False)
+    with prepared(shared_tiny_model("llama"), REQUEST) as bench:
+        monkeypatch.setattr(bench.model.generation_config, "num_beams", 3)
+        cache = repaired(bench, False)
+        got, expected, _ = both_ways(bench, cache, generation_config=own)
+    assert torch.equal(got, expected[:, cache.context_length :])
+
+
 def answer_logits(model: PreTrainedModel, cache: ifkv.StitchedCache, ids: list[int]) -> Tensor:
     twin = cache.clone()
     logits = ifkv.recompute(model, twin, [], prompt_ids=ids)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import ifkv
 from ifkv import depths, owed_rows
+from ifkv.errors import InvalidInputError
 from ifkv.owed_rows import owe
 from ifkv.selectors import AttentionNorm, Request, names, resolve
 from ifkv.stitched_cache import StitchedCache
 from ifkv.testing import assert_close, shared_tiny_model
+from ifkv.testing.strategies import Request as Tokens
 from ifkv.testing.strategies import documents as lists_of_documents
 from ifkv.testing.strategies import slot_subsets, token_ids
 from scenario import (
@@ -31,7 +33,7 @@ from scenario import (
     scenarios,
 )
 
-LOOKS_AT_ANY_ROW = {"cacheblend", "oracle"}
+LOOKS_AT_ANY_ROW = {"cacheblend", "deviation-aware", "oracle"}
 
 
 def extended(bench: Bench, before: list[int], further: list[list[int]], how: str) -> StitchedCache:
@@ -212,6 +214,21 @@ def test_a_selector_that_may_look_at_any_row_is_given_them_all() -> None:
     chat, documents = conversation()
     chat.add(documents)
     assert turn(chat, Looking())["0 calls"] == 3 + DECODING
+
+
+def test_what_has_run_is_owed_no_more() -> None:
+    """Neither scoring nor generating mistakes an empty debt for one."""
+    request = Tokens([1, 2], [[5, 6, 7], [8, 9]], [3, 4], [20, 21])
+    with prepared(shared_tiny_model("llama"), request) as bench:
+        cache = extended(bench, [30, 31], [[40, 41]], "owed")
+        with pytest.raises(InvalidInputError, match="2 rows of the context have not run yet"):
+            ifkv.generate(bench.model, cache, [20, 21])
+        ifkv.score(bench.model, cache, [20, 21], layers=[1])
+        with pytest.raises(InvalidInputError, match="2 rows of the context have not run yet"):
+            ifkv.generate(bench.model, cache, [20, 21])
+        ifkv.recompute(bench.model, cache, [], prompt_ids=[20, 21])
+        ifkv.score(bench.model, cache, [20, 21], layers=[2])
+        assert ifkv.generate(bench.model, cache, [20, 21], max_new_tokens=1).shape == (1, 3)
 
 
 def test_no_pass_carries_what_is_not_owed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,11 @@ import torch
 import ifkv
 import ifkv.selectors
 from ifkv.backends.reference import ReferenceBackend
+from ifkv.comparison import compare
 from ifkv.errors import InvalidInputError, NotPatchedError, UnsupportedModelError
+from ifkv.greedy import GreedySettings, greedy_settings
 from ifkv.selection import budget
+from ifkv.selectors import Budget
 from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
 
@@ -72,6 +75,22 @@ def test_streamed_pieces_are_the_answer(session: ifkv.Session) -> None:
     assert len(answer.token_ids) <= 8
 
 
+def test_comparing_at_a_budget_of_nothing_is_stitching_alone(session: ifkv.Session) -> None:
+    options: dict[str, Any] = dict(reorder=True, max_new_tokens=2)
+    ways = compare(session, QUESTION, ratios=(Budget(ratio=0.0), Budget(number=4)), **options)
+    assert [way.name for way in ways[:2]] == ["full prefill", "stitch only"]
+    assert ways[1].answer is not None
+    assert ways[1].answer.order == [0, 1, 2], "not reordered"
+
+
+def test_comparing_what_no_plan_is_made_of_is_refused_first(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "context_ids", None)
+    with pytest.raises(InvalidInputError, match=r"ratio is 'auto', but what reorder=True"):
+        compare(session, QUESTION, ratios=("auto",), reorder=True)
+
+
 def test_a_stop_string_ends_an_answer_alone_in_a_batch_and_by_hand(session: ifkv.Session) -> None:
     whole = session.ask(QUESTION, ratio=1.0, max_new_tokens=12).token_ids
     stop = session.tokenizer.decode(whole[:4])[-2:]
@@ -82,6 +101,8 @@ def test_a_stop_string_ends_an_answer_alone_in_a_batch_and_by_hand(session: ifkv
     assert stop in session.tokenizer.decode(answer.token_ids)
     (batched,) = session.ask_many([QUESTION], ratio=1.0, **limits)
     assert batched.token_ids.tolist() == answer.token_ids.tolist()
+    plain = greedy_settings(session.model, {"max_new_tokens": 3, "tokenizer": session.tokenizer})
+    assert isinstance(plain, GreedySettings), "a tokenizer alone asks for no stop string"
     ready = session.prepare(QUESTION, ratio=1.0)
     by_hand = ifkv.generate(
         session.model, ready.cache, ready.prompt_ids, tokenizer=session.tokenizer, **limits

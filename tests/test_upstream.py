@@ -19,14 +19,41 @@ class Newer(nn.Module):
     def forward(self, hidden, cache=None, use_cache=False, **kwargs): ...
 
 
-@pytest.mark.parametrize(("module", "name"), [(Older(), "past_key_values"), (Newer(), "cache")])
+class HandingOn(Newer):
+    def forward(self, *args, **kwargs): ...
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(Older(), "past_key_values"), (Newer(), "cache"), (HandingOn(), "cache")],
+)
 def test_a_cache_goes_by_the_name_that_the_forward_has(module, name):
     cache = DynamicCache()
     assert cache_keyword(module, cache) == {name: cache}
 
 
-def test_a_request_runs_without_a_deprecated_name():
+class Wrapped(nn.Module):
+    """A layer behind a forward that names nothing, as compiled ones are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_request_runs_without_a_deprecated_name(wrapped):
     model = tiny_model("llama")
+    if wrapped:
+        model.model.layers = nn.ModuleList(map(Wrapped, model.model.layers))
     ifkv.patch(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)

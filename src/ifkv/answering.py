@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.errors import InvalidInputError
-from ifkv.generation import check_generate_kwargs, run_generate
+from ifkv.generation import check_generate_kwargs, run_generate, setting
 from ifkv.selectors import AttentionNorm, Layers, Selector
 from ifkv.streaming import text_streamer
 
@@ -99,8 +99,7 @@ def stop_tokens(
         tokenizer: Its tokenizer.
         generate_kwargs: Keywords for ``model.generate()``, which come before it.
     """
-    config = generate_kwargs.get("generation_config") or model.generation_config
-    given = generate_kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    given = setting(model, generate_kwargs, "eos_token_id")
     ends = [] if given is None else torch.as_tensor(given).flatten().tolist()
     return frozenset([*ends, tokenizer.eos_token_id])
 

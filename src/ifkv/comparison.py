@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.answering import pad_token_id
+from ifkv.auto import check_plannable
+from ifkv.selectors import Budget, resolve
 from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
@@ -71,7 +73,12 @@ def compare(
 
     Returns:
         Full prefill first, then one way per ratio.
+
+    Raises:
+        InvalidInputError: A ratio is ``"auto"``, but no plan is made of such requests.
     """
+    if "auto" in ratios:
+        check_plannable(resolve(selector), reorder=reorder)
     model: Any = session.model
     context = session.context_ids(documents)
     prompt = session.format.prompt_ids(question)
@@ -101,11 +108,12 @@ def compare(
     del first, cache
 
     for ratio in ratios:
+        stitched = ratio != "auto" and Budget.of(ratio).nothing
         ready = session.prepare(
             question,
             documents=documents,
             ratio=ratio,
-            reorder=reorder and ratio != 0,
+            reorder=reorder and not stitched,
             selector=selector,
         )
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
@@ -113,7 +121,7 @@ def compare(
         answer = session.complete(ready, max_new_tokens=max_new_tokens)
         ways.append(
             Way(
-                name="stitch only" if ratio == 0 else _name(ready, ratio),
+                name="stitch only" if stitched else _name(ready, ratio),
                 ttft_seconds=ready.ttft_seconds,
                 speedup=full_seconds / ready.ttft_seconds,
                 bound=ready.speedup_bound,

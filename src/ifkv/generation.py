@@ -90,6 +90,11 @@ def run_generate(
     ready = has_prompt(cache, prompt)
     if not ready:
         check_answerable(cache, "generate")
+    if cache.owed is not None and len(cache.owed.slots):
+        raise InvalidInputError(
+            f"{len(cache.owed.slots)} rows of the context have not run yet; call ifkv.recompute "
+            "before generate."
+        )
     handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
     check_generate_kwargs(model, generate_kwargs)
 
@@ -157,20 +162,29 @@ def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> Non
             raise InvalidInputError(
                 f"{key} cannot be given: ifkv.generate makes it from the cache and the prompt."
             )
-    config = kwargs.get("generation_config") or model.generation_config
     for key in _ASSISTED:
-        if kwargs.get(key, getattr(config, key, None)) is not None:
+        if setting(model, kwargs, key) is not None:
             raise InvalidInputError(
                 f"{key} asks for assisted decoding, which runs the whole context again behind a "
                 "cache that holds it already; leave it out."
             )
-    if kwargs.get("token_healing", getattr(config, "token_healing", None)):
+    if setting(model, kwargs, "token_healing"):
         raise InvalidInputError(
             "token_healing changes the prompt's last tokens after the cache was made for them; "
             "leave it out."
         )
     if kwargs.get("max_new_tokens") is not None:
         check_positive(kwargs["max_new_tokens"], "max_new_tokens")
+
+
+def setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting as ``generate()`` finds it, or None.
+
+    What a keyword does not say, a generation config given says; what that leaves out, the model's.
+    """
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in given if value is not None), None)
 
 
 def _known_kwargs(model: PreTrainedModel) -> set[str]:
@@ -198,23 +212,17 @@ def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -
     limited = getattr(own, "max_length", None) is not None or any(
         kwargs.get(key) is not None for key in ("max_new_tokens", "max_length")
     )
-    config = own if own is not None else model.generation_config
-    if not limited and getattr(config, "max_new_tokens", None) is None:
+    if not limited and setting(model, kwargs, "max_new_tokens") is None:
         kwargs["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-    if getattr(config, "use_cache", None) is False:  # as fine-tuned checkpoints often have it
+    if setting(model, kwargs, "use_cache") is False:  # as fine-tuned checkpoints often have it
         kwargs["use_cache"] = True
     return kwargs
 
 
 def _sequences(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
     """How many rows generate() will expand the batch to, and the cache must have."""
-    config = kwargs.get("generation_config") or model.generation_config
-
-    def setting(name: str) -> int:
-        value = kwargs.get(name)
-        return int(value if value is not None else getattr(config, name, None) or 1)
-
-    return max(setting("num_beams"), setting("num_return_sequences"))
+    names = ("num_beams", "num_return_sequences")
+    return max(int(setting(model, kwargs, name) or 1) for name in names)
 
 
 class _PromptStreamer:

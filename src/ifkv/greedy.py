@@ -30,6 +30,7 @@ _IDLE = frozenset(
         "pad_token_id",
         "repetition_penalty",
         "temperature",
+        "tokenizer",
         "top_h",
         "top_k",
         "top_p",

@@ -43,7 +43,8 @@ class OwedRows:
 
     def paid(self) -> None:
         """They have run through all layers."""
-        self.slots, self.hidden = self.slots[:0], self.hidden[:, :0]
+        # Made anew: a view would keep what it is a view of.
+        self.slots, self.hidden = self.slots.new_empty(0), self.hidden[:, :0].clone()
 
 
 def owe(model: PreTrainedModel, cache: StitchedCache, token_ids: Sequence[int]) -> None:
@@ -63,12 +64,22 @@ def owe(model: PreTrainedModel, cache: StitchedCache, token_ids: Sequence[int]) 
         cache.owed = OwedRows(slots, embed(model, cache.token_ids[int(slots[0]) :]))
 
 
-def owing(caches: Sequence[StitchedCache]) -> list[StitchedCache]:
-    """Those of the caches that owe rows which no pass has carried yet, each once."""
+def owing(
+    model: PreTrainedModel, caches: Sequence[StitchedCache], deepest: int
+) -> list[StitchedCache]:
+    """Those of the caches whose owed rows a pass as deep as this has to run along, each once.
+
+    Rows that an earlier pass carried, but not so deep, begin again with the first layer.
+    """
     found = {}
     for cache in caches:
-        if cache.owed is not None and len(cache.owed.slots) and cache.owed.layer == 0:
-            found[id(cache.owed)] = cache
+        owed = cache.owed
+        if owed is None or not len(owed.slots) or 0 < owed.layer >= deepest:
+            continue
+        if owed.layer:
+            owed.hidden = embed(model, cache.token_ids[owed.slots.to(cache.token_ids.device)])
+            owed.layer = 0
+        found[id(owed)] = cache
     return list(found.values())
 
 
@@ -85,7 +96,7 @@ class Carrying:
     Args:
         model: A patched model.
         handle: Its handle.
-        caches: Caches that owe rows, which no pass has carried yet.
+        caches: Caches that :func:`owing` has named.
         inner: The pass of the other rows.
     """
 

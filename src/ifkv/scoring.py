@@ -16,7 +16,6 @@ from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, run_attention, run_layers
 from ifkv.owed_rows import Carrying, owing
 from ifkv.patching import handle_of
-from ifkv.recomputation import recompute
 from ifkv.scoring_pass import Measure, QueryView, ScoringPass
 from ifkv.stitched_cache import StitchedCache, check_cache
 
@@ -198,13 +197,10 @@ def run_scorings(
     positions = torch.cat(own)
     hidden = embed(model, torch.cat([job.query for job in jobs]).to(device))
     caches, deepest = [job.cache for job in jobs], layers[-1]
-    for cache in caches:  # carried by an earlier pass that did not go so deep
-        if cache.owed is not None and 0 < cache.owed.layer < deepest:
-            recompute(model, cache, [])
     scoring = ScoringPass(handle, caches, layers, own, measure)
     run: AttentionPass = scoring
     carrying = None
-    if debtors := owing(caches):
+    if debtors := owing(model, caches, deepest):
         run = carrying = Carrying(model, handle, debtors, scoring)
         positions = torch.cat((carrying.slots, positions))
         hidden = torch.cat((carrying.hidden, hidden), dim=1)

@@ -132,7 +132,7 @@ class Budget:
         if self.number is not None:
             return self.number
         assert self.mass is not None
-        candidates = scores[cache.candidate_slots].double()
+        candidates = scores[cache.candidate_slots.to(scores.device)].double()
         if bool((candidates < 0).any()):
             raise InvalidInputError(
                 f"scores go down to {float(candidates.min()):g}, but a budget by mass needs scores "

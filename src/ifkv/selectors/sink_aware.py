@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -103,8 +104,9 @@ def _raised(scores: Tensor, cache: StitchedCache, queue: Tensor, share: float) -
     ranked = scores[candidates].sort(descending=True).values
     queue = queue.to(scores.device)
     queue = queue[torch.isin(queue, candidates)]
+    every = 1 / Fraction(str(share))  # exact in the number that was written
     number = torch.arange(len(queue), device=queue.device)
-    places = (number / share).long() - number
+    places = number * every.numerator // every.denominator - number
     queue, places = queue[places < len(ranked)], places[places < len(ranked)]
     above = torch.nextafter(ranked[places], torch.full_like(ranked[places], torch.inf))
     raised = scores.clone()
