@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import arena_tables
 import pytest
 from cli_reference import PAGE, reference
 from draw_figures import FOLDER, figures
@@ -93,6 +94,12 @@ def test_tables_of_speed_are_up_to_date(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert filled(text) == text, "run python tools/speed_tables.py"
     assert BLOCK.search(text), f"{page} has no table of speeds between markers"
+
+
+def test_the_arenas_tables_are_up_to_date() -> None:
+    text = arena_tables.PAGE.read_text(encoding="utf-8")
+    assert arena_tables.filled(text) == text, "run python tools/arena_tables.py"
+    assert {found[2] for found in arena_tables.BLOCK.finditer(text)} == set(arena_tables.TABLES)
 
 
 def test_every_table_of_speed_is_shown_somewhere() -> None:

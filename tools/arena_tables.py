@@ -21,7 +21,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "arena.md"
 BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /arena -->)", re.DOTALL)
 DEFAULT = "attention-norm"
-OURS = "sink-aware"
+VALUE_AWARE = "value-aware:layers=0.0-1.0"
+# Which ways are compared with which.
+PAIRS = {
+    "deviation-aware": (DEFAULT, VALUE_AWARE, "sink-aware", "prophetkv", "cacheblend", "epic"),
+    "sink-aware": (DEFAULT, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
+    DEFAULT: ("prophetkv", "cacheblend", "epic"),
+}
 # Selectors that know what a request cannot.
 REFERENCE_POINTS = ("full prefill", "stitch only", "oracle")
 Row = dict[str, str]
@@ -46,32 +52,20 @@ def quality(file: str, ratio: float) -> str:
 
 
 def pairs(file: str, ratio: float) -> str:
-    """Ours against every other rule, and the default against CacheBlend's and EPIC's."""
-    rows = []
-    found = [
-        row
+    """Ways against others, at equal ratio and at equal operations."""
+    found = {
+        (row["at"], row["first"], row["second"]): row
         for row in _read(f"arena-{file}-differences.csv")
         if row["questions"] == "all" and float(row["ratio"] or -1) == ratio
-    ]
-    for first, rivals in ((OURS, None), (DEFAULT, ("cacheblend", "epic"))):
-        for even in (row for row in found if row["at"] == "equal ratio" and row["first"] == first):
-            second = even["second"]
-            if (rivals and second not in rivals) or second == "oracle":
+    }
+    rows = []
+    for first, rivals in PAIRS.items():
+        for second in rivals:
+            here = [found.get((at, first, second)) for at in ("equal ratio", "equal cost")]
+            if here[0] is None:
                 continue
-            cost = [
-                row
-                for row in found
-                if row["at"] == "equal cost" and (row["first"], row["second"]) == (first, second)
-            ]
-            rows.append(
-                [
-                    _name(first),
-                    _name(second),
-                    _points(even),
-                    _factor(even),
-                    *([_points(cost[0]), _factor(cost[0])] if cost else ["–", "–"]),
-                ]
-            )
+            cells = [(_points(row), _factor(row)) if row else ("–", "–") for row in here]
+            rows.append([_name(first), _name(second), *cells[0], *cells[1]])
     head = "first | against | more of the gap | KL, typically | at equal operations | KL, typically"
     return as_table(head, rows, 2)
 
