@@ -6,7 +6,7 @@ matrices and ``alpha = T heads head_dim / P`` the weight of attention against th
     S(r) = (1 + alpha) / (r (1 + c alpha / 2) + (Q / T) (1 + 2 alpha) (1 + Ls / L))
 
 where c is four times the mean normalised position of the selected rows: 2 when they are spread
-evenly. The ceiling is 1 / r.
+evenly. For those and for later ones it is below 1 / r.
 """
 
 from __future__ import annotations
