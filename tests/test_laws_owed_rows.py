@@ -16,6 +16,7 @@ import ifkv
 from ifkv import depths, owed_rows
 from ifkv.errors import InvalidInputError
 from ifkv.owed_rows import owe
+from ifkv.patching import handle_of
 from ifkv.selectors import AttentionNorm, Request, names, resolve
 from ifkv.stitched_cache import StitchedCache
 from ifkv.testing import assert_close, shared_tiny_model
@@ -241,3 +242,22 @@ def test_no_pass_carries_what_is_not_owed(monkeypatch: pytest.MonkeyPatch) -> No
         cache = ifkv.stitch(model, documents)
         scores = ifkv.score(model, cache, [20, 21])
         ifkv.recompute(model, cache, ifkv.select(cache, scores), prompt_ids=[20, 21])
+
+
+def test_owed_rows_attend_only_where_their_outputs_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The deepest scoring layer is run for their keys and values: the recompute begins with it."""
+    request = Tokens([1, 2], [[5, 6, 7], [8, 9]], [3, 4], [20, 21])
+    with prepared(shared_tiny_model("llama"), request) as bench:
+        cache = extended(bench, [30, 31], [[40, 41]], "owed")
+        backend = type(handle_of(bench.model).backend)
+        attend, calls = backend.attend_requests, Counter[str]()
+
+        def counted(*args: Any, **kwargs: Any) -> Tensor:
+            calls["attend"] += 1
+            return attend(*args, **kwargs)
+
+        monkeypatch.setattr(backend, "attend_requests", counted)
+        ifkv.score(bench.model, cache, [20, 21], layers=[2])
+        assert calls["attend"] == 2

@@ -98,6 +98,8 @@ class Carrying:
         handle: Its handle.
         caches: Caches that :func:`owing` has named.
         inner: The pass of the other rows.
+        deepest: The last layer that it runs. Owed rows run there for their keys and values alone:
+            the next pass begins with this layer.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Carrying:
         handle: PatchHandle,
         caches: Sequence[StitchedCache],
         inner: AttentionPass,
+        deepest: int,
     ):
         self._owed = [cache.owed for cache in caches if cache.owed is not None]
         self._counts = [len(owed.slots) for owed in self._owed]
@@ -114,7 +117,7 @@ class Carrying:
             [cache.context_length for cache in caches],
             model.device,
         )
-        self._first = RowsPass(handle, caches, self._counts, plan)
+        self._first = RowsPass(handle, caches, self._counts, plan, skip_attention_in=deepest)
         self._inner = inner
         self._rows = sum(self._counts)
         self.slots = plan.slots

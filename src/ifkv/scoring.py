@@ -201,7 +201,7 @@ def run_scorings(
     run: AttentionPass = scoring
     carrying = None
     if debtors := owing(model, caches, deepest):
-        run = carrying = Carrying(model, handle, debtors, scoring)
+        run = carrying = Carrying(model, handle, debtors, scoring, deepest)
         positions = torch.cat((carrying.slots, positions))
         hidden = torch.cat((carrying.hidden, hidden), dim=1)
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
