@@ -124,12 +124,12 @@ CASES: dict[str, Case] = {
     ),
     "documents as one text": (
         INPUT,
-        r"documents is a str.*list",
+        r"documents is of type str.*list",
         lambda b: ifkv.prefill_documents(b.model, "text"),  # type: ignore[arg-type]
     ),
     "documents none": (
         INPUT,
-        r"documents is a NoneType.*list",
+        r"documents is of type NoneType.*list",
         lambda b: ifkv.prefill_documents(b.model, None),  # type: ignore[arg-type]
     ),
     "prefix id too large": (INPUT, r"the prefix.*id 99", lambda b: b.prefill([3], prefix=[99])),
@@ -157,7 +157,11 @@ CASES: dict[str, Case] = {
     # stitch
     "nothing to stitch": (INPUT, r"no documents.*at least one", lambda b: b.stitch([])),
     "one document, no list": (INPUT, r"DocumentCache.*list", lambda b: b.stitch(b.documents[0])),
-    "ids for documents": (INPUT, r"document 0 is a list.*prefill", lambda b: b.stitch([[1, 2]])),
+    "ids for documents": (
+        INPUT,
+        r"document 0 is of type list.*prefill",
+        lambda b: b.stitch([[1, 2]]),
+    ),
     "order too short": (INPUT, r"order is \[0, 1\].*3 documents", lambda b: b.stitch(order=[0, 1])),
     "order twice": (INPUT, r"order is \[0, 1, 1\]", lambda b: b.stitch(order=[0, 1, 1])),
     "order from 1": (INPUT, r"order is \[1, 2, 3\].*from 0", lambda b: b.stitch(order=[1, 2, 3])),
@@ -253,7 +257,7 @@ CASES: dict[str, Case] = {
     ),
     "scores a list": (
         INPUT,
-        r"scores are a list.*tensor",
+        r"scores are of type list.*tensor",
         lambda b: ifkv.select(b.cache, [0.0] * 12),
     ),  # type: ignore[arg-type]
     "select in no cache": (
@@ -454,7 +458,7 @@ UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"SequenceClassification has no language-model head",
         lambda: AutoModelForSequenceClassification.from_config(config_of()).eval(),
     ),
-    "no model": (UnsupportedModelError, r"is a str, but .*from_pretrained", lambda: "llama"),
+    "no model": (UnsupportedModelError, r"is of type str, but .*from_pretrained", lambda: "llama"),
     "training mode": (
         UnsupportedModelError,
         r"training mode.*eval\(\)",
@@ -567,7 +571,7 @@ def session() -> Iterator[ifkv.Session]:
 SESSION_CASES: dict[str, tuple[str, Callable[[ifkv.Session], Any]]] = {
     "texts as one string": (r"texts is one string.*\[text\]", lambda s: s.add("text")),
     "a blank text": (r"document is empty or blank", lambda s: s.add(["fine", " \n"])),
-    "ids for text": (r"document is a list.*texts", lambda s: s.add([[1, 2]])),
+    "ids for text": (r"document is of type list.*texts", lambda s: s.add([[1, 2]])),
     "a blank question": (r"question is ' '", lambda s: s.ask(" ")),
     "no question": (r"question is None", lambda s: s.ask(None)),
     "ratio": (r"ratio is 1\.5", lambda s: s.ask("which?", ratio=1.5)),
@@ -591,7 +595,7 @@ SESSION_CASES: dict[str, tuple[str, Callable[[ifkv.Session], Any]]] = {
         lambda s: ifkv.Session(s.model, s.tokenizer, prefix=[9999]),
     ),
     "a store that is none": (
-        r"store is a dict; give a path, a URL, a store",
+        r"store is of type dict; give a path, a URL, a store",
         lambda s: ifkv.Session(s.model, s.tokenizer, store={}),
     ),
     "a model with fewer ids than the tokenizer": (

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation import datasets
 from ifkv.evaluation.questions import Dataset, Passage, Question, draw
-from ifkv.evaluation.splitting import fixed_length
 from ifkv.evaluation.synthetic import TASKS, synthetic
 
 HOTPOT = [
@@ -185,11 +184,3 @@ def test_bad_draws_are_refused() -> None:
     one = Question("q", "?", ("a",), (Passage("p", gold=True),))
     with pytest.raises(InvalidInputError, match="ask for fewer"):
         draw(Dataset("one", [one]), passages=2)
-
-
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1), min_size=1), st.integers(1, 7))
-def test_a_split_loses_no_token(documents: list[list[int]], length: int) -> None:
-    pieces = fixed_length(documents, length)
-    assert [t for piece in pieces for t in piece] == [t for d in documents for t in d]
-    assert all(len(piece) == length for piece in pieces[:-1])
-    assert 1 <= len(pieces[-1]) <= length

@@ -319,7 +319,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "prompts that are one number": (
         lambda m, c: ifkv.generate_many(m, c, 7),
         InvalidInputError,
-        "prompts is a int",
+        "prompts is of type int",
     ),
     "the same cache twice": (
         lambda m, c: ifkv.recompute_many(m, [c[0], c[0]], [[3], [4]]),

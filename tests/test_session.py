@@ -313,7 +313,7 @@ def test_a_session_in_8_bits_answers_alone_and_in_batches() -> None:
 
 
 def test_a_session_refuses_a_models_name() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"is a str, but .*from_pretrained"):
+    with pytest.raises(UnsupportedModelError, match=r"is of type str, but .*from_pretrained"):
         ifkv.Session("meta-llama/Llama-3.1-8B", tiny_tokenizer())  # type: ignore[arg-type]
 
 

@@ -139,7 +139,7 @@ def check_counts(count: int, **given: Sequence[Any]) -> None:
     for name, values in given.items():
         if isinstance(values, str) or not hasattr(values, "__len__"):
             raise InvalidInputError(
-                f"{name} is a {type(values).__name__}; a list with one entry for each of the "
+                f"{name} is of type {type(values).__name__}; a list with one entry for each of the "
                 f"{count} requests is wanted."
             )
         if len(values) != count:

@@ -79,8 +79,8 @@ def prefill_documents(
         check_positive(batch_tokens, "batch_tokens")
     if isinstance(documents, str | DocumentCache) or not isinstance(documents, Iterable):
         raise InvalidInputError(
-            f"documents is a {type(documents).__name__}; a list of documents is wanted, each a "
-            "sequence of token ids."
+            f"documents is of type {type(documents).__name__}; a list of documents is wanted, "
+            "each a sequence of token ids."
         )
     given, wanted = (
         (prefix, prefix.token_ids) if isinstance(prefix, DocumentCache) else (None, prefix)

@@ -168,16 +168,29 @@ def resolve_family(model: PreTrainedModel) -> Family:
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModelError(
-            f"the model is a {type(model).__name__}, but must be a loaded one; make it with "
+            f"the model is of type {type(model).__name__}, but must be a loaded one; make it with "
             "transformers: AutoModelForCausalLM.from_pretrained(...).eval()."
         )
+    return family_of(config, type(model).__name__)
+
+
+def family_of(config: object, name: str) -> Family:
+    """Find the family of a model by its config, before there are weights.
+
+    Args:
+        config: The model's config.
+        name: What to call the model in a refusal.
+
+    Raises:
+        UnsupportedModelError: No family covers its ``model_type``.
+    """
     model_type = getattr(config, "model_type", None)
     for family in families().values():
         if model_type in family.model_types:
             return family
     known = sorted(t for family in families().values() for t in family.model_types)
     raise UnsupportedModelError(
-        f"{type(model).__name__} has model_type {model_type!r}, which no family covers; known are "
+        f"{name} has model_type {model_type!r}, which no family covers; known are "
         f"{', '.join(known)}. To add one, write patches/<name>.toml (see patches/README.md) and "
         "check it with `ifkv verify`."
     )

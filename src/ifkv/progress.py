@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -29,20 +30,58 @@ def token_bar(
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        SpinnerColumn,
         TextColumn,
+        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     columns = (
+        SpinnerColumn(),  # with the time gone by: one long document is minutes without a step
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("tokens"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(description, total=None)
+    with contextlib.ExitStack() as until_the_end:
+
+        def report(done: int, total: int) -> None:
+            # Shown from here on only: what is refused before any work leaves no bar behind.
+            if not bar.live.is_started:
+                until_the_end.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
+        yield report
+
+
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Silence transformers' bars over a model's weights while the block runs, for bars of ours.
+
+    Bars of downloads stay: gigabytes should be seen to come.
+    """
+    from huggingface_hub import utils
+    from transformers.utils import logging
+
+    downloads: Any = utils
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    downloads_hidden = downloads.are_progress_bars_disabled()
+    logging.disable_progress_bar()  # and those of downloads
+    if not downloads_hidden:
+        downloads.enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if downloads_hidden:
+            downloads.disable_progress_bars()
 
 
 def track_tokens(groups: Sequence[Sequence[Tensor]], description: str) -> Iterator[list[Tensor]]:

@@ -26,6 +26,19 @@ _REASONS = {
 }
 
 
+def position_limit(config: Any) -> tuple[int, str]:
+    """How many positions a model has, by its config alone, and why, in words."""
+    limit: int = config.max_position_embeddings
+    parameters: dict[str, Any] = config.rope_parameters
+    if parameters.get("rope_type") != "longrope":
+        return limit, f"max_position_embeddings is {limit}"
+    limit = parameters.get("original_max_position_embeddings", limit)
+    return limit, (
+        f"longrope changes its frequencies beyond {limit} positions, and keys made with the short "
+        "ones cannot be moved there"
+    )
+
+
 class Rope:
     """Rotary geometry of one model.
 
@@ -58,16 +71,7 @@ class Rope:
         self._module = base.rotary_emb
         self.rotary_dim = 2 * self._module.inv_freq.numel()
         self.check_frequencies()
-        self.limit: int = config.max_position_embeddings
-        self.limit_reason = f"max_position_embeddings is {self.limit}"
-        if self.rope_type == "longrope":
-            self.limit = parameters.get(
-                "original_max_position_embeddings", config.max_position_embeddings
-            )
-            self.limit_reason = (
-                f"longrope changes its frequencies beyond {self.limit} positions, and keys made "
-                "with the short ones cannot be moved there"
-            )
+        self.limit, self.limit_reason = position_limit(config)
 
     def check_frequencies(self) -> None:
         """Refuse frequencies that ``model.to(bfloat16)`` or ``model.half()`` has rounded.
@@ -90,16 +94,25 @@ class Rope:
                 "from_pretrained(..., dtype=...) instead of calling .to(dtype) or .half() on it."
             )
 
-    def check_length(self, length: int, what: str) -> None:
+    def check_length(
+        self,
+        length: int,
+        what: str,
+        advice: str = "Use fewer or shorter documents, or ask for fewer tokens.",
+    ) -> None:
         """Refuse a sequence that reaches beyond the model's positions.
+
+        Args:
+            length: Positions it takes.
+            what: What it is, for the message.
+            advice: What to do about it, for the message.
 
         Raises:
             InvalidInputError: ``length`` is greater than :attr:`limit`.
         """
         if length > self.limit:
             raise InvalidInputError(
-                f"{length} positions are needed for {what}, but {self.limit_reason}. Use fewer or "
-                "shorter documents, or ask for fewer tokens."
+                f"{length} positions are needed for {what}, but {self.limit_reason}. {advice}"
             )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

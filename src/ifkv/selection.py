@@ -70,7 +70,8 @@ def top_slots(
     length = cache.context_length
     if not isinstance(scores, Tensor):
         raise InvalidInputError(
-            f"scores are a {type(scores).__name__}; a tensor is wanted, as ifkv.score returns it."
+            f"scores are of type {type(scores).__name__}; a tensor is wanted, as ifkv.score "
+            "returns it."
         )
     if scores.shape != (length,):
         raise InvalidInputError(

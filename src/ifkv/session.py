@@ -19,9 +19,10 @@ from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
-from ifkv.patching import patch
+from ifkv.patching import handle_of, patch
 from ifkv.preparation import Stopwatch, prepare
 from ifkv.selectors import Selector, resolve
+from ifkv.splitting import at_most
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
 
@@ -114,6 +115,7 @@ class Session:
         self,
         texts: Sequence[str],
         *,
+        split: int | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> list[str]:
@@ -124,14 +126,19 @@ class Session:
 
         Args:
             texts: The documents' texts.
+            split: Tokens of a document at most: longer texts are cut into documents of about
+                equal length, on token ids, wherever that falls. If None, a text is a document.
             batch_tokens: As in :func:`ifkv.prefill_documents`.
             progress: Show a progress bar.
 
         Returns:
-            The documents' keys in the store, in order.
+            The documents' keys in the store, in order. With ``split`` this is still one flat list:
+            the pieces of the first text, then those of the second. To know which are whose, add
+            texts one by one.
 
         Raises:
-            InvalidInputError: A document is blank, or ``texts`` is a single string.
+            InvalidInputError: A document is blank or longer than the model's positions, or
+                ``texts`` is a single string.
             StoreFullError: The store or its disk has no room.
         """
         if isinstance(texts, str):
@@ -139,6 +146,15 @@ class Session:
                 "texts is one string; give a list of documents, for example [text]."
             )
         ids = [self.format.document_ids(text) for text in texts]
+        if split is not None:
+            ids = [piece for text in ids for piece in at_most(text, split)]
+        rope = handle_of(self.model).rope
+        for index, piece in enumerate(ids):
+            rope.check_length(
+                len(self.prefix_ids) + len(piece),
+                f"document {index} ({len(piece)} tokens) with its prefix",
+                "Let long texts be cut into shorter documents: add(texts, split=512), for example.",
+            )
         return self._library.add(ids, batch_tokens=batch_tokens, progress=progress)
 
     def ask(

@@ -84,8 +84,8 @@ def check_documents(
     """Refuse documents that do not belong to the model or to one another."""
     if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
         raise InvalidInputError(
-            f"documents is a {type(documents).__name__}; a list of what prefill_documents returned "
-            "is wanted."
+            f"documents is of type {type(documents).__name__}; a list of what prefill_documents "
+            "returned is wanted."
         )
     if not documents:
         raise InvalidInputError("no documents to stitch; give at least one.")
@@ -93,7 +93,7 @@ def check_documents(
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
             raise InvalidInputError(
-                f"document {index} is a {type(document).__name__}; stitch takes what "
+                f"document {index} is of type {type(document).__name__}; stitch takes what "
                 "prefill_documents returned."
             )
         if document.fingerprint != identity:

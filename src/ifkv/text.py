@@ -21,6 +21,18 @@ _QUESTION = "\ue000question\ue001"
 _ANSWER = "\ue000answer\ue001"
 
 
+def check_question(question: object) -> None:
+    """Refuse what is no question.
+
+    Raises:
+        InvalidInputError: It is no text, or blank.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise InvalidInputError(
+            f"the question is {question!r}; it needs to be text with something in it."
+        )
+
+
 class PromptFormat:
     """How one tokenizer's requests are laid out: prefix, documents, prompt, and further turns.
 
@@ -83,7 +95,9 @@ class PromptFormat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a part; nothing is added to it."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: what is too long is refused by us, and a text may yet be cut into pieces.
+        made = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        ids: list[int] = made["input_ids"]
         return ids
 
     def prefix_ids(self) -> list[int]:
@@ -94,7 +108,7 @@ class PromptFormat:
         """Token ids of a document: its text, set off by a blank line."""
         if not isinstance(text, str):
             raise InvalidInputError(
-                f"a document is a {type(text).__name__}; Session takes texts, and "
+                f"a document is of type {type(text).__name__}; Session takes texts, and "
                 "ifkv.prefill_documents token ids."
             )
         if not text.strip():
@@ -103,15 +117,12 @@ class PromptFormat:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt that follows the documents."""
-        if not isinstance(question, str) or not question.strip():
-            raise InvalidInputError(
-                f"the question is {question!r}; it needs to be text with something in it."
-            )
+        check_question(question)
         return self.encode(f"{self._before}{question}{self._after}")
 
     def turn_ids(self, question: str) -> list[int]:
         """Token ids of a later prompt, from the end of the answer before it."""
-        self.prompt_ids(question)  # refuses what is no question
+        check_question(question)
         return self.encode(f"{self.opening}{self._before}{question}{self._after}")
 
     def further_ids(self) -> list[int]:

@@ -21,6 +21,7 @@ import torch
 
 from ifkv.demo.gguf import convert
 from ifkv.errors import IfkvError
+from ifkv.progress import without_loading_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
-        with _without_hf_bars():
+        with without_loading_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
             # By its class: some versions take AutoTokenizer to mean Llama's own tokenizer here.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -196,17 +197,3 @@ def _readable_disk_errors(target: Path) -> Iterator[None]:
             f"the demo's model could not be kept in {target.parent} ({error}). If you may not "
             "write there, set IFKV_CACHE to a folder of your own."
         ) from error
-
-
-@contextlib.contextmanager
-def _without_hf_bars() -> Iterator[None]:
-    """Silence the progress bars of transformers, which would fight with the status line."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

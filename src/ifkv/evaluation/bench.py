@@ -13,8 +13,8 @@ from ifkv.cost import ModelShape
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.questions import Question
-from ifkv.evaluation.splitting import fixed_length
 from ifkv.patching import patch
+from ifkv.splitting import fixed_length
 from ifkv.text import PromptFormat
 
 if TYPE_CHECKING:

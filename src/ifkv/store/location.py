@@ -88,7 +88,7 @@ def session_store(where: DocumentStore | str | os.PathLike[str] | None) -> Docum
         return TieredStore(MemoryStore(SESSION_MEMORY_BYTES), open_store(where))
     if not isinstance(where, DocumentStore):
         raise InvalidInputError(
-            f"store is a {type(where).__name__}; give a path, a URL, a store such as "
+            f"store is of type {type(where).__name__}; give a path, a URL, a store such as "
             "ifkv.store.MemoryStore(), or nothing for the user's cache folder."
         )
     return where
