@@ -194,7 +194,7 @@ def test_the_documentations_example_runs(tmp_path: Path, monkeypatch: pytest.Mon
     [block] = re.findall(r"^```py\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     tokenizer = tiny_tokenizer()
     model = tiny_model("qwen2", vocab_size=len(tokenizer))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_: model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: tokenizer)
     monkeypatch.setenv("IFKV_STORE", str(tmp_path))
     names: dict[str, Any] = {}
