@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from ifkv import calibration
 from ifkv.calibration import Curve, Grid, Rates, keeping
-from ifkv.calibration.probes import Clock, Probe, grow, run_in_turns
+from ifkv.calibration.probes import Clock, Probe, grow, run_in_passes, run_in_turns
 from ifkv.cli import app
 from ifkv.cost import ModelShape
-from ifkv.errors import CalibrationWarning, UnsupportedModelError
+from ifkv.errors import CalibrationWarning, InvalidInputError, UnsupportedModelError
 from ifkv.planning import Planner
 from ifkv.testing import tiny_model
 from rates import PASSES_COST, ROWS_COST, flat, ideal
@@ -47,21 +47,69 @@ def test_grids_stay_between_their_rates(row, column, rates) -> None:
     assert grid.at(100, 0.1) == pytest.approx(rates[2])
 
 
-def test_probes_grow_until_they_are_too_long_and_no_shorter_than_least() -> None:
-    class Told(Clock):
-        def time(self, run):
-            return float(run())
+class Told(Clock):
+    """Runs take what they return, longer while a neighbour is busy, on a clock of its own."""
 
-    def reached(**options) -> list[int]:
-        sizes, clock = [1, 2, 4, 8, 16], Told(CPU)
+    def __init__(self, busy: tuple[float, float] = (0, 0)):
+        super().__init__(CPU)
+        self.now, self.busy = 0.0, busy
+
+    def time(self, run):
+        took = float(run()) * (30 if self.busy[0] <= self.now < self.busy[1] else 1)
+        self.now += took
+        return took
+
+
+def test_probes_grow_until_they_are_too_long_and_no_shorter_than_least() -> None:
+    def reached(clock: Clock, **options) -> list[int]:
+        sizes = [1, 2, 4, 8, 16]
         return list(grow(sizes, lambda n: [Probe(lambda: n)], clock, limit=4, power=1, **options))
 
-    assert reached() == [1, 2, 4]
-    assert reached(least=4) == [1, 2, 4, 8]
-    probes = [Probe(lambda: 1), Probe(lambda: 2)]
-    run_in_turns(probes, Told(CPU), budget=0, least=3)
+    assert reached(Told()) == [1, 2, 4]
+    assert reached(Told(), least=4) == [1, 2, 4, 8]
+    # A burst over one of a probe's two runs leaves no size out.
+    assert reached(Told(busy=(3, 4))) == [1, 2, 4]
+
+
+def test_a_pass_gives_short_probes_more_turns() -> None:
+    probes = [Probe(lambda: 1), Probe(lambda: 2), Probe(lambda: 50)]
+    ran: list[int] = []
+
+    class Noting(Told):
+        def time(self, run):
+            ran.append(run())
+            return super().time(run)
+
+    run_in_turns(probes, Noting(), seconds=12, most=3)
+    assert ran == [1, 2, 50, 1, 2, 1, 2]
+    assert [probe.passes for probe in probes] == [[1], [2], [50]]
+
+
+def passes(clock: Told, works: list[float], **options) -> list[Probe]:
+    probes = [Probe(lambda work=work: work) for work in works]
+    run_in_passes(probes, clock, **{"pass_seconds": 0, "more_seconds": 0, **options})
+    return probes
+
+
+def test_a_burst_of_other_work_hits_no_probe_twice() -> None:
+    works = [1, 2, 3, 4]
+    for start in range(0, 20):
+        for length in (1, 5, 9):
+            probes = passes(Told(busy=(start, start + length)), works)
+            assert [probe.seconds for probe in probes] == works
+            assert {probe.disagreement for probe in probes} <= {1, 30}
+
+
+def test_two_passes_do_at_rest_and_a_disputed_probe_runs_again() -> None:
+    probes = passes(Told(), [1, 2], more_seconds=5)
+    assert [probe.passes for probe in probes] == [[1, 1], [2, 2]]
+    probes = passes(Told(busy=(0, 1)), [1, 2], more_seconds=5)
+    assert [probe.passes for probe in probes] == [[30, 1, 1], [2, 2]]
+    assert [probe.disagreement for probe in probes] == [1, 1]
+    # No time for more: what is known is kept, and that it is in dispute.
+    probes = passes(Told(busy=(0, 1)), [1, 2])
     assert [probe.seconds for probe in probes] == [1, 2]
-    assert [len(probe.times) for probe in probes] == [3, 3]
+    assert [probe.disagreement for probe in probes] == [30, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "phi3"])
@@ -74,13 +122,15 @@ def test_a_machine_is_measured(family: str, tmp_path: Path) -> None:
         shape,
         dtype=torch.float32,
         device=CPU,
-        round_seconds=0.0,
         probe_seconds=0.01,
+        pass_seconds=0.0,
+        more_seconds=0.0,
         disk=tmp_path,
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert list(tmp_path.iterdir()) == []
     assert Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates
+    assert rates.disagreement >= 1
     assert rates.warm_bytes
     assert rates.cold_bytes
     plan = Planner(shape, rates).plan(300, documents=3, prompt=9)
@@ -158,6 +208,8 @@ def damage(text: str) -> list[str]:
         changed(weight_bytes=float("inf")),
         changed(stitch_document=float("nan")),
         changed(warm_bytes=0),
+        changed(disagreement=0.5),
+        changed(disagreement=None),
         changed(layer=[]),
         changed(layer={**layer, "sizes": layer["sizes"][::-1]}),
         changed(layer={**layer, "seconds": layer["seconds"][:1]}),
@@ -236,17 +288,40 @@ def test_plan_needs_a_config_alone(measured, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
 def test_plan_says_when_rates_look_like_those_of_a_busy_machine(
-    measured, tmp_path: Path, monkeypatch
+    measured, folder: str, monkeypatch
 ) -> None:
-    # Deep enough that what the last layer leaves out does not matter.
-    deep = tiny_model("llama", dtype=torch.float32, num_layers=30, max_position_embeddings=512)
-    deep.config.save_pretrained(tmp_path / "deep")
-    found = {"rates": ideal(ModelShape.of(deep), 1e9)}
+    found = {"rates": ideal(SHAPE, 1e9)}
     monkeypatch.setattr(keeping, "measure", lambda *_, **__: found["rates"])
-    ask = ["plan", str(tmp_path / "deep"), "-n", "400", "--recalibrate"]
-    assert "probably busy" not in CliRunner().invoke(app, ask).output
-    found["rates"] = dataclasses.replace(found["rates"], prefill_attention=flat(1e7))
-    assert "probably busy" in CliRunner().invoke(app, ask).output
+
+    def said(*options: str) -> str:
+        ask = ["plan", folder, "-n", "400", *options]
+        return " ".join(CliRunner().invoke(app, ask).output.split())
+
+    sound = found["rates"]
+    assert "probably busy" not in said("--recalibrate")
+    for changes, words in (
+        ({"prefill_attention": flat(1e7)}, "times the operations"),  # far sooner than S(r)
+        ({"rows_attention": flat(1e7)}, "times the operations"),  # later than plain prefill
+        ({"disagreement": 2.34}, "differ by a factor of 2.3"),
+    ):
+        found["rates"] = dataclasses.replace(sound, **changes)
+        assert words in said("--recalibrate"), changes
+        again = said()  # by the rates that are kept
+        assert words in again
+        assert again.count("probably busy") == 1
+        assert "--recalibrate" in again
+    found["rates"] = dataclasses.replace(sound, disagreement=1.5)
+    assert "probably busy" not in said("--recalibrate")
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_plan_names_the_model_and_not_the_way_to_it(measured, folder: str, monkeypatch) -> None:
+    ask = ["--tokens", "100"]
+    title = CliRunner().invoke(app, ["plan", folder, *ask]).output.splitlines()
+    assert any(line.strip().startswith("config, float32, cpu") for line in title)
+    assert folder not in "".join(title)
+    monkeypatch.chdir(folder)
+    assert "config, float32" in CliRunner().invoke(app, ["plan", ".", *ask]).output
 
 
 @pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
@@ -275,7 +350,8 @@ def test_plan_refuses_bad_input(measured, folder: str, options, words) -> None:
 
 def test_plan_refuses_what_is_no_model(measured, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(tmp_path), "-n", "10"])
-    assert "neither a folder with a model" in str(result.exception)
+    assert isinstance(result.exception, InvalidInputError)
+    assert str(tmp_path) in str(result.exception)
     assert measured == []
 
 

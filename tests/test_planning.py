@@ -11,13 +11,13 @@ from hypothesis import given
 from transformers import AutoConfig
 
 import ifkv
-from ifkv.calibration import Curve, keeping
+from ifkv.calibration import Curve, Rates, keeping
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
-from ifkv.errors import InvalidInputError, UnsupportedModelError
+from ifkv.errors import CalibrationWarning, InvalidInputError, UnsupportedModelError
 from ifkv.planning import Planner, planner_for, shape_of_config
 from ifkv.scoring import default_layers
 from ifkv.testing import tiny_model
-from rates import PASSES_COST, ROWS_COST, ideal, machine
+from rates import PASSES_COST, ROWS_COST, flat, ideal, machine
 
 SHAPE = ModelShape.of(tiny_model("qwen3", num_layers=6))
 RATE = 1e9
@@ -96,6 +96,52 @@ def test_plain_prefill_is_recommended_where_passes_cost_more_than_rows() -> None
     plan = Planner(SHAPE, PASSES_COST).plan(100, documents=4, prompt=20)
     assert plan.ratio is None
     assert "plain prefill" in plan.reason
+
+
+def doubt(rates: Rates, tokens: int = 4000) -> str | None:
+    return Planner(SHAPE, rates).plan(tokens, documents=8, prompt=20).doubt
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_what_contradicts_the_count_of_operations_is_in_doubt() -> None:
+    sound = ideal(SHAPE, RATE)
+    assert doubt(sound) is None
+    later = doubt(dataclasses.replace(sound, rows_attention=flat(RATE / 50)))
+    assert later is not None
+    assert "--recalibrate" in later
+    assert "r = 0.05 is predicted to take" in later
+    sooner = doubt(dataclasses.replace(sound, prefill_attention=flat(RATE / 50)))
+    assert sooner is not None
+    assert "times the operations" in sooner
+    apart = doubt(dataclasses.replace(sound, disagreement=1.6))
+    assert apart is not None
+    assert "differ by a factor of 1.6, where 1.5 is the most" in apart
+    assert doubt(dataclasses.replace(sound, disagreement=1.4)) is None
+
+
+def test_what_a_pass_costs_whatever_its_rows_and_stitching_are_no_contradiction() -> None:
+    assert Planner(SHAPE, PASSES_COST).plan(100, documents=4, prompt=20).doubt is None
+    slow = dataclasses.replace(ideal(SHAPE, RATE), stitch_bytes=1.0)
+    assert Planner(SHAPE, slow).plan(100, documents=4, prompt=20).doubt is None
+
+
+@given(tokens=sizes, documents=st.integers(1, 20), prompt=st.integers(1, 80), ratio=ratios)
+def test_nothing_is_in_doubt_where_all_operations_take_their_time(
+    tokens, documents, prompt, ratio
+) -> None:
+    plan = Planner(SHAPE, ideal(SHAPE, RATE)).plan(
+        tokens, documents=min(documents, tokens), prompt=prompt, ratios=[ratio]
+    )
+    assert plan.doubt is None
+
+
+def test_a_planner_warns_of_doubtful_rates_once() -> None:
+    planner = Planner(SHAPE, dataclasses.replace(ROWS_COST, disagreement=3.0))
+    with pytest.warns(CalibrationWarning, match="differ by a factor of 3.0") as warned:
+        plans = [planner.plan(n, documents=8, prompt=20) for n in (100, 200, 100)]
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert all(plan.doubt for plan in plans)
 
 
 def test_one_document_has_nothing_to_recompute() -> None:

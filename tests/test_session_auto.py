@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ import ifkv
 from ifkv import planning
 from ifkv.calibration import Rates
 from ifkv.cost import ModelShape
-from ifkv.errors import InvalidInputError
+from ifkv.errors import CalibrationWarning, InvalidInputError
 from ifkv.planning import Planner
 from ifkv.selectors import Budget
 from ifkv.store import MemoryStore
@@ -93,6 +94,14 @@ def test_a_session_measures_once_and_only_for_auto(measured: list[Any]) -> None:
     for thread in threads:
         thread.join()
     assert measured == [asked.model]
+
+
+def test_a_session_tells_once_that_its_rates_are_in_doubt() -> None:
+    asked = session(dataclasses.replace(ROWS_COST, disagreement=2.0), ratio="auto")
+    with pytest.warns(CalibrationWarning, match="probably busy.*--recalibrate") as warned:
+        answers = [asked.ask(QUESTION, max_new_tokens=1) for _ in range(3)]
+    assert len(warned) == 1
+    assert all(answer.plan.doubt for answer in answers)
 
 
 def test_the_time_to_first_token_is_without_the_measuring(monkeypatch) -> None:

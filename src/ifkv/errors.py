@@ -69,7 +69,7 @@ class StoreWarning(UserWarning):
 
 
 class CalibrationWarning(UserWarning):
-    """The machine's rates are being measured, which takes some seconds, or cannot be kept."""
+    """The machine's rates are being measured, cannot be kept, or are those of a busy machine."""
 
 
 class StoreFullError(StoreError):

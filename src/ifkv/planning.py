@@ -4,16 +4,17 @@ Times add up what :mod:`ifkv.cost` counts, at the rates of :mod:`ifkv.calibratio
 layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a machine
 with one rate for everything and no overhead the prediction is the arithmetic itself.
 
-The choice: the largest ratio whose hot TTFT is predicted to come ``speedup`` times as soon as that
-of plain prefill, twice by default, since answers come nearer to plain prefill's with every
-recomputed token. If none does, the soonest ratio; and plain prefill, which is exact, where no
-ratio is sooner.
+The choice (:mod:`ifkv.forecasts`): the largest ratio whose hot TTFT is predicted to come
+``speedup`` times as soon as that of plain prefill, twice by default, since answers come nearer to
+plain prefill's with every recomputed token. If none does, the soonest ratio; and plain prefill,
+which is exact, where no ratio is sooner.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,70 +22,29 @@ import torch
 
 from ifkv.calibration import Rates, rates_for
 from ifkv.checks import check_positive
+from ifkv.config_shape import shape_of_config
 from ifkv.cost import ModelShape, causal_pairs, speedup_bound, spread_pairs
-from ifkv.errors import InvalidInputError
-from ifkv.families import resolve_family
+from ifkv.doubts import doubt_about
+from ifkv.errors import CalibrationWarning, InvalidInputError
+from ifkv.forecasts import Forecast, Plan, choose
 from ifkv.scoring import chosen_layers
 from ifkv.selection import budget
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+__all__ = [
+    "RATIOS",
+    "SPEEDUP",
+    "Forecast",
+    "Plan",
+    "Planner",
+    "planner_for",
+    "shape_of_config",
+]
+
 RATIOS = (0.05, 0.15, 0.3)
 SPEEDUP = 2.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Forecast:
-    """What one recompute ratio is predicted to take; all times in seconds.
-
-    Attributes:
-        ratio: The recompute ratio.
-        rows: Tokens that are recomputed.
-        stitch: Stitching the documents.
-        select: Scoring and selecting, with the default selector.
-        recompute: Selected rows and the prompt, up to the first token's logits.
-        hot: Time to first token with the documents in memory: the three together.
-        warm: The same from a store on the disk, out of the system's page cache; None if the disk
-            could not be measured. Loading is added in full, as if nothing of it were hidden.
-        cold: The same, past the page cache.
-        bound: S(r): how many times sooner than plain prefill the operations alone allow.
-    """
-
-    ratio: float
-    rows: int
-    stitch: float
-    select: float
-    recompute: float
-    hot: float
-    warm: float | None
-    cold: float | None
-    bound: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Predictions for one request, and what they recommend.
-
-    Attributes:
-        tokens: Tokens of the context.
-        documents: How many documents it has.
-        prompt: Tokens of the prompt.
-        prefill: Predicted seconds of plain prefill to the first token's logits.
-        kv_bytes: Bytes of the context's keys and values, in memory and in an exact store.
-        forecasts: One for each ratio.
-        ratio: The ratio that is recommended; None stands for plain prefill.
-        reason: Why, in a sentence.
-    """
-
-    tokens: int
-    documents: int
-    prompt: int
-    prefill: float
-    kv_bytes: int
-    forecasts: tuple[Forecast, ...]
-    ratio: float | None
-    reason: str
 
 
 class Planner:
@@ -112,6 +72,7 @@ class Planner:
         self.shape = shape
         self.rates = rates
         self.positions = positions
+        self._warned = False
 
     def plan(
         self,
@@ -124,6 +85,9 @@ class Planner:
         speedup: float = SPEEDUP,
     ) -> Plan:
         """Predict a request's times and choose among the ratios.
+
+        The first plan whose times are in doubt (``Plan.doubt``) says so in a
+        :class:`CalibrationWarning`.
 
         Args:
             tokens: Tokens of the context, the prefix among them.
@@ -158,9 +122,14 @@ class Planner:
             self._forecast(tokens, documents, prompt, ratio, scoring)
             for ratio in sorted(set(ratios))
         )
-        ratio, reason = _choose(prefill, forecasts, speedup)
+        ratio, reason = choose(prefill, forecasts, speedup)
         nbytes = tokens * self.shape.token_bytes
-        return Plan(tokens, documents, prompt, prefill, nbytes, forecasts, ratio, reason)
+        plan = Plan(tokens, documents, prompt, prefill, nbytes, forecasts, ratio, reason)
+        doubt = doubt_about(plan, self.rates, self.shape.num_layers)
+        if doubt is not None and not self._warned:
+            self._warned = True
+            warnings.warn(doubt, CalibrationWarning, stacklevel=2)
+        return dataclasses.replace(plan, doubt=doubt)
 
     def _prefill(self, tokens: int) -> float:
         shape, rates = self.shape, self.rates
@@ -235,45 +204,6 @@ class Planner:
     @property
     def _attention_share(self) -> float:
         return self.shape.attention_parameters / self.shape.layer_parameters
-
-
-def _choose(
-    prefill: float, forecasts: Sequence[Forecast], speedup: float
-) -> tuple[float | None, str]:
-    """The ratio of a plan, and the reason; the module says how."""
-    enough = [each.ratio for each in forecasts if each.hot * speedup <= prefill]
-    if enough:
-        return max(enough), (
-            f"the largest of these ratios predicted to be {speedup:g} times as soon as plain "
-            "prefill"
-        )
-    soonest = min(forecasts, key=lambda each: each.hot)
-    if soonest.hot < prefill:
-        return soonest.ratio, (
-            f"the soonest of these ratios, predicted to be {prefill / soonest.hot:.2f} times as "
-            f"soon as plain prefill; none is {speedup:g} times as soon"
-        )
-    return None, "plain prefill is predicted to be sooner than any of these ratios"
-
-
-def shape_of_config(config: PretrainedConfig, dtype: torch.dtype) -> ModelShape:
-    """The shape of the model that a config describes; no weights are made.
-
-    Raises:
-        InvalidInputError: The config is not that of a causal language model.
-        UnsupportedModelError: Its family is not supported.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"no plan can be made for a {config.model_type!r} model: {str(error).splitlines()[0]}"
-        ) from error
-    resolve_family(model)
-    return ModelShape.of(model)
 
 
 def planner_for(

@@ -6,8 +6,9 @@ documents), in the model's own shapes, on random weights.
 """
 
 from ifkv.calibration.curves import Curve, Grid
+from ifkv.calibration.disk import measure_disk
 from ifkv.calibration.keeping import calibration_folder, rates_for
-from ifkv.calibration.measuring import measure, measure_disk
+from ifkv.calibration.measuring import measure
 from ifkv.calibration.rates import Rates
 
 __all__ = [

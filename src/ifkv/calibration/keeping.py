@@ -44,6 +44,9 @@ def rates_for(
 
     Returns:
         The rates. Measuring takes some seconds, of which a :class:`CalibrationWarning` tells.
+        Doubtful ones are kept like others: they know their disagreement, and whoever plans by
+        them is told each time (:mod:`ifkv.doubts`). A machine that is never at rest would
+        otherwise be measured again for every plan.
     """
     about = _machine(device) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -64,8 +67,8 @@ def rates_for(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = calibration_folder() / f"rates-{name}.json"
     notice = (
-        "measuring what this machine does with layers of this shape; that takes about ten seconds, "
-        "once"
+        "measuring what this machine does with layers of this shape; that takes ten to fifteen "
+        "seconds, once"
     )
     if not again and path.exists():
         try:

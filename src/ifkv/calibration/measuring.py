@@ -1,10 +1,7 @@
-"""Measure a machine's rates: some seconds of small pieces of work, in turns."""
+"""Measure a machine's rates: some seconds of small pieces of work, in turns and in passes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,8 @@ import torch
 
 from ifkv.calibration.bench import Bench, ascending, few_layers
 from ifkv.calibration.curves import Curve, Grid
-from ifkv.calibration.probes import Clock, Probe, grow, run_in_turns
+from ifkv.calibration.disk import measure_disk
+from ifkv.calibration.probes import Clock, Probe, grow, run_in_passes
 from ifkv.calibration.rates import Rates
 from ifkv.cost import ModelShape, causal_pairs
 from ifkv.patching import patch
@@ -28,9 +26,9 @@ CONTEXTS = (512, 2048, 8192)
 SHARES = (0.03, 0.1, 0.3)
 QUERIES = (8, 32, 128)
 STITCHED_TOKENS, STITCHED_DOCUMENTS = 2048, 8
-# One probe at its largest, and all rounds behind the first.
-PROBE_SECONDS, ROUND_SECONDS = 0.7, 6.0
-DISK_TOKENS = 512
+# One probe at its largest; one pass over all, if none were longer than its share; passes behind the
+# second, where two disagree.
+PROBE_SECONDS, PASS_SECONDS, MORE_SECONDS = 0.7, 2.0, 3.0
 
 
 @torch.no_grad()
@@ -41,8 +39,9 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     backend: str = "auto",
-    round_seconds: float = ROUND_SECONDS,
     probe_seconds: float = PROBE_SECONDS,
+    pass_seconds: float = PASS_SECONDS,
+    more_seconds: float = MORE_SECONDS,
     disk: Path | None = None,
 ) -> Rates:
     """Measure the rates of a model's layers.
@@ -56,8 +55,9 @@ def measure(
         dtype: Of weights and cache.
         device: Where to run.
         backend: As in :func:`ifkv.patch`.
-        round_seconds: Seconds after which no further round of measurements begins.
         probe_seconds: How long a single piece of work may take; larger ones are left out.
+        pass_seconds: What one pass over all pieces should take.
+        more_seconds: How long passes go on over pieces that two passes disagree on.
         disk: A folder whose disk is measured, too.
 
     Returns:
@@ -114,9 +114,11 @@ def measure(
             clock.time(probe.run)
         families = (through, full, rows, asked)
         every = [p for family in families for group in family.values() for p in group] + single
-        run_in_turns(every, clock, budget=round_seconds)
+        folders = [] if disk is None else [disk]
+        found = [measure_disk(folder) for folder in folders]
+        run_in_passes(every, clock, pass_seconds=pass_seconds, more_seconds=more_seconds)
+        found += [measure_disk(folder) for folder in folders]
 
-    warm, cold, opening = (None, None, 0.0) if disk is None else measure_disk(disk)
     width = shape.attention_width
     one, several = single[0].seconds, single[1].seconds
     return Rates(
@@ -150,9 +152,10 @@ def measure(
         stitch_bytes=stitched_bytes / one,
         stitch_document=max(0.0, (several - one) / (STITCHED_DOCUMENTS - 1)),
         host_bytes=host_bytes / single[3].seconds if host_bytes else None,
-        warm_bytes=warm,
-        cold_bytes=cold,
-        open_document=opening,
+        warm_bytes=max((warm for warm, _, _ in found), default=None),
+        cold_bytes=max((cold for _, cold, _ in found), default=None),
+        open_document=min((opening for _, _, opening in found), default=0.0),
+        disagreement=max(probe.disagreement for probe in every),
     )
 
 
@@ -171,63 +174,3 @@ def _over_queries(
             for context, group in asked.items()
         ),
     )
-
-
-def measure_disk(folder: Path, *, rounds: int = 3) -> tuple[float, float, float]:
-    """Measure how fast documents come from a folder's disk.
-
-    A store of some MiB is made in a folder of its own inside, and removed again. Where the system
-    lets nobody drop files from its page cache, both rates are those of the page cache.
-
-    Args:
-        folder: Where; made if it is not there.
-        rounds: How often.
-
-    Returns:
-        Bytes per second out of the page cache, and past it; and seconds to open a document.
-
-    Raises:
-        StoreError: Nothing can be written there.
-        OSError: Nothing can be written there.
-    """
-    from ifkv.store import DiskStore
-    from ifkv.testing.documents import random_document
-
-    folder.mkdir(parents=True, exist_ok=True)
-    opening: list[float] = []
-    reading: dict[bool, list[float]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".calibration-") as place:
-        made = [
-            random_document(seed, length=DISK_TOKENS, layers=16, kv_heads=4, head_dim=64)
-            for seed in range(4)
-        ]
-        nbytes = sum(document.nbytes for document in made)
-        with DiskStore(place) as store:
-            keys = [store.put(document) for document in made]
-        for cold in (True, False) * rounds:
-            if cold:
-                _forget(Path(place))
-            with DiskStore(place) as store:
-                start = time.perf_counter()
-                documents = [store.get(key, lazy=True) for key in keys]
-                opened = time.perf_counter()
-                for document in documents:
-                    for layer in range(document.shape[0]):
-                        document.layer(layer)
-                reading[cold].append(time.perf_counter() - opened)
-                opening.append((opened - start) / len(keys))
-    return nbytes / min(reading[False]), nbytes / min(reading[True]), min(opening)
-
-
-def _forget(folder: Path) -> None:
-    """Have the system drop a folder's files from its page cache, where it takes such advice."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Run pieces of work in turns, and take of each the times that neighbours disturbed least."""
+"""Time pieces of work in passes that lie apart, and take of each its fastest time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+# Passes that differ by no more than this have met the same machine.
+AGREEMENT = 1.15
+
 
 @dataclasses.dataclass
 class Probe:
@@ -15,17 +18,22 @@ class Probe:
 
     Attributes:
         run: Does it once.
-        times: Seconds of every run that counts.
+        passes: Seconds of the fastest run of each pass.
     """
 
     run: Callable[[], object]
-    times: list[float] = dataclasses.field(default_factory=list)
+    passes: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """The lower quartile: noise only ever adds time."""
-        ordered = sorted(self.times)
-        return ordered[(len(ordered) - 1) // 4]
+        """The fastest run: noise only ever adds time."""
+        return min(self.passes)
+
+    @property
+    def disagreement(self) -> float:
+        """The second fastest pass over the fastest: 1 where another pass confirms it."""
+        fastest, second = sorted(self.passes)[:2]
+        return second / fastest
 
 
 class Clock:
@@ -51,24 +59,56 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-def run_in_turns(
-    probes: Sequence[Probe], clock: Clock, *, budget: float, least: int = 3, most: int = 15
-) -> None:
-    """Time all probes once a round, so that a noisy moment hits all alike.
+def run_in_turns(probes: Sequence[Probe], clock: Clock, *, seconds: float, most: int = 6) -> None:
+    """One pass: all probes in turns, the short ones several times.
+
+    In turns, since a run that follows itself finds its data in the processor's caches, where a
+    model's next layer would not find its own.
 
     Args:
         probes: The probes, each of which has run before.
         clock: The clock.
-        budget: Seconds after which no further round begins.
-        least: Rounds in any case.
-        most: Rounds at most.
+        seconds: What the pass should take. Each probe has an equal share of it: it takes one turn
+            in any case, and no further one once its share is spent.
+        most: Turns of each at most.
     """
+    share = seconds / max(len(probes), 1)
+    runs: list[list[float]] = [[] for _ in probes]
+    for turn in range(most):
+        for probe, times in zip(probes, runs, strict=True):
+            # By its fastest run: an interruption should not cost a probe its other turns.
+            if turn * min(times, default=0.0) <= share:
+                times.append(clock.time(probe.run))
+    for probe, times in zip(probes, runs, strict=True):
+        probe.passes.append(min(times))
+
+
+def run_in_passes(
+    probes: Sequence[Probe],
+    clock: Clock,
+    *,
+    pass_seconds: float,
+    more_seconds: float,
+) -> None:
+    """Two passes over all probes, and further ones over those that they disagree on.
+
+    The passes lie apart, so that a burst of other work does not hit both of a probe's. A machine
+    at rest needs two; on a busy one each probe has more chances to run undisturbed.
+
+    Args:
+        probes: The probes, each of which has run before.
+        clock: The clock.
+        pass_seconds: As in :func:`run_in_turns`.
+        more_seconds: Seconds after the second pass when no further one begins.
+    """
+    for _ in range(2):
+        run_in_turns(probes, clock, seconds=pass_seconds)
     start = time.perf_counter()
-    for done in range(most):
-        if done >= least and time.perf_counter() - start > budget:
+    while time.perf_counter() - start < more_seconds:
+        disputed = [probe for probe in probes if probe.disagreement > AGREEMENT]
+        if not disputed:
             return
-        for probe in probes:
-            probe.times.append(clock.time(probe.run))
+        run_in_turns(disputed, clock, seconds=pass_seconds * len(disputed) / len(probes))
 
 
 def grow(
@@ -101,8 +141,8 @@ def grow(
         if len(found) >= least and slowest * (size / before) ** power > limit:
             break
         found[size] = list(make(size))
-        for probe in found[size]:
-            clock.time(probe.run)
-        slowest = max(clock.time(probe.run) for probe in found[size])
+        first, second = ([clock.time(probe.run) for probe in found[size]] for _ in range(2))
+        # The faster of the two: a burst of other work should leave no size out.
+        slowest = max(map(min, first, second))
         before = size
     return found

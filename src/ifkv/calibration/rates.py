@@ -9,7 +9,7 @@ from typing import Any
 from ifkv.calibration.curves import Curve, Grid
 
 # Of the file; raise it when what is measured changes its meaning.
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Rates:
             folder, out of the system's page cache; None if that disk could not be measured.
         cold_bytes: The same, past the page cache.
         open_document: Seconds that opening one document of such a store takes.
+        disagreement: How far two passes of measuring were apart on the piece of work that they
+            agree on least: a factor, 1 for none. The disk is left out, since it wavers at rest,
+            too.
     """
 
     date: str
@@ -50,6 +53,7 @@ class Rates:
     warm_bytes: float | None = None
     cold_bytes: float | None = None
     open_document: float = 0.0
+    disagreement: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
@@ -83,6 +87,7 @@ class Rates:
             stitch_bytes=_positive(found["stitch_bytes"]),
             stitch_document=_number(found["stitch_document"]),
             open_document=_number(found["open_document"]),
+            disagreement=_factor(found["disagreement"]),
             **optional,
         )
 
@@ -99,6 +104,13 @@ def _positive(value: Any) -> float:
     number = _number(value)
     if number == 0:
         raise ValueError("0, where something was measured")
+    return number
+
+
+def _factor(value: Any) -> float:
+    number = _number(value)
+    if number < 1:
+        raise ValueError(f"{value!r} is no factor of at least 1")
     return number
 
 

@@ -6,9 +6,6 @@ from typing import Annotated
 
 import typer
 
-# Plain prefill may reach a lower rate than the pieces do, but hardly by more than this.
-BUSY = 1.25
-
 
 def plan(
     model: Annotated[
@@ -19,8 +16,18 @@ def plan(
         int,
         typer.Option("--tokens", "-n", help="Tokens of the context.", min=1, show_default=False),
     ],
-    documents: Annotated[int, typer.Option(help="How many documents they are.", min=1)] = 8,
-    query: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 32,
+    documents: Annotated[
+        int,
+        typer.Option(
+            help="How many documents these tokens are, equally long: as many as your retriever "
+            "gives for a question. It matters where they are few (the first is never recomputed) "
+            "or very many (each takes a moment to load and stitch).",
+            min=1,
+        ),
+    ] = 8,
+    query: Annotated[
+        int, typer.Option(help="Tokens of the prompt: the question, in its chat template.", min=1)
+    ] = 32,
     ratio: Annotated[
         list[float] | None,
         typer.Option(
@@ -32,7 +39,13 @@ def plan(
         ),
     ] = None,
     speedup: Annotated[
-        float, typer.Option(help="How many times as soon as plain prefill is soon enough.")
+        float,
+        typer.Option(
+            help="How many times as soon as plain prefill the first token must come; the largest "
+            "ratio that is predicted to keep this is recommended. More where users wait, at the "
+            "price of answers that are further from plain prefill's; less, down to 1, where "
+            "those matter most."
+        ),
     ] = 2.0,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
@@ -42,13 +55,17 @@ def plan(
 ) -> None:
     """Predict times to first token on this machine, and recommend a recompute ratio.
 
-    What the machine does with layers of the model's shape is measured once, in about ten seconds,
-    on random weights, and kept. hot: the documents' keys and values are in memory; warm: in a store
-    on the disk that the system has in its page cache; cold: past the page cache. Give the machine
-    rest while it measures, or the rates are those of a busy machine.
+    What the machine does with layers of the model's shape is measured once, in ten to fifteen
+    seconds, on random weights, and kept. hot: the documents' keys and values are in memory; warm:
+    in a store on the disk that the system has in its page cache; cold: past the page cache. Give
+    the machine rest while it measures: rates that look like those of a busy machine are kept, too,
+    and every plan made from them says so.
 
-    Example: ifkv plan path/to/model --tokens 4000 --documents 12
+    Example: ifkv plan path/to/model --tokens 4000 --documents 12 --ratio 0.1 --ratio 0.2
     """
+    import warnings
+    from pathlib import Path
+
     import torch
     from rich.console import Console
     from rich.filesize import decimal
@@ -56,7 +73,7 @@ def plan(
     from rich.table import Table
 
     from ifkv.cli.loading import DTYPES, check_device, load_config
-    from ifkv.errors import InvalidInputError
+    from ifkv.errors import CalibrationWarning, InvalidInputError
     from ifkv.planning import RATIOS, planner_for
 
     if dtype not in DTYPES:
@@ -68,16 +85,19 @@ def plan(
         planner = planner_for(
             config, dtype=getattr(torch, dtype), device=device, recalibrate=recalibrate
         )
-    made = planner.plan(
-        tokens, documents=documents, prompt=query, ratios=ratio or RATIOS, speedup=speedup
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # is said below, behind the table
+        made = planner.plan(
+            tokens, documents=documents, prompt=query, ratios=ratio or RATIOS, speedup=speedup
+        )
+    name = Path(model).resolve().name if Path(model).is_dir() else model
     table = Table(
-        title=escape(f"{model}, {dtype}, {device}, {torch.get_num_threads()} threads"),
+        title=escape(f"{name}, {dtype}, {device}, {torch.get_num_threads()} threads"),
         caption="Predicted times to first token; how many times as soon as plain prefill hot is, "
         "and the bound S(r) on that.",
     )
-    for name in ("", "tokens", "hot", "warm", "cold", "sooner", "bound"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for heading in ("", "tokens", "hot", "warm", "cold", "sooner", "bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for each in made.forecasts:
         table.add_row(
             f"r = {each.ratio:g}",
@@ -93,12 +113,8 @@ def plan(
         f"{tokens} tokens in {documents} documents, and a prompt of {query}. Their keys "
         f"and values take {decimal(made.kv_bytes)}. Rates measured on {planner.rates.date}."
     )
-    if any(made.prefill / each.hot > BUSY * each.bound for each in made.forecasts):
-        console.print(
-            "[yellow]Some of these times are far sooner than the count of operations allows, so "
-            "that the machine was probably busy while it was measured: give it rest and "
-            "--recalibrate.[/]"
-        )
+    if made.doubt is not None:
+        console.print(f"[yellow]{escape(made.doubt[0].upper() + made.doubt[1:])}[/]")
     advice = "plain prefill" if made.ratio is None else f"r = {made.ratio:g}"
     console.print(f"[green]Recommended: {advice}[/] ({made.reason}).")
 
