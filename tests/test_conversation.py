@@ -425,7 +425,7 @@ def test_bad_arguments_are_refused_before_any_work(
     session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = session.add(TEXTS[:2])
-    with pytest.raises(InvalidInputError, match="no document"):
+    with pytest.raises(InvalidInputError, match=r"empty list.*None for all 2"):
         session.conversation([])
     with pytest.raises(InvalidInputError, match="one string"):
         session.conversation(keys[0])
@@ -461,7 +461,7 @@ def test_bad_arguments_are_refused_before_any_work(
             chat.ask(**{"question": "Old?", **options})
         with pytest.raises(InvalidInputError, match=message):
             list(chat.stream(**{"question": "Old?", **options}))
-    for message, documents in (("no document", []), ("not in the store", ["1" * 64])):
+    for message, documents in (("empty list", []), ("not in the store", ["1" * 64])):
         with pytest.raises(InvalidInputError, match=message):
             chat.add(documents)
     long = session.add(["word " * 388])

@@ -141,7 +141,7 @@ def test_langchain_answers_and_streams_over_given_documents(session: ifkv.Sessio
     assert "".join(llm.stream("Which?", documents=TEXTS)).strip() == expected
     chain = PromptTemplate.from_template("{word}?") | llm.bind(documents=TEXTS)
     assert chain.invoke({"word": "Which"}) == expected
-    with pytest.raises(ifkv.IfkvError, match="there is no document"):
+    with pytest.raises(ifkv.IfkvError, match="empty list"):
         list(IfkvLLM(session=session).stream("Which?", documents=[]))
 
 

@@ -206,8 +206,9 @@ def test_bad_arguments_are_refused_before_any_work(
 
 def test_nothing_to_answer_from_and_blank_texts_are_refused() -> None:
     session = make_session()
-    with pytest.raises(InvalidInputError, match="no document"):
-        session.ask(QUESTION)
+    for documents in (None, []):
+        with pytest.raises(InvalidInputError, match=r"no document to answer from.*add"):
+            session.ask(QUESTION, documents=documents)
     with pytest.raises(InvalidInputError, match="one string"):
         session.add("a text")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="document"):

@@ -123,7 +123,7 @@ def _keys_of(
         raise InvalidInputError("documents is one string; give a list of keys, for example [key].")
     given: list[Any] = list(documents)
     shared = [isinstance(each, str) for each in given]
-    if given and all(shared):
+    if all(shared):
         return [given] * count
     if any(shared):
         raise InvalidInputError(

@@ -65,7 +65,7 @@ class Conversation:
         self._recomputed = torch.zeros(0, dtype=torch.long)
         self._busy = threading.Lock()
         _ = session.format.opening  # refuses a template that rewrites earlier turns
-        self.add(session.keys if documents is None else documents)
+        self.add(documents)
 
     def __repr__(self) -> str:
         documents = len(self._waiting)
@@ -87,26 +87,28 @@ class Conversation:
             return torch.tensor(self._session.prefix_ids, dtype=torch.long)
         return torch.cat((self._cache.token_ids.cpu(), torch.tensor(self._pending).long()))
 
-    def add(self, documents: Sequence[str]) -> None:
+    def add(self, documents: Sequence[str] | None) -> None:
         """Bring documents in; the next question is the first to see them.
 
         Nothing is computed now. They stay in the conversation from that question on.
 
         Args:
-            documents: Their keys, in order, as :meth:`Session.add` returned them.
+            documents: Their keys, in order, as :meth:`Session.add` returned them; all that the
+                session added if None.
 
         Raises:
             InvalidInputError: There is none, one is not in the store, or the conversation would be
                 longer than the model's positions.
         """
         with self._alone():
-            found = self._session._library.get(documents, lazy=True)
+            keys = self._session._library.named(documents)
+            found = self._session._library.get(keys, lazy=True)
             tokens = sum(map(len, found))
             between = self._session.prefix_ids
             if self._cache is not None:
                 between = self._pending + self._session.format.further_ids()
             self._check_length(len(between), documents=tokens)
-            self._waiting += list(documents)
+            self._waiting += keys
             self._waiting_tokens += tokens
 
     def ask(

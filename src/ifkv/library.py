@@ -82,6 +82,26 @@ class Library:
         self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
         return done.keys
 
+    def named(self, keys: Sequence[str] | None) -> list[str]:
+        """Keys as a caller gives them; all that were added if None.
+
+        Raises:
+            InvalidInputError: There is none.
+        """
+        if isinstance(keys, str):
+            raise InvalidInputError(
+                "documents is one string; give a list of keys, for example [key]."
+            )
+        wanted = list(self.keys if keys is None else keys)
+        if not wanted and self.keys:
+            raise InvalidInputError(
+                "documents is an empty list; give at least one key that add() returned, or None "
+                f"for all {len(self.keys)} that were added."
+            )
+        if not wanted:
+            raise InvalidInputError("there is no document to answer from; call add([...]) first.")
+        return wanted
+
     def get(self, keys: Sequence[str] | None, *, lazy: bool = False) -> list[DocumentCache]:
         """Documents by key; one that the store has lost is made again if its tokens are known.
 
@@ -93,15 +113,8 @@ class Library:
             InvalidInputError: There is none, or one is not in the store and cannot be made.
             StoreCorruptionError: One cannot be trusted and cannot be made.
         """
-        if isinstance(keys, str):
-            raise InvalidInputError(
-                "documents is one string; give a list of keys, for example [key]."
-            )
-        wanted = self.keys if keys is None else list(keys)
-        if not wanted:
-            raise InvalidInputError("there is no document to answer from; call add([...]) first.")
         found = []
-        for key in wanted:
+        for key in self.named(keys):
             try:
                 document = self.store.get(key, lazy=lazy)
             except (DocumentNotFoundError, StoreCorruptionError) as error:
@@ -131,15 +144,11 @@ class Library:
         found: dict[str, DocumentCache] = {}
         for index, keys in enumerate(requests):
             with naming_request(index):
-                own = self.keys if keys is None else keys
-                new = (
-                    own
-                    if isinstance(own, str)
-                    else [k for k in dict.fromkeys(own) if k not in found]
-                )
-                if new or not own:
+                own = self.named(keys)
+                new = [key for key in dict.fromkeys(own) if key not in found]
+                if new:
                     found.update(zip(new, self.get(new, lazy=True), strict=True))
-                wanted.append(list(own))
+                wanted.append(own)
         return wanted, found
 
     def make_again(self, key: str, error: StoreError) -> DocumentCache:
