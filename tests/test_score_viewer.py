@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import ifkv
@@ -170,19 +169,17 @@ def test_sentences_in_the_page_lead_to_where_they_begin() -> None:
     assert re.search(r'id="q1s1" tabindex="-1"></span><span class="s\d">Now the', source)
 
 
-def test_ask_writes_the_page_without_comparing_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("qwen2", vocab_size=len(TOKENIZER))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: model)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *a, **k: TOKENIZER)
+def test_ask_writes_the_page_without_comparing_too(tmp_path: Path) -> None:
+    folder = str(tmp_path / "model")
+    tiny_model("qwen2", vocab_size=len(TOKENIZER)).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     for name, text in (("a.md", "A lamp."), ("b.md", "A door."), ("copy.md", "A lamp.")):
         (tmp_path / name).write_text(text)
     files = [str(tmp_path / name) for name in ("a.md", "b.md", "copy.md")]
     target = tmp_path / "page.html"
     result = CliRunner().invoke(
         app,
-        ["ask", "Why?", *files, "-m", "m", "--no-compare", "--html", str(target)],
+        ["ask", "Why?", *files, "-m", folder, "--no-compare", "--html", str(target)],
     )
     assert result.exit_code == 0, result.output
     source = target.read_text(encoding="utf-8")

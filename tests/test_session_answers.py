@@ -41,6 +41,16 @@ def native(session: ifkv.Session, answer: ifkv.Answer) -> tuple[Tensor, Tensor]:
     return logits, full[0, ids.shape[1] :]
 
 
+def test_an_answer_is_shown_in_a_line(session: ifkv.Session) -> None:
+    answer = session.ask(QUESTION, ratio=0.5, max_new_tokens=100)
+    shown = repr(answer)
+    recomputed = f"{len(answer.slots)} of {len(answer.context_ids)} tokens recomputed"
+    assert shown.startswith("Answer('")
+    assert f"first token after {answer.ttft_seconds:.2f} s, {recomputed}, 3 documents)" in shown
+    assert len(shown) < 200
+    assert "tensor" not in repr(session.prepare(QUESTION, ratio=0.5))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
 @pytest.mark.parametrize("template", [True, False])
 def test_at_ratio_one_an_answer_is_that_of_a_full_prefill(family: str, template: bool) -> None:

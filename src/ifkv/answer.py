@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +63,17 @@ class Answer:
     selector: str = "attention-norm"
     selection_cost: Cost = NO_COST
     plan: Plan | None = None
-    tokenizer: Any = dataclasses.field(default=None, repr=False)
+    tokenizer: Any = None
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        return (
+            f"Answer({textwrap.shorten(self.text, 80, placeholder=' ...')!r}, "
+            f"first token after {self.ttft_seconds:.2f} s, {len(self.slots)} of "
+            f"{len(self.context_ids)} tokens recomputed, {len(self.document_slices)} documents)"
+        )
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, titles: Sequence[str] = ()
@@ -124,10 +132,10 @@ class Prepared:
     """
 
     cache: StitchedCache
-    prompt_ids: list[int]
-    logits: Tensor
-    scores: Tensor | None
-    slots: Tensor
+    prompt_ids: list[int] = dataclasses.field(repr=False)
+    logits: Tensor = dataclasses.field(repr=False)
+    scores: Tensor | None = dataclasses.field(repr=False)
+    slots: Tensor = dataclasses.field(repr=False)
     timings: dict[str, float]
     ttft_seconds: float
     speedup_bound: float
