@@ -81,7 +81,7 @@ def test_a_pass_gives_short_probes_more_turns() -> None:
             return super().time(run)
 
     run_in_turns(probes, Noting(), seconds=12, most=3)
-    assert ran == [1, 2, 50, 1, 2, 1, 2]
+    assert ran == [1, 2, 50, 1, 2, 50, 1, 2]
     assert [probe.passes for probe in probes] == [[1], [2], [50]]
 
 
@@ -103,11 +103,11 @@ def test_a_burst_of_other_work_hits_no_probe_twice() -> None:
 def test_two_passes_do_at_rest_and_a_disputed_probe_runs_again() -> None:
     probes = passes(Told(), [1, 2], more_seconds=5)
     assert [probe.passes for probe in probes] == [[1, 1], [2, 2]]
-    probes = passes(Told(busy=(0, 1)), [1, 2], more_seconds=5)
+    probes = passes(Told(busy=(0, 100)), [1, 2], more_seconds=5)
     assert [probe.passes for probe in probes] == [[30, 1, 1], [2, 2]]
     assert [probe.disagreement for probe in probes] == [1, 1]
     # No time for more: what is known is kept, and that it is in dispute.
-    probes = passes(Told(busy=(0, 1)), [1, 2])
+    probes = passes(Told(busy=(0, 100)), [1, 2])
     assert [probe.seconds for probe in probes] == [1, 2]
     assert [probe.disagreement for probe in probes] == [30, 1]
 

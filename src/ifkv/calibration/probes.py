@@ -1,8 +1,9 @@
-"""Time pieces of work in passes that lie apart, and take of each its fastest time."""
+"""Time pieces of work in passes that lie apart, and take of each its fastest pass."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,7 @@ class Probe:
 
     Attributes:
         run: Does it once.
-        passes: Seconds of the fastest run of each pass.
+        passes: Seconds of each pass: the median of its runs, the faster of two.
     """
 
     run: Callable[[], object]
@@ -26,7 +27,10 @@ class Probe:
 
     @property
     def seconds(self) -> float:
-        """The fastest run: noise only ever adds time."""
+        """The fastest pass: a neighbour only ever adds time.
+
+        Not the fastest run, which is sooner than a request's work is on an ordinary moment.
+        """
         return min(self.passes)
 
     @property
@@ -68,7 +72,7 @@ def run_in_turns(probes: Sequence[Probe], clock: Clock, *, seconds: float, most:
     Args:
         probes: The probes, each of which has run before.
         clock: The clock.
-        seconds: What the pass should take. Each probe has an equal share of it: it takes one turn
+        seconds: What the pass should take. Each probe has an equal share of it: it takes two turns
             in any case, and no further one once its share is spent.
         most: Turns of each at most.
     """
@@ -77,10 +81,10 @@ def run_in_turns(probes: Sequence[Probe], clock: Clock, *, seconds: float, most:
     for turn in range(most):
         for probe, times in zip(probes, runs, strict=True):
             # By its fastest run: an interruption should not cost a probe its other turns.
-            if turn * min(times, default=0.0) <= share:
+            if turn < 2 or turn * min(times) <= share:
                 times.append(clock.time(probe.run))
     for probe, times in zip(probes, runs, strict=True):
-        probe.passes.append(min(times))
+        probe.passes.append(statistics.median_low(times))
 
 
 def run_in_passes(
