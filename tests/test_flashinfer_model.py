@@ -195,7 +195,7 @@ def test_auto_takes_the_reference_on_a_cpu_and_says_why_once(caplog):
 def test_flashinfer_on_a_cpu_is_refused_with_the_reason_and_the_install_line():
     with pytest.raises(BackendUnavailableError, match="runs on CUDA only") as caught:
         ifkv.patch(shared_tiny_model("llama"), backend="flashinfer")
-    assert "pip install 'ifkv[flashinfer]'" in str(caught.value)
+    assert "pip install -e '.[flashinfer]' in the clone of ifkv" in str(caught.value)
 
 
 def test_an_unknown_backend_is_refused_by_name():

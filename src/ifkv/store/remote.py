@@ -62,8 +62,9 @@ class RemoteStore:
             self._files, root = fsspec.url_to_fs(url, **storage_options)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"the store {url} cannot be opened: {error}. Install ifkv[remote] and what fsspec "
-                "needs for this kind of URL (s3fs for s3://, gcsfs for gs://)."
+                f"the store {url} cannot be opened: {error}. Run pip install -e '.[remote]' in "
+                "the clone of ifkv, and install what fsspec needs for this kind of URL (s3fs for "
+                "s3://, gcsfs for gs://)."
             ) from error
         self.url = url
         self._root = root.rstrip("/")

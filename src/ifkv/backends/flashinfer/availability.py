@@ -11,7 +11,7 @@ import torch
 
 from ifkv.errors import BackendUnavailableError
 
-INSTALL = "pip install 'ifkv[flashinfer]'"
+INSTALL = "pip install -e '.[flashinfer]' in the clone of ifkv"
 # From the first release whose call rules were read to the first one that nobody has read.
 VERSIONS = ((0, 6, 18), (0, 8))
 DTYPES = (torch.float16, torch.bfloat16)
