@@ -114,10 +114,10 @@ def test_a_corrupt_document_is_a_sentence_and_an_answer(
     command = [sys.executable, "-c", "from ifkv.cli import main; main()", *arguments]
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert first.stdout.splitlines()[0] == second.stdout.splitlines()[0]
-    warned = [line for line in second.stderr.splitlines() if "StoreWarning" in line]
+    warned = [line for line in second.stderr.splitlines() if "Warning" in line]
     assert len(warned) == 3
-    assert all(line.startswith("StoreWarning: document ") for line in warned)
-    assert "StoreWarning" not in first.stderr
+    assert all(line.startswith("Warning: document ") for line in warned)
+    assert "Warning" not in first.stderr
 
 
 def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
@@ -193,8 +193,8 @@ def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
     [
         (["verify", "no/such/model"], "neither a folder with a model"),
         (["verify", "./no/such/model"], "there is no folder ./no/such/model"),
-        (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt cannot be read"),
-        (["ask", "Why?", "FILE", "--model", "no/model"], "give the folder of a model"),
+        (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt: there is no such file"),
+        (["ask", "Why?", "FILE", "--model", "no/such/model"], "neither a folder with a model"),
         (["ask", " ", "FILE", "--model", "MODEL"], "the question is"),
         (["ask", "Why?", "FILE", "--model", "no", "--selector", "best"], "choose one of attention"),
         (["verify", "MODEL", "--dtype", "int8"], "dtype 'int8' is unknown"),
@@ -217,8 +217,8 @@ def test_an_error_is_a_sentence_and_not_a_traceback() -> None:
         text=True,
         check=False,
     )
-    assert run.returncode == 1
-    assert run.stderr.startswith("InvalidInputError: 'no/such/model'")
+    assert run.returncode == 2
+    assert run.stderr.startswith("Error: 'no/such/model'")
     assert "Traceback" not in run.stderr
 
 
@@ -236,16 +236,17 @@ def test_a_terminal_that_is_not_utf8_gets_question_marks(
     assert b"Which ? one?" in run.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "ask", "verify", "encode", "store"])
+@pytest.mark.parametrize("command", ["demo", "ask", "encode", "eval", "plan", "verify", "store"])
 def test_help_teaches(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert len(result.output) > 300
+    assert f"Example: ifkv {command}" in " ".join(result.output.split())
 
 
 def test_the_package_can_be_run_as_a_module(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ifkv", "eval", "--summarize-only", "--out", str(tmp_path)]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert told.returncode == 1
+    assert told.returncode == 2
     assert "holds no evaluation" in told.stderr
     assert "Traceback" not in told.stderr

@@ -51,10 +51,10 @@ def token_bar(
     with contextlib.ExitStack() as until_the_end:
 
         def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
             # Shown from here on only: what is refused before any work leaves no bar behind.
             if not bar.live.is_started:
                 until_the_end.enter_context(bar)
-            bar.update(task, completed=done, total=total)
 
         yield report
 

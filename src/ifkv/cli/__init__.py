@@ -16,7 +16,7 @@ from ifkv.cli.eval import evaluate
 from ifkv.cli.plan import plan
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
-from ifkv.errors import CalibrationWarning, IfkvError, StoreWarning
+from ifkv.errors import CalibrationWarning, IfkvError, InvalidInputError, StoreWarning
 
 app = typer.Typer(
     name="ifkv",
@@ -58,7 +58,10 @@ app.add_typer(store_app, name="store")
 
 
 def main() -> None:
-    """Run the command line; an error of ours is a sentence, not a traceback."""
+    """Run the command line; an error of ours is a sentence, not a traceback.
+
+    Exits with 2 if what was given is wrong, as typer does, and with 1 if something else is.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A terminal or a pipe that is not UTF-8 shows what it cannot write as a question mark.
         if isinstance(stream, io.TextIOWrapper):
@@ -67,8 +70,8 @@ def main() -> None:
     try:
         app()
     except IfkvError as error:
-        typer.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
-        sys.exit(1)
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        sys.exit(2 if isinstance(error, InvalidInputError) else 1)
 
 
 def _show_warning(
@@ -84,7 +87,7 @@ def _show_warning(
     Takes the arguments of :func:`warnings.showwarning`.
     """
     if issubclass(category, StoreWarning | CalibrationWarning):
-        typer.secho(f"{category.__name__}: {message}", fg="yellow", err=True)
+        typer.secho(f"Warning: {message}", fg="yellow", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ifkv.cli.cutting import Split
 from ifkv.cli.importing import Imports, import_all
 
 
@@ -29,7 +30,10 @@ def ratio_of(text: str) -> float | Literal["auto"]:
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
-    files: Annotated[list[Path], typer.Argument(help="Text or Markdown files, one document each.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Text or Markdown files: one document each, or several with --split."),
+    ],
     model: Annotated[
         str,
         typer.Option("--model", "-m", help="Folder or hub id of the model.", show_default=False),
@@ -53,6 +57,7 @@ def ask(
         ),
     ] = "attention-norm",
     imports: Imports = None,
+    split: Split = None,
     compare: Annotated[
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
@@ -73,41 +78,79 @@ def ask(
     kv_fp8: Annotated[bool, typer.Option(help="Keep the question's cache in 8 bits.")] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write a page here that shows the attention norms over the text."),
+        typer.Option(
+            help="Also write a page to this file, in a folder that is there, that shows the "
+            "attention norms over the text."
+        ),
     ] = None,
 ) -> None:
     """Ask your own model a question over your own files.
 
     Example: ifkv ask "When was it built?" notes/*.md --model path/to/model
     """
+    import torch
     from rich.console import Console
     from rich.markup import escape
 
     from ifkv.auto import check_plannable
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
-    from ifkv.cli.loading import load_model, load_tokenizer, read_texts
-    from ifkv.float8 import FLOAT8
+    from ifkv.cli.cutting import check_request, cut
+    from ifkv.cli.interrupting import documents_kept, interruptible
+    from ifkv.cli.loading import check_model, load_model, load_tokenizer
+    from ifkv.cli.places import check_page
+    from ifkv.cli.reading import read_texts
+    from ifkv.float8 import FLOAT8, check_kv_dtype
     from ifkv.selectors import resolve
     from ifkv.session import Session
-    from ifkv.store import MemoryStore
+    from ifkv.store import MemoryStore, session_store
+    from ifkv.text import PromptFormat, check_question
 
-    import_all(imports or [])
-    rule = resolve(selector)  # refuse a bad one before the model is loaded
-    if ratio == "auto":
-        check_plannable(rule, reorder=reorder)
     console = Console()
-    texts = read_texts(files)
-    tokenizer = load_tokenizer(model)
-    with console.status(f"loading {escape(model)}"):
-        loaded = load_model(model, dtype=dtype, device=device)
-    session = Session(
-        loaded,
-        tokenizer,
-        store=MemoryStore() if store == "memory" else store,
-        kv_dtype=FLOAT8 if kv_fp8 else None,
-    )
-    if not compare:
-        keys = session.add(texts, progress=True)
+    with interruptible() as kept:
+        # Everything that can be refused is refused before the weights are read.
+        import_all(imports or [])
+        rule = resolve(selector)
+        if ratio == "auto":
+            check_plannable(rule, reorder=reorder)
+        check_question(question)
+        check_page(html)
+        texts = read_texts(files)
+        config = check_model(model, dtype=dtype, device=device)
+        kv_dtype = FLOAT8 if kv_fp8 else None
+        check_kv_dtype(kv_dtype, torch.device(device))
+        tokenizer = load_tokenizer(model)
+        layout = PromptFormat(tokenizer)
+        named = list(zip([file.name for file in files], texts, strict=True))
+        documents = cut(layout, config, named, split)
+        check_request(layout, config, documents, question)
+        opened = MemoryStore() if store == "memory" else session_store(store)
+
+        with console.status(f"loading {escape(model)}"):
+            loaded = load_model(model, dtype=dtype, device=device)
+        session = Session(loaded, tokenizer, store=opened, kv_dtype=kv_dtype)
+        if store == "memory":
+            kept.sentence = lambda: "With --store memory nothing is kept."
+        else:
+            token_ids = [ids for _, ids in documents]
+            kept.sentence = documents_kept(opened, loaded, token_ids, session.prefix_ids)
+        titles = [title for title, _ in documents]
+        if compare:
+            answer_questions(
+                console,
+                session,
+                texts=texts,
+                split=split,
+                titles=titles,
+                questions=[question],
+                expected=None,
+                ratio=ratio,
+                reorder=reorder,
+                selector=selector,
+                max_new_tokens=max_new_tokens,
+                html=html,
+            )
+            return
+        keys = session.add(texts, split=split, progress=True)
         stream_answer(
             console,
             session,
@@ -116,20 +159,6 @@ def ask(
             reorder=reorder,
             selector=selector,
             max_new_tokens=max_new_tokens,
-            titles=titles_of(keys, [file.name for file in files]),
+            titles=titles_of(keys, titles),
             html=html,
         )
-        return
-    answer_questions(
-        console,
-        session,
-        texts=texts,
-        titles=[file.name for file in files],
-        questions=[question],
-        expected=None,
-        ratio=ratio,
-        reorder=reorder,
-        selector=selector,
-        max_new_tokens=max_new_tokens,
-        html=html,
-    )

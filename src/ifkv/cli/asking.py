@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.markup import escape
 
+from ifkv.cli.places import say_written
+from ifkv.cli.wording import count
 from ifkv.comparison import Way, compare
 from ifkv.report import AnswerRow, Heatmap, Report, comparison_table, write_html
 
@@ -24,6 +26,7 @@ def answer_questions(
     session: Session,
     *,
     texts: Sequence[str],
+    split: int | None = None,
     titles: Sequence[str],
     questions: Sequence[str],
     expected: Sequence[str] | None,
@@ -39,7 +42,8 @@ def answer_questions(
         console: Where to print.
         session: A session over the model.
         texts: The documents.
-        titles: Their titles, for the picture.
+        split: As of :meth:`ifkv.Session.add`.
+        titles: Titles of the documents that they become, for the picture.
         questions: The questions.
         expected: Words that a right answer holds, one per question, if known.
         ratio: Recompute ratio, or ``"auto"`` to have it planned.
@@ -49,16 +53,16 @@ def answer_questions(
         html: Where to write the picture, if anywhere.
     """
     started = time.perf_counter()
-    keys = session.add(texts, progress=True)
+    keys = session.add(texts, split=split, progress=True)
     titles = titles_of(keys, titles)
     tokens = len(session.context_ids())
     seconds, present = time.perf_counter() - started, len(titles) - session.prefilled
     console.print(
-        f"{len(titles)} documents, {tokens} tokens with their prefix: "
+        f"{count(len(titles), 'document')}, {tokens} tokens with their prefix: "
         + (f"{session.prefilled} prefilled once" if session.prefilled else "")
         + (", " if session.prefilled and present else "")
         + (f"{present} found in the store" if present else "")
-        + f" in {seconds:.1f} s; that is done offline and not counted below."
+        + f" in {seconds:.1f} s. The times below begin with the question and leave that out."
     )
     # The first way to be timed would pay for reading what is on a disk only; let it be in memory.
     for key in session.keys:
@@ -88,7 +92,9 @@ def answer_questions(
     console.print(Heatmap(reports[0], documents=3, lines=4))
     if html is not None:
         note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio}"
-        console.print(f"\nThe same as a page: {write_html(html, reports, note=note)}")
+        write_html(html, reports, note=note)
+        console.print()
+        say_written(console, html)
 
 
 def titles_of(keys: Sequence[str], titles: Sequence[str]) -> list[str]:
@@ -154,4 +160,4 @@ def stream_answer(
     )
     if html is not None:
         answer.to_html(html, titles=titles)
-        console.print(f"Where the question looks, as a page: {escape(str(html.absolute()))}")
+        say_written(console, html)

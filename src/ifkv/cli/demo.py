@@ -27,15 +27,19 @@ def demo(
     by full prefill, from the stitched documents as they are, and by ifkv. Time to first token,
     speed-up, share of the arithmetic bound and distance from full prefill are printed, and the
     attention norms are shown over the text with the recomputed tokens marked.
+
+    Example: ifkv demo --questions 1 --ratio 0.3
     """
     from rich.console import Console
 
     from ifkv.cli.asking import answer_questions
+    from ifkv.cli.places import check_page
     from ifkv.demo.corpus import load_corpus
     from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
     from ifkv.session import Session
     from ifkv.store import MemoryStore
 
+    check_page(html)
     console = Console()
     prepare_demo_model()  # the first time it converts the model, and shows that by itself
     with console.status(f"loading {MODEL_NAME}"):

@@ -80,11 +80,24 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 24,
     short_answer: Annotated[
         str | None,
-        typer.Option(help="Instruction behind every question.", show_default=False),
+        typer.Option(
+            help="A sentence put behind every question, so that answers are as short as the data "
+            "set's and can be compared with them; an English one if not given. Write it in the "
+            "questions' language, or give '' where the data asks for whole sentences.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of questions, distractors, order and intervals.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Any number: it decides which questions are drawn, what made-up ones say, which "
+            "passages stand beside the needed ones and in what order, and the intervals' "
+            "resamples. The same seed gives the same run; take another, and another OUT, to see "
+            "whether a finding holds on other questions."
+        ),
+    ] = 0,
     summarize_only: Annotated[
         bool,
         typer.Option("--summarize-only", help="Only write the summary of what OUT holds already."),
@@ -112,48 +125,61 @@ def evaluate(
         summary, written = publish(Ledger(out), seed=seed)
         _show(console, summary, written)
         return
+    # Everything that can be refused is refused before the weights are read.
     for value, option in ((model, "--model"), (data, "--data")):
         if not value:
             raise InvalidInputError(f"{option} is missing; give it, or use --summarize-only.")
 
-    from ifkv.cli.loading import load_model, load_tokenizer
+    from ifkv.cli.interrupting import interruptible
+    from ifkv.cli.loading import check_dtype, check_model, load_model, load_tokenizer
+    from ifkv.cli.places import check_results
+    from ifkv.cli.wording import count
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
     from ifkv.evaluation.budgets import parse_budgets
     from ifkv.evaluation.progress import ways_bar
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
 
-    import_all(imports or [])
-    wanted = [spec for text in selectors or names() for spec in split_specs(text)]
-    ways = matrix(
-        wanted,
-        numbers(ratios) if ratios.strip() or not budgets.strip() else [],
-        geometries=[name.strip() for name in geometries.split(",") if name.strip()],
-        reorder=reorder,
-        budgets=parse_budgets(budgets),
-    )
-    dataset = load(data, seed=seed)
-    questions = draw(dataset, limit=limit, passages=passages, seed=seed)
-    tokenizer = load_tokenizer(model)
-    with console.status("loading the model"):
-        loaded = load_model(model, dtype=dtype, device=device)
-    bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens)
-    if short_answer is not None:
-        bench.short_answer = short_answer
-    settings = settings_of(bench, dataset, seed=seed, passages=passages)
-    console.print(
-        f"{len(questions)} questions, {len(ways)} ways of answering each, into {out}",
-        markup=False,
-        soft_wrap=True,
-    )
-    with ways_bar(len(questions) * len(ways)) as advance:
-        done = run(bench, questions, ways, out, settings=settings, answers=answers, advance=advance)
+    with interruptible() as kept:
+        import_all(imports or [])
+        wanted = [spec for text in selectors or names() for spec in split_specs(text)]
+        ways = matrix(
+            wanted,
+            numbers(ratios) if ratios.strip() or not budgets.strip() else [],
+            geometries=[name.strip() for name in geometries.split(",") if name.strip()],
+            reorder=reorder,
+            budgets=parse_budgets(budgets),
+        )
+        check_dtype(dtype)
+        check_results(out)
+        dataset = load(data, seed=seed)
+        questions = draw(dataset, limit=limit, passages=passages, seed=seed)
+        check_model(model, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(model)
+        with console.status("loading the model"):
+            loaded = load_model(model, dtype=dtype, device=device)
+        bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens)
+        if short_answer is not None:
+            bench.short_answer = short_answer
+        settings = settings_of(bench, dataset, seed=seed, passages=passages)
+        console.print(
+            f"{count(len(questions), 'question')}, {count(len(ways), 'way')} of answering each, "
+            f"into {out}",
+            markup=False,
+            soft_wrap=True,
+        )
+        keys, ids = [way.key for way in ways], [question.id for question in questions]
+        kept.sentence = lambda: _finished(out, ids, keys, answers=answers)
+        with ways_bar(len(questions) * len(ways)) as advance:
+            done = run(
+                bench, questions, ways, out, settings=settings, answers=answers, advance=advance
+            )
     for question, failure in done.failures.items():
         console.print(f"not answered: {question}: {failure}", style="red", markup=False)
     if done.seconds:
         median = statistics.median(done.seconds)
         console.print(
-            f"{len(done.seconds)} questions asked now, {median:.1f} s each in the median."
+            f"{count(len(done.seconds), 'question')} asked now, {median:.1f} s each in the median."
         )
     summary, written = publish(done.ledger, seed=seed)
     _show(console, summary, written)
@@ -161,18 +187,35 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _finished(out: Path, questions: list[str], ways: list[str], *, answers: bool) -> str:
+    """How many questions need not be asked again, in a sentence."""
+    from ifkv.cli.wording import count
+    from ifkv.evaluation.ledger import SETTINGS, Ledger
+
+    found = 0
+    if (out / SETTINGS).exists():  # not yet, if it was interrupted before the first question
+        ledger = Ledger(out)
+        found = sum(not ledger.missing(each, ways, answers=answers) for each in questions)
+    return (
+        f"{out} holds {found} of {count(len(questions), 'question')}; the same command goes on "
+        "from there."
+    )
+
+
 def _show(console: Console, summary: Summary, written: list[Path]) -> None:
     """The main table in the terminal, and where the rest is."""
     from rich.table import Table
 
+    from ifkv.cli.places import say_written
+    from ifkv.cli.wording import count
     from ifkv.evaluation.tables import quality_table
 
     heads, cells = quality_table(summary.rows, brief=True)
-    table = Table(title=f"{summary.count} questions")
+    table = Table(title=count(summary.count, "question"))
     for head in heads:
         table.add_column(head, overflow="fold")
     for line in cells:
         table.add_row(*(cell.replace("[", "\\[") for cell in line))
     console.print(table)
     for path in written:
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        say_written(console, path)

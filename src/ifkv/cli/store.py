@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 store_app = typer.Typer(
     name="store",
-    help="Look into a store of prefilled documents and keep it in order.",
+    help="Look into a store of prefilled documents and keep it in order. "
+    "Example: ifkv store ls --store documents",
     no_args_is_help=True,
 )
 
@@ -62,6 +63,10 @@ def _size(nbytes: int) -> str:
     return decimal(nbytes)
 
 
+def _entries(number: int) -> str:
+    return "1 entry" if number == 1 else f"{number} entries"
+
+
 @store_app.command("ls")
 def list_entries(folder: Folder = None) -> None:
     """List entries, the most recently used first."""
@@ -105,7 +110,8 @@ def prune(
     budget = None if max_bytes is None else parse_bytes(max_bytes)
     with _open(folder) as store:
         evicted = store.prune(budget)
-        typer.echo(f"evicted {evicted} entries; {_size(store.stats().nbytes)} remain")
+        left = _size(store.stats().nbytes)
+        typer.echo(f"evicted {_entries(evicted)}; {left} remain")
 
 
 @store_app.command()
@@ -116,7 +122,7 @@ def verify(folder: Folder = None) -> None:
         found = store.verify()
         for error in found:
             typer.echo(f"corrupt: {error.key}: {error.reason}", err=True)
-        typer.echo(f"{checked} entries checked, {len(found)} set aside")
+        typer.echo(f"{_entries(checked)} checked, {len(found)} set aside")
     if found:
         raise typer.Exit(1)
 

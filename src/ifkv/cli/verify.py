@@ -19,12 +19,15 @@ def verify(
 
     Random tokens run through the model natively and through ifkv: recomputing everything must equal
     full prefill, untouched slots must keep their bits, and so on. Exits with 1 if a law is broken.
+
+    Example: ifkv verify path/to/model
     """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from ifkv.cli.loading import load_model
+    from ifkv.cli.wording import count
     from ifkv.verification import verify as check
 
     console = Console()
@@ -41,6 +44,7 @@ def verify(
             status.update(f"checked: {result.law}")
     console.print(table)
     if broken:
-        console.print(f"[bold red]{broken} laws do not hold on this model.[/]")
+        verb = "does" if broken == 1 else "do"
+        console.print(f"[bold red]{count(broken, 'law')} {verb} not hold on this model.[/]")
         raise typer.Exit(1)
     console.print("[green]All laws hold on this model.[/]")

@@ -111,7 +111,7 @@ def run(
                 results.append(result)
                 advance(1, f"question {number} of {len(questions)}, {result.way.key}")
         except IfkvError as error:
-            done.failures[question.id] = f"{type(error).__name__}: {error}"
+            done.failures[question.id] = str(error)
             if not done.seconds and len(done.failures) == min(_GIVE_UP_AFTER, len(questions)):
                 raise InvalidInputError(
                     f"none of the first {len(done.failures)} questions could be asked; the last, "

@@ -1,0 +1,55 @@
+"""Files and folders that commands write: looked at before any work, and named afterwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def check_page(page: Path | None) -> None:
+    """Refuse a page that cannot be written where it is wanted; a mistyped folder is not made.
+
+    Raises:
+        InvalidInputError: Its folder is missing or closed to us, or it is a folder itself.
+    """
+    if page is None:
+        return
+    if page.is_dir():
+        raise InvalidInputError(
+            f"--html is {page}, a folder; name a file in it, such as {page / 'page.html'}."
+        )
+    if not page.parent.is_dir():
+        raise InvalidInputError(
+            f"--html is {page}, but there is no folder {page.parent}; make it, or name another."
+        )
+    _check_writable(page.parent, "--html", page)
+
+
+def check_results(folder: Path) -> None:
+    """Refuse a folder of results that can neither be made nor written.
+
+    Raises:
+        InvalidInputError: It is a file, lies in one, or is closed to us.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InvalidInputError(f"--out is {folder}, but {there} is a file; name a folder.")
+    _check_writable(there, "--out", folder)
+
+
+def _check_writable(folder: Path, option: str, wanted: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(
+            f"{option} is {wanted}, but {folder} may not be written; name another place."
+        )
+
+
+def say_written(console: Console, path: Path) -> None:
+    """Name a file that was written, as the user named it."""
+    console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
