@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,7 @@ def test_a_real_signal_before_anything_was_computed(here: Path, model_folder: Pa
         cleaning.callback(run.kill)
         # Opens as soon as the command reads it.
         cleaning.callback(os.close, os.open("slow.txt", os.O_WRONLY))
+        time.sleep(1)  # it waits for the file by now; a signal before the wait would go unnoticed
         run.send_signal(signal.SIGINT)
         _, told = run.communicate(timeout=120)
     assert run.returncode == 130

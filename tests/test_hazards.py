@@ -236,7 +236,7 @@ def test_select_sorts_where_the_scores_are() -> None:
     "step",
     [
         "preparation.stitch",
-        "selectors.attention_norm.measure_query",
+        "selectors.query_ranked.run_scorings",
         "preparation.recompute",
         "preparation.reorder_documents",
     ],

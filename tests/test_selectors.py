@@ -259,7 +259,7 @@ def test_beginnings_get_a_share_and_value_aware_decides_the_rest(
     s: Scenario, sinks: int, share: float
 ) -> None:
     rule: Any = selectors.SinkAware(sinks=sinks, share=share)
-    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
+    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0,query=question")
     with prepared(s.model, s.request) as bench:
         cache = bench.stitch(s.order)
         scores, cost = plain.rank(s.model, cache, asked(bench))
@@ -275,7 +275,7 @@ def test_beginnings_get_a_share_and_value_aware_decides_the_rest(
 def test_beginnings_that_cannot_be_chosen_take_no_place_in_the_queue() -> None:
     """As in a conversation, where only further documents' slots are candidates."""
     rule: Any = selectors.SinkAware(sinks=1, share=0.5)
-    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0")
+    plain: Any = selectors.resolve("value-aware:layers=0.0-1.0,query=question")
     with prepared(shared_tiny_model("llama"), TOKENS) as bench:
         cache = bench.stitch()
         last = cache.document_slices[-1]

@@ -286,10 +286,45 @@ def test_selectors_see_question_documents_and_order(session: ifkv.Session) -> No
 
 
 def test_selectors_and_layers_that_do_not_fit_are_refused(session: ifkv.Session) -> None:
-    with pytest.raises(InvalidInputError, match="for the default selector"):
+    with pytest.raises(InvalidInputError, match=r"layers=.* is for attention-norm"):
         session.prepare(QUESTION, selector="epic", layers=[1])
     with pytest.raises(InvalidInputError, match="choose one of"):
         session.ask(QUESTION, selector="best")
+
+
+def test_a_sessions_selector_is_that_of_requests_which_name_none() -> None:
+    session = make_session(selector="epic:by=tokens")
+    keys = session.add(TEXTS)
+    chat = session.conversation(keys)
+    found = [
+        session.prepare(QUESTION).selector,
+        session.ask(QUESTION, max_new_tokens=1).selector,
+        session.ask_many([QUESTION], max_new_tokens=1)[0].selector,
+        chat.ask(QUESTION, max_new_tokens=1).selector,
+        compare(session, QUESTION, ratios=(0.3,), max_new_tokens=1)[-1].answer.selector,
+    ]
+    assert found == ["epic:by=tokens"] * len(found)
+    assert session.prepare(QUESTION, selector="recency").selector == "recency"
+    with pytest.raises(InvalidInputError, match="selector is epic:by=tokens; give its layers"):
+        session.prepare(QUESTION, layers=[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selector": "best"}, "choose one of"),
+        ({"selector": "epic", "ratio": "auto"}, "ratio is 'auto', but what selector='epic'"),
+    ],
+)
+def test_a_sessions_bad_selector_is_refused_before_the_model_is_patched(
+    options: dict[str, Any], message: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    with pytest.raises(InvalidInputError, match=message):
+        ifkv.Session(model, tokenizer, store=MemoryStore(), **options)
+    with pytest.raises(NotPatchedError):
+        ifkv.prefill_documents(model, [[1, 2]])
 
 
 def test_a_session_in_8_bits_answers_alone_and_in_batches() -> None:

@@ -141,17 +141,16 @@ def test_what_is_not_greedy_is_decoded_one_by_one(session: ifkv.Session) -> None
         assert_same_answers(got, want)
 
 
-def test_all_questions_of_a_batch_share_its_passes(
-    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("selector", ["attention-norm", "sink-aware", "prophetkv:query=both"])
+def test_all_questions_of_a_batch_share_its_passes(session: ifkv.Session, selector: str) -> None:
     base: Any = session.model.base_model
     calls = []
     hook = base.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
     try:
-        session.ask_many(QUESTIONS, max_new_tokens=1)
+        session.ask_many(QUESTIONS, selector=selector, max_new_tokens=1)
         together = list(calls)
         calls.clear()
-        session.ask_many(QUESTIONS, max_new_tokens=1, batch_tokens=1)
+        session.ask_many(QUESTIONS, selector=selector, max_new_tokens=1, batch_tokens=1)
     finally:
         hook.remove()
     assert len(together) == 2, "one scoring pass, one of recompute and prompts"
@@ -229,7 +228,7 @@ def test_no_questions_give_no_answers(session: ifkv.Session) -> None:
         ({"batch_tokens": 0}, "batch_tokens is 0"),
         ({"layers": [99]}, "layers is"),
         ({"selector": "best"}, "best"),
-        ({"selector": "epic", "layers": [1]}, "for the default selector"),
+        ({"selector": "epic", "layers": [1]}, "layers=.* is for attention-norm"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"documents": "abc"}, "documents is one string"),
         ({"documents": [["0" * 64], None]}, "request 0: document '0+' is not in the store"),

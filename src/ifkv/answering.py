@@ -12,11 +12,13 @@ from torch import Tensor
 from ifkv.answer import Answer, Prepared
 from ifkv.errors import InvalidInputError
 from ifkv.generation import check_generate_kwargs, run_generate, setting
-from ifkv.selectors import AttentionNorm, Layers, Selector
+from ifkv.selectors import AttentionNorm, Layers, Selector, resolve
 from ifkv.streaming import text_streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ifkv.session import Session
 
 
 def complete(
@@ -104,14 +106,22 @@ def stop_tokens(
     return frozenset([*ends, tokenizer.eos_token_id])
 
 
-def selector_with_layers(selector: Selector, layers: Sequence[int] | None) -> Selector:
-    """The default selector with these scoring layers."""
+def chosen_selector(
+    session: Session, selector: str | Selector | None, layers: Sequence[int] | None
+) -> Selector:
+    """A request's selector: the session's if it gives none, with its layers if it gives some.
+
+    Raises:
+        InvalidInputError: There is no such selector, or layers come with another than
+            ``attention-norm`` as it is.
+    """
+    rule = session.selector if selector is None else resolve(selector)
     if layers is None:
-        return selector
-    if selector != AttentionNorm():
+        return rule
+    if rule != AttentionNorm():
         raise InvalidInputError(
-            f"layers={layers!r} is for the default selector, but the selector is {selector}; give "
-            "its layers as an option, for example 'attention-norm:layers=22+23'."
+            f"layers={layers!r} is for attention-norm, but the selector is {rule}; give its layers "
+            "as an option, for example 'attention-norm:layers=22+23'."
         )
     return AttentionNorm(layers=Layers.of(layers))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ifkv.answer import Answer, Prepared
-from ifkv.answering import answer_of, check_answer_kwargs, selector_with_layers
+from ifkv.answering import answer_of, check_answer_kwargs, chosen_selector
 from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
 from ifkv.batch_preparation import prepare_many
@@ -22,7 +22,7 @@ from ifkv.greedy import GreedySettings, greedy_settings
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
 from ifkv.scoring import chosen_layers
-from ifkv.selectors import Selector, resolve
+from ifkv.selectors import Selector
 from ifkv.stitching import check_stitchable
 from ifkv.streaming import text_streamer
 
@@ -42,7 +42,7 @@ def ask_many(
     documents: Sequence[str] | Sequence[Sequence[str] | None] | None,
     ratio: Ratio | None,
     reorder: bool,
-    selector: str | Selector,
+    selector: str | Selector | None,
     max_new_tokens: int,
     stream: Stream | None,
     layers: Sequence[int] | None,
@@ -52,7 +52,7 @@ def ask_many(
     """See :meth:`ifkv.Session.ask_many`."""
     watch = Stopwatch(session.model)
     budget = session._ratios.fixed(ratio, "several questions at once")
-    rule = selector_with_layers(resolve(selector), layers)
+    rule = chosen_selector(session, selector, layers)
     check_positive(max_new_tokens, "max_new_tokens")
     check_positive(batch_tokens, "batch_tokens")
     check_answer_kwargs(session.model, generate_kwargs)

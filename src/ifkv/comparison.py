@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from ifkv.answering import pad_token_id
 from ifkv.auto import check_plannable
-from ifkv.selectors import Budget, resolve
+from ifkv.selectors import DEFAULT_SELECTOR, Budget, resolve
 from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def compare(
     documents: Sequence[str] | None = None,
     ratios: Sequence[Ratio] = (0.0, 0.15),
     reorder: bool = False,
-    selector: str | Selector = "attention-norm",
+    selector: str | Selector | None = None,
     max_new_tokens: int = 24,
 ) -> list[Way]:
     """Answer a question by full prefill and at several recompute ratios.
@@ -78,7 +78,9 @@ def compare(
         InvalidInputError: A ratio is ``"auto"``, but no plan is made of such requests.
     """
     if "auto" in ratios:
-        check_plannable(resolve(selector), reorder=reorder)
+        check_plannable(
+            session.selector if selector is None else resolve(selector), reorder=reorder
+        )
     model: Any = session.model
     context = session.context_ids(documents)
     prompt = session.format.prompt_ids(question)
@@ -134,7 +136,7 @@ def compare(
 
 
 def _name(ready: Prepared, ratio: Ratio) -> str:
-    by = "" if ready.selector == "attention-norm" else f", {ready.selector}"
+    by = "" if ready.selector == DEFAULT_SELECTOR else f", {ready.selector}"
     if ready.plan is not None:
         planned = "plain prefill" if ready.plan.ratio is None else f"r = {ready.plan.ratio:g}"
         return f"ifkv, planned: {planned}{by}"

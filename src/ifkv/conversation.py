@@ -117,7 +117,7 @@ class Conversation:
         *,
         ratio: Ratio | None = None,
         revisit: bool = False,
-        selector: str | Selector = "attention-norm",
+        selector: str | Selector | None = None,
         max_new_tokens: int = 32,
         stream: Stream = False,
         layers: Sequence[int] | None = None,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
-from ifkv.answering import check_answer_kwargs, complete, selector_with_layers
-from ifkv.auto import Ratio, Ratios
+from ifkv.answering import check_answer_kwargs, chosen_selector, complete
+from ifkv.auto import Ratio, Ratios, check_plannable
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
@@ -21,7 +21,7 @@ from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
 from ifkv.patching import handle_of, patch
 from ifkv.preparation import Stopwatch, prepare
-from ifkv.selectors import Selector, resolve
+from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
 from ifkv.splitting import at_most
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
@@ -52,6 +52,7 @@ class Session:
         instruction: Text before the documents, when the prefix is not given.
         backend: For :func:`ifkv.patch`.
         ratio: Of requests that give none; see :meth:`ask`.
+        selector: Of requests that give none; see :meth:`ask`.
         planner: Makes the plans of ``ratio="auto"``, in place of one for this machine.
         kv_dtype: Of each request's cache, as in :func:`ifkv.stitch`; what the store keeps is
             another matter (``codec`` of the stores).
@@ -77,11 +78,15 @@ class Session:
         instruction: str = INSTRUCTION,
         backend: str = "auto",
         ratio: Ratio = 0.15,
+        selector: str | Selector = DEFAULT_SELECTOR,
         planner: Planner | None = None,
         kv_dtype: torch.dtype | None = None,
     ):
         resolve_family(model)
         check_kv_dtype(kv_dtype, model.device)
+        self.selector = resolve(selector)
+        if ratio == "auto":
+            check_plannable(self.selector, reorder=False)
         patch(model, backend=backend)
         self._ratios = Ratios(model, ratio, backend, planner)
         self.model = model
@@ -164,7 +169,7 @@ class Session:
         documents: Sequence[str] | None = None,
         ratio: Ratio | None = None,
         reorder: bool = False,
-        selector: str | Selector = "attention-norm",
+        selector: str | Selector | None = None,
         max_new_tokens: int = 32,
         stream: bool | Callable[[str], None] = False,
         layers: Sequence[int] | None = None,
@@ -173,7 +178,7 @@ class Session:
         """Answer a question over documents.
 
         Args:
-            question: The question. The default selector scores the whole prompt it becomes.
+            question: The question. Unless told otherwise, the whole prompt it becomes is scored.
             documents: Keys of the documents to use, in order; all that this session added if None.
             ratio: Recompute ratio. 0 answers from the stitched documents as they are; 1 recomputes
                 everything that is not exact already and equals a full prefill. Or a
@@ -185,9 +190,9 @@ class Session:
             max_new_tokens: Length of the answer at most.
             stream: True prints the answer as it comes; a function is called with each piece.
             selector: What chooses the tokens to recompute: a name, with options behind a colon, or
-                a selector; see :mod:`ifkv.selectors`.
-            layers: Scoring layers, as in :func:`ifkv.score`, of the default selector and of
-                reordering; others have them among their options.
+                a selector; see :mod:`ifkv.selectors`. The session's if None.
+            layers: Scoring layers, as in :func:`ifkv.score`, of ``attention-norm`` and of
+                reordering; other selectors have them among their options.
             **generate_kwargs: For ``model.generate()``; greedy decoding by default.
 
         Returns:
@@ -217,7 +222,7 @@ class Session:
         documents: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
         ratio: Ratio | None = None,
         reorder: bool = False,
-        selector: str | Selector = "attention-norm",
+        selector: str | Selector | None = None,
         max_new_tokens: int = 32,
         stream: Callable[[int, str], None] | None = None,
         layers: Sequence[int] | None = None,
@@ -228,7 +233,7 @@ class Session:
 
         The answers are those of :meth:`ask`, one question after another. Greedy answers are
         decoded side by side; sampling, beams and further settings of ``model.generate()`` one by
-        one. The default selector scores a batch's questions in one pass, others one by one.
+        one. Selectors that score by the query do so for all questions of a batch in one pass.
 
         Args:
             questions: The questions; their prompts may have any lengths.
@@ -290,14 +295,14 @@ class Session:
         documents: Sequence[str] | None = None,
         ratio: Ratio | None = None,
         reorder: bool = False,
-        selector: str | Selector = "attention-norm",
+        selector: str | Selector | None = None,
         layers: Sequence[int] | None = None,
     ) -> Prepared:
         """Everything before the first token: the cache with the prompt in it, and its logits.
 
         Takes the arguments of :meth:`ask` and raises its errors.
         """
-        rule = selector_with_layers(resolve(selector), layers)
+        rule = chosen_selector(self, selector, layers)
         choose = self._ratios.chooser(ratio, rule, reorder=reorder)
         timed = Stopwatch(self.model)
         prompt = self.format.prompt_ids(question)

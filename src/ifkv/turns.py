@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.answering import check_answer_kwargs, selector_with_layers
+from ifkv.answering import check_answer_kwargs, chosen_selector
 from ifkv.auto import Ratio
 from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
@@ -21,7 +21,7 @@ from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch, finished
 from ifkv.recomputation import recompute
 from ifkv.scoring import chosen_layers
-from ifkv.selectors import Budget, Request, Selection, Selector, resolve, sentence_groups
+from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
 from ifkv.stitched_cache import check_cache
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Asked:
         *,
         ratio: Ratio | None = None,
         revisit: bool = False,
-        selector: str | Selector = "attention-norm",
+        selector: str | Selector | None = None,
         max_new_tokens: int = 32,
         layers: Sequence[int] | None = None,
         **generate_kwargs: Any,
@@ -61,7 +61,7 @@ class Asked:
         chosen_layers(num_layers(session.model), layers)
         session.format.prompt_ids(question)
         budget = session._ratios.fixed(ratio, "turns of a conversation")
-        rule = selector_with_layers(resolve(selector), layers)
+        rule = chosen_selector(session, selector, layers)
         return cls(question, budget, rule, revisit, max_new_tokens, generate_kwargs)
 
 

@@ -23,14 +23,16 @@ from ifkv.selectors.options import Layers, describe
 from ifkv.selectors.oracle import Oracle
 from ifkv.selectors.prophetkv import ProphetKV
 from ifkv.selectors.protocol import Ranked, Request, Selection, Selector
+from ifkv.selectors.query_ranked import QueryRanked
 from ifkv.selectors.recency import Recency
-from ifkv.selectors.registry import names, register, resolve, selector_class
+from ifkv.selectors.registry import DEFAULT_SELECTOR, names, register, resolve, selector_class
 from ifkv.selectors.schedule import layer_depths
 from ifkv.selectors.sink_aware import SinkAware
 from ifkv.selectors.two_round import TwoRound
 from ifkv.selectors.value_aware import ValueAware
 
 __all__ = [
+    "DEFAULT_SELECTOR",
     "AttentionNorm",
     "Budget",
     "CacheBlend",
@@ -41,6 +43,7 @@ __all__ = [
     "Layers",
     "Oracle",
     "ProphetKV",
+    "QueryRanked",
     "Random",
     "Ranked",
     "Recency",

@@ -10,10 +10,10 @@ from torch import Tensor
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost
 from ifkv.errors import InvalidInputError
-from ifkv.selectors.attention_norm import Query
 from ifkv.selectors.cacheblend import CacheBlend, Deviation
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query
 from ifkv.selectors.registry import register
 from ifkv.selectors.value_aware import ValueAware
 

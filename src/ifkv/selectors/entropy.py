@@ -13,22 +13,19 @@ from ifkv.backends.norms import NORM_BLOCK, hidden_by_window
 from ifkv.backends.partial import explicit_logits
 from ifkv.cost import Cost, ModelShape
 from ifkv.scoring import QueryView
-from ifkv.selectors.attention_norm import Query, measured, queries_of
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
-from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from transformers import PreTrainedModel
-
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.scoring import Measure
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Entropy(Ranked):
+class Entropy(QueryRanked):
     """Attention summed over heads and query tokens, each weighted by how focused it is.
 
     With ``A_h[i, j]`` the attention of query token i to slot j in head h, ``p_h[i]`` its
@@ -57,18 +54,16 @@ class Entropy(Ranked):
     layers: Layers = DEFAULT_LAYERS
     query: Query = "prompt"
 
-    def rank(
-        self, model: PreTrainedModel, cache: StitchedCache, request: Request
-    ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
-        layers = self.layers.within(len(cache.layers))
-        queries = queries_of(request, self.query)
-        scores, cost = measured(model, cache, queries, layers, focused_attention)
-        shape = ModelShape.of(model)
-        again = Cost(bytes=float(len(queries) * cache.context_length * shape.row_bytes))
-        for query in queries:
-            again += Cost(2.0 * shape.attention_width * len(query) * cache.context_length)
-        return scores, cost + len(layers) * again
+    def measure(self) -> Measure:
+        """Attention, weighted by focus."""
+        return focused_attention
+
+    def further_cost(
+        self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
+    ) -> Cost:
+        """The query's products with the keys once more."""
+        products = 2.0 * shape.attention_width * query_length * context_length
+        return len(layers) * Cost(products, bytes=float(context_length * shape.row_bytes))
 
 
 def focused_attention(view: QueryView) -> Tensor:

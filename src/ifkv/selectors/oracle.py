@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cost import Cost, ModelShape, recompute_cost
+from ifkv.cost import Cost, ModelShape, recompute_cost, scoring_cost
 from ifkv.recomputation import recompute
-from ifkv.scoring import QueryView, attention_norm
-from ifkv.selectors.attention_norm import Query, measured, queries_of
+from ifkv.scoring import QueryView, attention_norm, mean_over_layers, measure_query
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query, queries_of
 from ifkv.selectors.registry import register
 from ifkv.stitched_cache import check_answerable
 
@@ -78,8 +78,12 @@ class Oracle(Ranked):
 
         seen = truth if self.attention == "true" else cache
         layers = self.layers.within(len(cache.layers))
-        scores, cost = measured(model, seen, queries_of(request, self.query), layers, measure)
-        return scores, cost + recompute_cost(ModelShape.of(model), rows, total)
+        shape, scores = ModelShape.of(model), torch.zeros(total, device=model.device)
+        cost = recompute_cost(shape, rows, total)
+        for query in queries_of(request, self.query):
+            scores += mean_over_layers(measure_query(model, seen, query, layers, measure))
+            cost += scoring_cost(shape, len(query), total, layers)
+        return scores, cost
 
     def _error(self, cache: StitchedCache, truth: StitchedCache, layer: int) -> Tensor:
         """Relative error of each slot in one layer, ``[T]``."""

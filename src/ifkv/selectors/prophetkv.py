@@ -9,23 +9,20 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ifkv.cost import Cost
 from ifkv.errors import InvalidInputError
 from ifkv.scoring import attention_norm
-from ifkv.selectors.attention_norm import Query, measured, queries_of
 from ifkv.selectors.options import ALL_LAYERS, Layers
-from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from ifkv.scoring import Measure
     from ifkv.stitched_cache import StitchedCache
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class ProphetKV(Ranked):
+class ProphetKV(QueryRanked):
     """ProphetKV-like: each layer proposes what the question attends to, the proposals are fused.
 
     ProphetKV (2602.02579) says that it ranks tokens by the user's query and fuses attention
@@ -62,28 +59,19 @@ class ProphetKV(Ranked):
                 "most 1."
             )
 
-    def rank(
-        self, model: PreTrainedModel, cache: StitchedCache, request: Request
-    ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`; prefix and first document score 0."""
+    def measure(self) -> Measure:
+        """Attention summed over query tokens."""
+        return attention_norm("sum")
+
+    def fuse(self, cache: StitchedCache, per_layer: Tensor) -> Tensor:
+        """The two stages; prefix and first document score 0."""
         start, total = cache.first_candidate, cache.context_length
         proposed = math.ceil(self.shortlist * (total - start))
-
-        def fuse(per_layer: Tensor) -> Tensor:
-            shares = torch.zeros_like(per_layer, dtype=torch.float64)
-            candidates = per_layer[:, start:].double()
-            mass = candidates.sum(dim=1, keepdim=True)
-            # A layer that slides may see none of them.
-            shares[:, start:] = torch.where(mass > 0, candidates / mass, 0)
-            best = shares[:, start:].argsort(dim=1, descending=True, stable=True)[:, :proposed]
-            kept = torch.zeros_like(shares).scatter_(1, best + start, 1.0)
-            return (shares * kept).mean(dim=0) + 1e-3 * shares.mean(dim=0)
-
-        return measured(
-            model,
-            cache,
-            queries_of(request, self.query),
-            self.layers.within(len(cache.layers)),
-            attention_norm("sum"),
-            fuse,
-        )
+        shares = torch.zeros_like(per_layer, dtype=torch.float64)
+        candidates = per_layer[:, start:].double()
+        mass = candidates.sum(dim=1, keepdim=True)
+        # A layer that slides may see none of them.
+        shares[:, start:] = torch.where(mass > 0, candidates / mass, 0)
+        best = shares[:, start:].argsort(dim=1, descending=True, stable=True)[:, :proposed]
+        kept = torch.zeros_like(shares).scatter_(1, best + start, 1.0)
+        return (shares * kept).mean(dim=0) + 1e-3 * shares.mean(dim=0)

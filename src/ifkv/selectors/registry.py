@@ -9,6 +9,9 @@ from ifkv.errors import InvalidInputError
 from ifkv.selectors.options import options_from_text
 from ifkv.selectors.protocol import Selector
 
+# What chooses slots where the caller does not say.
+DEFAULT_SELECTOR = "attention-norm"
+
 _REGISTRY: dict[str, type[Selector]] = {}
 S = TypeVar("S", bound=type[Selector])
 

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cost import Cost
 from ifkv.errors import InvalidInputError
-from ifkv.selectors.attention_norm import Query
 from ifkv.selectors.options import ALL_LAYERS, Layers
-from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query
 from ifkv.selectors.registry import register
 from ifkv.selectors.value_aware import ValueAware
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ifkv.stitched_cache import StitchedCache
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class SinkAware(Ranked):
+class SinkAware(ValueAware):
     """``value-aware`` over all layers, with a share for the sinks at the documents' beginnings.
 
     A document that was encoded alone makes attention sinks of its first tokens, which in context
@@ -44,17 +40,17 @@ class SinkAware(Ranked):
         share: What they get of a budget: above 0, at most 0.5.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
-        reduction: Over query tokens.
+        reduction: As in ``value-aware``.
     """
 
     name: ClassVar[str] = "sink-aware"
     paper: ClassVar[str] = "our own, after EPIC, arXiv 2410.15332, and VATP, arXiv 2406.12335"
     only_scores: ClassVar[bool] = True
 
-    sinks: int = 8
-    share: float = 0.2
+    sinks: int = 64
+    share: float = 0.35
     layers: Layers = ALL_LAYERS
-    query: Query = "prompt"
+    query: Query = "question"
     reduction: Reduction = "l2"
 
     def __post_init__(self) -> None:
@@ -70,13 +66,9 @@ class SinkAware(Ranked):
                 "for no sinks at all, set sinks=0."
             )
 
-    def rank(
-        self, model: PreTrainedModel, cache: StitchedCache, request: Request
-    ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
-        base = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
-        scores, cost = base.rank(model, cache, request)
-        return _raised(scores, cache, _beginnings(cache, self.sinks), self.share), cost
+    def settle(self, cache: StitchedCache, scores: Tensor) -> Tensor:
+        """Beginnings raised until they get their share."""
+        return _raised(scores, cache, _beginnings(cache, self.sinks), self.share)
 
 
 def _beginnings(cache: StitchedCache, count: int) -> Tensor:

@@ -15,10 +15,11 @@ from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.recomputation import recompute
 from ifkv.selection import top_slots
-from ifkv.selectors.attention_norm import AttentionNorm, Query
+from ifkv.selectors.attention_norm import AttentionNorm
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.protocol import Request, Selection, Selector, without_scores
+from ifkv.selectors.query_ranked import Query
 from ifkv.selectors.registry import register
 from ifkv.stitched_cache import check_answerable, check_cache
 

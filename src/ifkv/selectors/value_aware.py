@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -10,20 +11,17 @@ from torch import Tensor
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost, ModelShape
 from ifkv.scoring import QueryView, attention_norm
-from ifkv.selectors.attention_norm import Query, measured, queries_of
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
-from ifkv.selectors.protocol import Ranked, Request
+from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.scoring import Measure
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class ValueAware(Ranked):
+class ValueAware(QueryRanked):
     """Attention norm times the L1 norm of the slot's values, layer by layer.
 
     VATP (2406.12335), there for dropping slots: one that is attended to but whose values are close
@@ -46,18 +44,18 @@ class ValueAware(Ranked):
     query: Query = "prompt"
     reduction: Reduction = "l2"
 
-    def rank(
-        self, model: PreTrainedModel, cache: StitchedCache, request: Request
-    ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
+    def measure(self) -> Measure:
+        """Attention norm times the size of the values."""
         norm = attention_norm(self.reduction)
 
         def measure(view: QueryView) -> Tensor:
             sizes = view.context_values[0].float().abs().sum(dim=-1).mean(dim=0)
             return norm(view) * sizes * view.value_scale
 
-        layers = self.layers.within(len(cache.layers))
-        queries = queries_of(request, self.query)
-        scores, cost = measured(model, cache, queries, layers, measure)
-        rows = cache.context_length * len(layers) * len(queries)
-        return scores, cost + Cost(bytes=float(rows * ModelShape.of(model).row_bytes))
+        return measure
+
+    def further_cost(
+        self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
+    ) -> Cost:
+        """The values, read once more."""
+        return Cost(bytes=float(context_length * len(layers) * shape.row_bytes))

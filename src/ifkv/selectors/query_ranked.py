@@ -1,0 +1,123 @@
+"""Rules that rank slots by what one pass of the query over the stitched cache measures."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import Cost, ModelShape, scoring_cost
+from ifkv.scoring import Scoring, run_scorings
+from ifkv.selectors.budget import Budget
+from ifkv.selectors.options import Layers
+from ifkv.selectors.protocol import Ranked, Request, Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.scoring import Measure
+    from ifkv.stitched_cache import StitchedCache
+
+Query = Literal["prompt", "question", "both"]
+
+
+class QueryRanked(Ranked):
+    """Runs the query as far as the deepest scoring layer and scores slots by what it sees there.
+
+    Requests of a batch share one pass. A class says what is measured in a layer, and may say how
+    layers are put together, how the scores are settled, what to score instead of the request's own
+    cache, and what a pass costs beyond running the query and taking its attention norms.
+
+    Attributes:
+        layers: Scoring layers.
+        query: Which tokens score; ``both`` adds up the scores of two passes.
+    """
+
+    layers: Layers
+    query: Query
+
+    @abstractmethod
+    def measure(self) -> Measure:
+        """What gives ``[T]`` in a scoring layer."""
+
+    def fuse(self, cache: StitchedCache, per_layer: Tensor) -> Tensor:
+        """Makes ``[T]`` of one pass's ``[layers, T]``; the mean by default."""
+        return per_layer.mean(dim=0)
+
+    def settle(self, cache: StitchedCache, scores: Tensor) -> Tensor:
+        """The final scores of the sum over passes, float32 ``[T]``; the same by default."""
+        return scores
+
+    def scored(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[StitchedCache, Cost]:
+        """What the query runs over, with the same slots, and what making it cost."""
+        return cache, Cost()
+
+    def further_cost(
+        self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
+    ) -> Cost:
+        """What a pass costs beyond :func:`ifkv.cost.scoring_cost`."""
+        return Cost()
+
+    def rank(
+        self, model: PreTrainedModel, cache: StitchedCache, request: Request
+    ) -> tuple[Tensor, Cost]:
+        """See :meth:`Ranked.rank`."""
+        return self.rank_many(model, [cache], [request])[0]
+
+    def rank_many(
+        self,
+        model: PreTrainedModel,
+        caches: Sequence[StitchedCache],
+        requests: Sequence[Request],
+    ) -> list[tuple[Tensor, Cost]]:
+        """:meth:`rank` of several requests, at least one; their queries run in one pass."""
+        shape = ModelShape.of(model)
+        layers = self.layers.within(shape.num_layers)
+        jobs, costs = [], []
+        for cache, request in zip(caches, requests, strict=True):
+            seen, cost = self.scored(model, cache, request)
+            for query in queries_of(request, self.query):
+                jobs.append(Scoring.checked(model, seen, query))
+                cost += scoring_cost(shape, len(query), cache.context_length, layers)
+                cost += self.further_cost(shape, len(query), cache.context_length, layers)
+            costs.append(cost)
+        measured = run_scorings(model, jobs, layers, self.measure())
+        passes = len(jobs) // len(caches)
+        ranked = []
+        for index, cache in enumerate(caches):
+            own = measured[index * passes : (index + 1) * passes]
+            fused = [self.fuse(cache, torch.stack(each)).to(torch.float32) for each in own]
+            ranked.append((self.settle(cache, torch.stack(fused).sum(dim=0)), costs[index]))
+        return ranked
+
+    def select_many(
+        self,
+        model: PreTrainedModel,
+        caches: Sequence[StitchedCache],
+        requests: Sequence[Request],
+        budget: Budget | float,
+    ) -> list[Selection]:
+        """See :meth:`Selector.select_many`; the queries of all requests run in one pass."""
+        allowed = Budget.of(budget)
+        own_way = (type(self).rank, type(self).select) != (QueryRanked.rank, QueryRanked.select)
+        if own_way or allowed.everything or allowed.nothing or not caches:
+            return super().select_many(model, caches, requests, allowed)
+        ranked = self.rank_many(model, caches, requests)
+        return [
+            Selection(allowed.pick(cache, scores, request.groups), scores, cost)
+            for cache, request, (scores, cost) in zip(caches, requests, ranked, strict=True)
+        ]
+
+
+def queries_of(request: Request, query: Query) -> list[Sequence[int]]:
+    """Token ids of the scoring passes a query asks for."""
+    both: dict[Query, Sequence[int]] = {
+        "prompt": request.prompt_ids,
+        "question": request.question_ids,
+    }
+    return list(both.values()) if query == "both" else [both[query]]
