@@ -24,8 +24,8 @@ DEFAULT = "attention-norm"
 VALUE_AWARE = "value-aware:layers=0.0-1.0"
 # Which ways are compared with which.
 PAIRS = {
-    "deviation-aware": (DEFAULT, VALUE_AWARE, "sink-aware", "prophetkv", "cacheblend", "epic"),
-    "sink-aware": (DEFAULT, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
+    "sink-aware": (DEFAULT, "deviation-aware", "prophetkv", "cacheblend", "epic"),
+    "deviation-aware": (DEFAULT, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
     DEFAULT: ("prophetkv", "cacheblend", "epic"),
 }
 # Selectors that know what a request cannot.
