@@ -339,6 +339,8 @@ def test_a_real_signal_before_anything_was_computed(here: Path, model_folder: Pa
         [*MAIN, "ask", "Why?", "slow.txt", "--model", str(model_folder)],
         stderr=subprocess.PIPE,
         text=True,
+        # Children of a job in the background ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with contextlib.ExitStack() as cleaning:
         cleaning.callback(run.kill)
