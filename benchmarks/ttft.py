@@ -2,15 +2,15 @@
 
     python benchmarks/ttft.py [--models smollm2,qwen3] [--dtypes float32,bfloat16]
                               [--lengths 1024,2048,4096,8192] [--ratios 0.05,0.15,0.30]
-                              [--dense-ratios 0.15] [--repeats 5] [--minutes 60]
-                              [--only times|peaks]
+                              [--dense-ratios 0.15] [--selector sink-aware]
+                              [--repeats 5] [--minutes 60] [--only times|peaks]
 
 All sides run the same token ids on the same weights with the same threads. The baseline is
 transformers' own forward with SDPA attention on the unpatched model, asked for the last row's
-logits only. Ours is everything from the question's arrival: stitch, score, select, and the fused
-forward of selected rows and prompt; documents lie in memory. The dense mask (dense_mask.py)
-recomputes the same rows and the prompt over the same stitched cache; its stitching, scoring and
-selection are not counted, so it is compared with our recompute alone.
+logits only. Ours is everything from the question's arrival: stitch, select, and the fused forward
+of selected rows and prompt; documents lie in memory. The dense mask (dense_mask.py) recomputes the
+same rows and the prompt over the same stitched cache; its stitching and selection are not counted,
+so it is compared with our recompute alone.
 
 Rounds time all ways one after another, so that a noisy neighbour hits all alike; medians are
 compared. ``--minutes`` ends a setting (model, dtype, length) early, after a whole round. Peaks are
@@ -41,10 +41,11 @@ from ttft_report import about_machine, show
 
 import ifkv
 from ifkv.cost import ModelShape, mean_position, speedup_bound
-from ifkv.scoring import default_layers
+from ifkv.demo.corpus import load_corpus
+from ifkv.selectors import DEFAULT_SELECTOR, Request, Selection, Selector, resolve
 
 RESULTS = Path(__file__).parent / "results"
-STEPS = ("stitch", "score", "select", "recompute")
+STEPS = ("stitch", "select", "recompute")
 
 
 class Setting:
@@ -54,6 +55,7 @@ class Setting:
         self.model = model
         prefix = layout.prefix_ids()
         documents, self.prompt = context_of(model, layout, length)
+        self.question = list(layout.encode(load_corpus().questions[0].text))
         joined = list(itertools.chain(prefix, *documents))
         self.context = len(joined)
         self.context_ids = torch.tensor(joined)
@@ -66,20 +68,20 @@ class Setting:
         ids = torch.cat((self.context_ids, torch.tensor(self.prompt)))[None]
         return self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1]
 
-    def request(self, ratio: float) -> tuple[dict[str, float], Tensor, Tensor]:
-        """Ours, on the patched model: seconds of each step, the slots, the last row's logits."""
+    def request(self, ratio: float, rule: Selector) -> tuple[dict[str, float], Selection, Tensor]:
+        """Ours, on the patched model: seconds of each step, the selection, the last logits."""
         # A model that answers requests has been patched, and its weights identified, long before.
         ifkv.stitch(self.model, self.documents[:1])
         marks = [time.perf_counter()]
         cache = ifkv.stitch(self.model, self.documents)
         marks.append(time.perf_counter())
-        scores = ifkv.score(self.model, cache, self.prompt)
+        asked = Request(self.prompt, self.question, self.documents)
+        selection = rule.select(self.model, cache, asked, ratio)
         marks.append(time.perf_counter())
-        slots = ifkv.select(cache, scores, ratio=ratio)
+        logits = ifkv.recompute(self.model, cache, selection.slots, prompt_ids=self.prompt)
         marks.append(time.perf_counter())
-        logits = ifkv.recompute(self.model, cache, slots, prompt_ids=self.prompt)
-        marks.append(time.perf_counter())
-        return dict(zip(STEPS, map(float.__sub__, marks[1:], marks), strict=False)), slots, logits
+        steps = dict(zip(STEPS, map(float.__sub__, marks[1:], marks), strict=False))
+        return steps, selection, logits
 
     def dense(self, slots: Tensor) -> tuple[float, Tensor]:
         """The dense mask, on the unpatched model: seconds of its forward, and its logits."""
@@ -99,7 +101,7 @@ class Times:
     full: list[float] = dataclasses.field(default_factory=list)
     steps: dict[float, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     dense: dict[float, list[float]] = dataclasses.field(default_factory=dict)
-    found: dict[float, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    found: dict[float, tuple[Selection, Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def time_rounds(
@@ -108,13 +110,14 @@ def time_rounds(
     dense_ratios: list[float],
     repeats: int,
     seconds: float,
+    rule: Selector,
     tell: Callable[[str], None],
 ) -> tuple[Times, Tensor]:
     """Interleaved rounds, at most ``repeats``, none begun that would end after ``seconds``."""
     times, begun = Times(), time.perf_counter()
     # Uncounted: the shortest of the ways, which brings memory and threads to life.
     with ifkv.patch(setting.model):
-        setting.request(min(ratios))
+        setting.request(min(ratios), rule)
     round_seconds = 0.0
     for number in range(repeats):
         start = time.perf_counter()
@@ -126,12 +129,12 @@ def time_rounds(
         for ratio in ratios:
             tell(f"round {number + 1} of {repeats}: r = {ratio:g}")
             with ifkv.patch(setting.model):
-                steps, slots, logits = setting.request(ratio)
+                steps, selection, logits = setting.request(ratio, rule)
             times.steps.setdefault(ratio, []).append(steps)
-            times.found[ratio] = slots, logits
+            times.found[ratio] = selection, logits
             if ratio in dense_ratios:
                 tell(f"round {number + 1} of {repeats}: dense mask at r = {ratio:g}")
-                spent, dense_logits = setting.dense(slots)
+                spent, dense_logits = setting.dense(selection.slots)
                 times.dense.setdefault(ratio, []).append(spent)
                 # Another order of summation, so another rounding: this catches other mathematics.
                 error = float((dense_logits - logits).abs().max() / logits.abs().max())
@@ -141,12 +144,13 @@ def time_rounds(
     return times, truth
 
 
-def rows_of(setting: Setting, times: Times, truth: Tensor) -> list[dict[str, Any]]:
+def rows_of(setting: Setting, times: Times, truth: Tensor, rule: Selector) -> list[dict[str, Any]]:
     """A row of results for every ratio."""
     shape = ModelShape.of(setting.model)
     rows = []
     for ratio, runs in times.steps.items():
-        slots, logits = times.found[ratio]
+        selection, logits = times.found[ratio]
+        slots = selection.slots
         totals = [sum(steps.values()) for steps in runs]
         # Paired within a round: what a neighbour does to one side it mostly does to the other.
         speedup = statistics.median(f / t for f, t in zip(times.full, totals, strict=True))
@@ -155,14 +159,15 @@ def rows_of(setting: Setting, times: Times, truth: Tensor) -> list[dict[str, Any
             context_length=setting.context,
             query_length=len(setting.prompt),
             ratio=len(slots) / setting.context,
-            scoring_layers=default_layers(shape.num_layers)[-1] + 1,
             position=mean_position(slots, setting.context),
+            selection_flops=selection.cost.flops,
         )
         likely, true = (x.double().log_softmax(-1) for x in (logits, truth))
         row: dict[str, Any] = {
             "context": setting.context,
             "prompt": len(setting.prompt),
             "ratio": ratio,
+            "selector": str(rule),
             "rows": len(slots),
             "mean_position": mean_position(slots, setting.context),
             "repeats": len(totals),
@@ -184,19 +189,22 @@ def rows_of(setting: Setting, times: Times, truth: Tensor) -> list[dict[str, Any
     return rows
 
 
-def peak_of(model_name: str, dtype: str, length: int, ratio: float, threads: int) -> dict[str, Any]:
+def peak_of(
+    model_name: str, dtype: str, length: int, ratio: float, selector: str, threads: int
+) -> dict[str, Any]:
     """In a process of its own: bytes of one request, and of what they are compared with."""
     torch.set_num_threads(threads)
     model, layout = load(model_name, getattr(torch, dtype))
-    setting = Setting(model, layout, length)
+    setting, rule = Setting(model, layout, length), resolve(selector)
+    asked = Request(setting.prompt, setting.question, setting.documents)
     kept: list[Any] = []
     with ifkv.patch(model):
         # Threads, their scratch memory and lazily loaded code are the process's, not the request's.
-        Setting(model, layout, 256).request(ratio)
+        Setting(model, layout, 256).request(ratio, rule)
 
         def request() -> None:
             cache = ifkv.stitch(model, setting.documents)
-            slots = ifkv.select(cache, ifkv.score(model, cache, setting.prompt), ratio=ratio)
+            slots = rule.select(model, cache, asked, ratio).slots
             ifkv.recompute(model, cache, slots, prompt_ids=setting.prompt)
             kept.append(cache)
 
@@ -226,6 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=numbers(int), default=[1024, 2048, 4096, 8192])
     parser.add_argument("--ratios", type=numbers(float), default=[0.05, 0.15, 0.30])
     parser.add_argument("--dense-ratios", type=numbers(float), default=[0.15])
+    parser.add_argument("--selector", default=DEFAULT_SELECTOR)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=60, help="of each model, dtype and length")
     parser.add_argument("--only", choices=("times", "peaks"), help="one of the two measurements")
@@ -243,6 +252,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
+    rule = resolve(given.selector)
     with show(given.results / "ttft-cpu") as report:
         for model_name, dtype in itertools.product(given.models, given.dtypes):
             what = {"model": MODELS[model_name], "dtype": dtype}
@@ -258,16 +268,18 @@ def main(arguments: list[str] | None = None) -> None:
                         given.dense_ratios,
                         given.repeats,
                         60 * given.minutes,
+                        rule,
                         lambda text, name=name: report.tell(f"{name}: {text}"),
                     )
                     about = about_machine()
-                    report.add([what | row | about for row in rows_of(setting, times, truth)])
+                    report.add([what | row | about for row in rows_of(setting, times, truth, rule)])
                 del model
             if given.only != "times":
                 for length, ratio in itertools.product(given.lengths, given.ratios):
                     report.tell(f"{what['model']}, {dtype}, {length}: memory at r = {ratio:g}")
                     threads = torch.get_num_threads()
-                    peak = in_own_process(peak_of, model_name, dtype, length, ratio, threads)
+                    asked = model_name, dtype, length, ratio, str(rule), threads
+                    peak = in_own_process(peak_of, *asked)
                     report.add([what | {"ratio": ratio} | peak])
 
 

@@ -22,7 +22,7 @@ import ifkv
 Row = dict[str, Any]
 COLUMNS = (
     "context", "r", "full prefill", "ifkv TTFT", "speed-up", "S(r)", "share of S(r)", "stitch",
-    "score + select", "recompute + prompt", "dense mask", "times slower", "peak above",
+    "select", "recompute + prompt", "dense mask", "times slower", "peak above",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def cells(row: Row) -> list[str]:
         return "–" if value is None else form.format(value)
 
     steps = row.get("steps")
-    scoring = steps and steps["score"] + steps["select"]
+    selecting = steps and steps.get("score", 0.0) + steps["select"]
     peak, extra = peak_share(row), row.get("peak_extra_bytes")
     return [
         f"{row['context']:,}",
@@ -98,7 +98,7 @@ def cells(row: Row) -> list[str]:
         shown("{:.2f}×", row.get("bound")),
         shown("{:.0%}", row.get("share_of_bound")),
         shown("{:.3f} s", steps and steps["stitch"]),
-        shown("{:.3f} s", scoring),
+        shown("{:.3f} s", selecting),
         shown("{:.2f} s", steps and steps["recompute"]),
         shown("{:.2f} s", row.get("dense_seconds")),
         shown("{:.1f}×", row.get("dense_over_recompute")),
@@ -127,7 +127,8 @@ def as_markdown(rows: list[Row]) -> str:
             span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             lines += [
                 f"{some['date']}, {some['processor']}, {some['threads']} threads, torch "
-                f"{some['torch']}, transformers {some['transformers']}; {span} rounds.",
+                f"{some['torch']}, transformers {some['transformers']}; {span} rounds. Chosen by "
+                f"`{some.get('selector', 'attention-norm')}`.",
                 "",
             ]
         lines += [f"| {' | '.join(COLUMNS)} |", "|" + "--:|" * len(COLUMNS)]

@@ -13,10 +13,14 @@ def flat(operations: float) -> Grid:
 def machine(layer: Curve, operations: float = 1e30, **others: float | None) -> Rates:
     """Layers take the time of a curve, all else as good as none if not given."""
     rate = flat(operations)
-    settings = {"weight_bytes": 1e30, "stitch_bytes": 1e30, "stitch_document": 0.0}
-    return Rates(
-        "2026-01-01", layer, rate, rate, rate, rate, **{**settings, "host_bytes": None, **others}
-    )
+    settings: dict[str, float | None] = {
+        "value_bytes": 1e30,
+        "weight_bytes": 1e30,
+        "stitch_bytes": 1e30,
+        "stitch_document": 0.0,
+        "host_bytes": None,
+    }
+    return Rates("2026-01-01", layer, rate, rate, rate, rate, **{**settings, **others})
 
 
 def ideal(shape: ModelShape, operations: float) -> Rates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +16,7 @@ from ifkv.calibration import Curve, Rates, keeping
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
 from ifkv.errors import CalibrationWarning, InvalidInputError, UnsupportedModelError
 from ifkv.planning import Planner, planner_for, shape_of_config
-from ifkv.scoring import default_layers
+from ifkv.selectors import Request, resolve
 from ifkv.testing import tiny_model
 from rates import PASSES_COST, ROWS_COST, flat, ideal, machine
 
@@ -23,25 +24,74 @@ SHAPE = ModelShape.of(tiny_model("qwen3", num_layers=6))
 RATE = 1e9
 ratios = st.sampled_from([0.0, 0.01, 0.05, 0.15, 0.3, 0.7, 1.0])
 sizes = st.integers(2, 5000)
+# What plans know, and how it may be set.
+PLANNED = (
+    "sink-aware",
+    "value-aware:query=both,layers=0+2",
+    "attention-norm",
+    "attention-norm:query=question,layers=0.0-1.0",
+)
 
 
-@given(tokens=sizes, documents=st.integers(1, 20), prompt=st.integers(1, 80), ratio=ratios)
-def test_at_one_rate_a_plan_is_the_counted_arithmetic(tokens, documents, prompt, ratio) -> None:
+@given(
+    tokens=sizes,
+    documents=st.integers(1, 20),
+    prompt=st.integers(1, 80),
+    question=st.integers(1, 80),
+    ratio=ratios,
+    selector=st.sampled_from(PLANNED),
+)
+def test_at_one_rate_a_plan_is_the_counted_arithmetic(
+    tokens, documents, prompt, question, ratio, selector
+) -> None:
     documents = min(documents, tokens)
     plan = Planner(SHAPE, ideal(SHAPE, RATE)).plan(
-        tokens, documents=documents, prompt=prompt, ratios=[ratio]
+        tokens,
+        documents=documents,
+        prompt=prompt,
+        question=question,
+        ratios=[ratio],
+        selector=selector,
     )
     (forecast,) = plan.forecasts
     assert plan.prefill == pytest.approx(prefill_cost(SHAPE, tokens + prompt).flops / RATE)
-    layers = default_layers(SHAPE.num_layers)
-    scored = scoring_cost(SHAPE, prompt, tokens, layers).flops / RATE
-    assert forecast.select == pytest.approx(0 if ratio in (0, 1) else scored)
+    rule: Any = resolve(selector)
+    lengths = {"prompt": [prompt], "question": [question], "both": [prompt, question]}
+    layers = rule.layers.within(SHAPE.num_layers)
+    scored = sum(scoring_cost(SHAPE, n, tokens, layers).flops for n in lengths[rule.query])
+    scored = 0 if ratio in (0, 1) else scored
+    assert forecast.select == pytest.approx(scored / RATE)
     first = tokens // documents
     # Rows spread evenly behind the first document.
     spread = first + (torch.arange(forecast.rows) + 0.5) / max(forecast.rows, 1) * (tokens - first)
     counted = recompute_cost(SHAPE, spread, tokens, prompt).flops / RATE
     assert forecast.recompute == pytest.approx(counted, rel=1e-6)
     assert forecast.hot == pytest.approx(forecast.stitch + forecast.select + forecast.recompute)
+
+
+@pytest.mark.parametrize("selector", PLANNED)
+def test_a_plan_counts_what_the_selector_reports(selector: str) -> None:
+    model = tiny_model("qwen3", num_layers=6)
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9, 10, 11]], prefix=[1])
+        cache = ifkv.stitch(model, documents)
+        request = Request([20, 21, 22, 23], [20, 21])
+        cost = resolve(selector).select(model, cache, request, 0.3).cost
+    rates = dataclasses.replace(ideal(SHAPE, RATE), value_bytes=10.0)
+    planner = Planner(SHAPE, rates)
+    plan = planner.plan(8, documents=2, prompt=4, question=2, ratios=[0.3], selector=selector)
+    values = resolve(selector).further_cost(SHAPE, 2, 8, resolve(selector).layers.within(6)).bytes
+    passes = 2 if "both" in selector else 1
+    assert plan.forecasts[0].select == pytest.approx(cost.flops / RATE + passes * values / 10)
+
+
+def test_taking_the_size_of_values_takes_its_time() -> None:
+    planner = Planner(SHAPE, machine(ROWS_COST.layer, value_bytes=100.0))
+    seconds = [
+        planner.plan(100, documents=4, prompt=5, ratios=[0.3], selector=rule).forecasts[0].select
+        for rule in ("attention-norm:layers=0+1", "value-aware:layers=0+1")
+    ]
+    assert seconds[1] - seconds[0] == pytest.approx(2 * 100 * SHAPE.row_bytes / 100)
 
 
 @given(
@@ -173,7 +223,10 @@ def test_loading_comes_on_top() -> None:
         ({"ratios": [float("nan")]}, "ratio is nan"),
         ({"speedup": 0}, "speedup is 0"),
         ({"speedup": float("nan")}, "speedup is nan"),
-        ({"layers": [99]}, "99"),
+        ({"question": 0}, "question is 0"),
+        ({"selector": "sink-aware:layers=99"}, "99"),
+        ({"selector": "epic"}, "with selector='epic': .* not predicted"),
+        ({"selector": "attention-norm:geometry=hl-hp"}, "not predicted"),
     ],
 )
 def test_bad_requests_are_refused(changed, words) -> None:

@@ -19,6 +19,7 @@ from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
+LOOKING = "value-aware:layers=0.0-1.0,query=question"
 QUESTION = "Which colour is the door?"
 
 
@@ -87,7 +88,7 @@ def test_comparing_what_no_plan_is_made_of_is_refused_first(
     session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "context_ids", None)
-    with pytest.raises(InvalidInputError, match=r"ratio is 'auto', but what reorder=True"):
+    with pytest.raises(InvalidInputError, match=r"ratio='auto'.* with reorder=True"):
         compare(session, QUESTION, ratios=("auto",), reorder=True)
 
 
@@ -264,13 +265,36 @@ def test_every_selector_by_name_meets_both_ends(session: ifkv.Session, name: str
     assert (answer.selector, answer.selection_cost) == (name, between.selection_cost)
 
 
-def test_the_default_selector_is_score_and_select(session: ifkv.Session) -> None:
-    ready = session.prepare(QUESTION, layers=[-1])
+def test_attention_norm_is_score_and_select(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, layers=[-1], selector="attention-norm")
     cache = ifkv.stitch(session.model, [session.store.get(key) for key in session.keys])
     scores = ifkv.score(session.model, cache, ready.prompt_ids, layers=[-1])
     assert torch.equal(ready.slots, ifkv.select(cache, scores))
     assert ready.scores is not None
     assert torch.equal(ready.scores, scores)
+
+
+def test_layers_are_those_of_the_default_selector(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, layers=[-2, -1])
+    assert ready.selector == f"{ifkv.selectors.DEFAULT_SELECTOR}:layers=-2+-1"
+    named = session.prepare(QUESTION, selector=ready.selector)
+    assert torch.equal(ready.slots, named.slots)
+
+
+def test_an_answer_tells_what_the_question_looks_at(session: ifkv.Session) -> None:
+    """The default selector's scores raise beginnings; what is shown to people does not."""
+    answer = session.ask(QUESTION, ratio=0.3, max_new_tokens=1)
+    plain = session.ask(QUESTION, ratio=0.3, max_new_tokens=1, selector=LOOKING)
+    assert answer.attention is not None
+    assert plain.scores is not None
+    assert torch.equal(answer.attention, plain.scores)
+    assert not torch.equal(answer.attention, answer.scores)
+    (turn,) = [session.conversation().ask(QUESTION, ratio=0.3, max_new_tokens=1)]
+    (many,) = session.ask_many([QUESTION], ratio=0.3, max_new_tokens=1)
+    for other in (turn, many):
+        assert_close(other.attention, answer.attention, what="attention")
+    assert session.ask(QUESTION, selector="epic", max_new_tokens=1).attention is None
+    assert session.ask(QUESTION, ratio=0, max_new_tokens=1).attention is None
 
 
 def test_selectors_see_question_documents_and_order(session: ifkv.Session) -> None:
@@ -286,8 +310,10 @@ def test_selectors_see_question_documents_and_order(session: ifkv.Session) -> No
 
 
 def test_selectors_and_layers_that_do_not_fit_are_refused(session: ifkv.Session) -> None:
-    with pytest.raises(InvalidInputError, match=r"layers=.* is for attention-norm"):
+    with pytest.raises(InvalidInputError, match="selector epic has no scoring layers"):
         session.prepare(QUESTION, selector="epic", layers=[1])
+    with pytest.raises(InvalidInputError, match="selector value-aware:layers=0 names its own"):
+        session.prepare(QUESTION, selector="value-aware:layers=0", layers=[1])
     with pytest.raises(InvalidInputError, match="choose one of"):
         session.ask(QUESTION, selector="best")
 
@@ -305,7 +331,7 @@ def test_a_sessions_selector_is_that_of_requests_which_name_none() -> None:
     ]
     assert found == ["epic:by=tokens"] * len(found)
     assert session.prepare(QUESTION, selector="recency").selector == "recency"
-    with pytest.raises(InvalidInputError, match="selector is epic:by=tokens; give its layers"):
+    with pytest.raises(InvalidInputError, match="selector epic:by=tokens has no scoring layers"):
         session.prepare(QUESTION, layers=[1])
 
 
@@ -313,7 +339,7 @@ def test_a_sessions_selector_is_that_of_requests_which_name_none() -> None:
     ("options", "message"),
     [
         ({"selector": "best"}, "choose one of"),
-        ({"selector": "epic", "ratio": "auto"}, "ratio is 'auto', but what selector='epic'"),
+        ({"selector": "epic", "ratio": "auto"}, "ratio='auto'.* with selector='epic'"),
     ],
 )
 def test_a_sessions_bad_selector_is_refused_before_the_model_is_patched(

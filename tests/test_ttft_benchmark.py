@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def benchmarks_can_be_imported():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-        for name in ("ttft", "ttft_report", "bench_models", "dense_mask", "peak_memory"):
-            sys.modules.pop(name, None)
+        for path in FOLDER.glob("*.py"):
+            sys.modules.pop(path.stem, None)
 
 
 def ours_and_dense(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, list]:
@@ -124,7 +125,13 @@ def test_a_peak_is_seen_and_what_was_there_before_is_not() -> None:
         pytest.skip("no /proc to ask")
     size = 64 << 20
     held = torch.ones(size, dtype=torch.uint8)
-    peak = peak_above(lambda: torch.ones(size, dtype=torch.uint8))
+
+    def run() -> None:
+        more = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.1)  # on a busy machine the watching thread gets its turn late
+        assert int(more[-1]) == 1
+
+    peak = peak_above(run)
     assert 0.9 * size < peak < 1.5 * size
     assert int(held[-1]) == 1
 
@@ -156,3 +163,20 @@ def test_bad_options_are_refused(
     with pytest.raises(SystemExit):
         ttft.parse([option, value])
     assert rule in capsys.readouterr().err
+
+
+def test_what_choosing_takes_is_measured_for_each_selector() -> None:
+    import choosing
+    from bench_models import load
+
+    names = ["epic", "sink-aware"]
+    rows = choosing.measure(*load("tiny", torch.float32), [256], names, 0.15, 1)
+    assert [row["selector"] for row in rows] == names
+    nothing, looking = rows
+    assert nothing["choosing_flops"] == 0 < looking["choosing_flops"]
+    for row in rows:
+        assert 0 < row["choosing"] < row["request"]
+        assert row["choosing_flops"] < row["request_flops"]
+    about = dict.fromkeys(("processor", "threads", "torch", "transformers", "date"), "x")
+    found = {"about": about, "model": "m", "dtype": "d", "ratio": 0.15, "rounds": 1, "rows": rows}
+    assert choosing.markdown(found).count("| 256 |") == len(names)

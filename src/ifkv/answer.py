@@ -28,8 +28,11 @@ class Answer:
         timings: Seconds of each step before that, and of ``decode`` after it. ``load`` is what the
             store has cost: finding documents, and waiting for rows that were read in the
             background while other steps ran (copies to a GPU count to the step that waits).
-        scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: attention
-            norms, with the default selector. None if nothing had to be scored (ratio 0 or 1).
+        scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: the
+            selector's scores. None if nothing had to be scored (ratio 0 or 1).
+        attention: What the question looks at, ``[T]``, on the CPU: with the default selector,
+            the attention norms of the slots times the size of their values. None with a selector
+            that does not ask the question, and if nothing had to be scored.
         slots: Slots that were recomputed, ascending, on the CPU.
         order: For each document of the context, its index among those asked.
         context_ids: The context's tokens ``[T]``, on the CPU.
@@ -38,8 +41,8 @@ class Answer:
         first_logits: Logits of the first answered token, float32 ``[vocabulary]``, on the CPU.
         speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
             operations, with the selected rows' actual positions.
-        question: The question that was asked.
         selector: What chose the slots, as :func:`ifkv.selectors.resolve` takes it.
+        question: The question that was asked.
         selection_cost: What choosing them cost, reordering included.
         plan: What ``ratio="auto"`` was decided by; None for other ratios.
         tokenizer: The session's tokenizer, which turns the context's tokens into text again.
@@ -52,6 +55,7 @@ class Answer:
     ttft_seconds: float
     timings: dict[str, float]
     scores: Tensor | None
+    attention: Tensor | None
     slots: Tensor
     order: list[int]
     context_ids: Tensor
@@ -59,8 +63,8 @@ class Answer:
     prompt_ids: Tensor
     first_logits: Tensor
     speedup_bound: float
+    selector: str
     question: str = ""
-    selector: str = "attention-norm"
     selection_cost: Cost = NO_COST
     plan: Plan | None = None
     tokenizer: Any = None
@@ -121,6 +125,7 @@ class Prepared:
         prompt_ids: The prompt's tokens.
         logits: Logits of the first answered token, ``[vocabulary]``.
         scores: As in :class:`Answer`, on the model's device.
+        attention: As in :class:`Answer`, on the model's device.
         slots: As in :class:`Answer`, on the model's device.
         timings: Seconds of each step.
         ttft_seconds: As in :class:`Answer`.
@@ -135,11 +140,12 @@ class Prepared:
     prompt_ids: list[int] = dataclasses.field(repr=False)
     logits: Tensor = dataclasses.field(repr=False)
     scores: Tensor | None = dataclasses.field(repr=False)
+    attention: Tensor | None = dataclasses.field(repr=False)
     slots: Tensor = dataclasses.field(repr=False)
     timings: dict[str, float]
     ttft_seconds: float
     speedup_bound: float
+    selector: str
     question: str = ""
-    selector: str = "attention-norm"
     selection_cost: Cost = NO_COST
     plan: Plan | None = None

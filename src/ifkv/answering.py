@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from ifkv.answer import Answer, Prepared
 from ifkv.errors import InvalidInputError
 from ifkv.generation import check_generate_kwargs, run_generate, setting
-from ifkv.selectors import AttentionNorm, Layers, Selector, resolve
+from ifkv.selectors import Layers, Selector, resolve
 from ifkv.streaming import text_streamer
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def answer_of(tokenizer: Any, ready: Prepared, token_ids: Tensor, decode_seconds
         ttft_seconds=ready.ttft_seconds,
         timings={**ready.timings, "decode": decode_seconds},
         scores=None if ready.scores is None else ready.scores.cpu(),
+        attention=None if ready.attention is None else ready.attention.cpu(),
         slots=ready.slots.cpu(),
         order=ready.cache.order,
         context_ids=ready.cache.token_ids.cpu(),
@@ -112,18 +114,26 @@ def chosen_selector(
     """A request's selector: the session's if it gives none, with its layers if it gives some.
 
     Raises:
-        InvalidInputError: There is no such selector, or layers come with another than
-            ``attention-norm`` as it is.
+        InvalidInputError: There is no such selector, or layers come with one that has no scoring
+            layers or names its own.
     """
     rule = session.selector if selector is None else resolve(selector)
     if layers is None:
         return rule
-    if rule != AttentionNorm():
+    found: Any = rule
+    options: tuple[Any, ...] = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+    usual = {option.name: option.default for option in options}.get("layers")
+    if not isinstance(usual, Layers):
         raise InvalidInputError(
-            f"layers={layers!r} is for attention-norm, but the selector is {rule}; give its layers "
-            "as an option, for example 'attention-norm:layers=22+23'."
+            f"layers={layers!r} is given, but the selector {rule} has no scoring layers; leave "
+            "them out."
         )
-    return AttentionNorm(layers=Layers.of(layers))
+    if found.layers != usual:
+        raise InvalidInputError(
+            f"layers={layers!r} is given, but the selector {rule} names its own; give them once."
+        )
+    changed: Selector = dataclasses.replace(found, layers=Layers.of(layers))
+    return changed
 
 
 def check_answer_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ifkv.errors import InvalidInputError
-from ifkv.selectors import AttentionNorm, Budget, Selector
+from ifkv.plannable import check_plannable
+from ifkv.selectors import Budget, Selector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,25 +17,7 @@ if TYPE_CHECKING:
     from ifkv.planning import Plan, Planner
 
 Ratio = float | Budget | Literal["auto"]
-Chooser = Callable[["Sequence[DocumentCache]", int], "tuple[Budget, Plan | None]"]
-
-
-def check_plannable(selector: Selector, *, reorder: bool) -> AttentionNorm:
-    """Refuse requests whose time to first token plans know nothing of.
-
-    Returns:
-        The selector.
-
-    Raises:
-        InvalidInputError: Documents are reordered, or the selector is not ``attention-norm``.
-    """
-    if not reorder and isinstance(selector, AttentionNorm):
-        return selector
-    found = "reorder=True" if reorder else f"selector={str(selector)!r}"
-    raise InvalidInputError(
-        f"ratio is 'auto', but what {found} takes is not predicted; give a ratio between 0 "
-        "and 1, or leave out both reorder and selector."
-    )
+Chooser = Callable[["Sequence[DocumentCache]", int, int], "tuple[Budget, Plan | None]"]
 
 
 class Ratios:
@@ -80,7 +63,7 @@ class Ratios:
         return Budget.of(given)
 
     def chooser(self, ratio: Ratio | None, selector: Selector, *, reorder: bool) -> Chooser:
-        """What turns a request's documents and number of prompt tokens into its budget.
+        """What turns a request's documents, prompt tokens and question tokens into its budget.
 
         For ``"auto"`` the machine is measured here if it has to be, before the request's clock
         starts. A plan that recommends plain prefill becomes a ratio of 1, which equals it.
@@ -91,17 +74,19 @@ class Ratios:
         given = self._default if ratio is None else ratio
         if given != "auto":
             budget = Budget.of(given)
-            return lambda documents, prompt: (budget, None)
-        rule = check_plannable(selector, reorder=reorder)
+            return lambda documents, prompt, question: (budget, None)
+        check_plannable(selector, reorder=reorder)
         planner = self._planned()
-        layers = rule.layers.within(planner.shape.num_layers)
 
-        def choose(documents: Sequence[DocumentCache], prompt: int) -> tuple[Budget, Plan]:
+        def choose(
+            documents: Sequence[DocumentCache], prompt: int, question: int
+        ) -> tuple[Budget, Plan]:
             plan = planner.plan(
                 len(documents[0].prefix_ids) + sum(len(each.token_ids) for each in documents),
                 documents=len(documents),
                 prompt=prompt,
-                layers=layers,
+                question=question,
+                selector=selector,
             )
             return Budget(ratio=1.0 if plan.ratio is None else plan.ratio), plan
 

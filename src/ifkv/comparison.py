@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.answering import pad_token_id
-from ifkv.auto import check_plannable
+from ifkv.plannable import check_plannable
 from ifkv.selectors import DEFAULT_SELECTOR, Budget, resolve
 from ifkv.upstream import cache_keyword
 

@@ -14,7 +14,7 @@ class Forecast:
         ratio: The recompute ratio.
         rows: Tokens that are recomputed.
         stitch: Stitching the documents.
-        select: Scoring and selecting, with the default selector.
+        select: Choosing the tokens.
         recompute: Selected rows and the prompt, up to the first token's logits.
         hot: Time to first token with the documents in memory: the three together.
         warm: The same from a store on the disk, out of the system's page cache; None if the disk

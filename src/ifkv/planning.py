@@ -23,12 +23,13 @@ import torch
 from ifkv.calibration import Rates, rates_for
 from ifkv.checks import check_positive
 from ifkv.config_shape import shape_of_config
-from ifkv.cost import ModelShape, causal_pairs, speedup_bound, spread_pairs
+from ifkv.cost import ModelShape, causal_pairs, scoring_cost, speedup_bound, spread_pairs
 from ifkv.doubts import doubt_about
 from ifkv.errors import CalibrationWarning, InvalidInputError
 from ifkv.forecasts import Forecast, Plan, choose
-from ifkv.scoring import chosen_layers
+from ifkv.plannable import check_plannable
 from ifkv.selection import budget
+from ifkv.selectors import DEFAULT_SELECTOR, QueryRanked, Selector, resolve
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,7 +63,8 @@ class Planner:
         >>> from ifkv.testing import tiny_model
         >>> flat = Grid((1.0,), (1.0,), ((1e9,),))
         >>> rates = Rates("2026-01-01", Curve((1.0,), (1e-3,)), flat, flat, flat, flat,
-        ...               weight_bytes=1e9, stitch_bytes=1e9, stitch_document=0.0, host_bytes=None)
+        ...               value_bytes=1e9, weight_bytes=1e9, stitch_bytes=1e9, stitch_document=0.0,
+        ...               host_bytes=None)
         >>> plan = Planner(ModelShape.of(tiny_model()), rates).plan(1000, documents=4, prompt=20)
         >>> plan.ratio, plan.reason
         (0.3, 'the largest of these ratios predicted to be 2 times as soon as plain prefill')
@@ -80,8 +82,9 @@ class Planner:
         *,
         documents: int,
         prompt: int,
+        question: int | None = None,
         ratios: Sequence[float] = RATIOS,
-        layers: Sequence[int] | None = None,
+        selector: str | Selector = DEFAULT_SELECTOR,
         speedup: float = SPEEDUP,
     ) -> Plan:
         """Predict a request's times and choose among the ratios.
@@ -93,15 +96,23 @@ class Planner:
             tokens: Tokens of the context, the prefix among them.
             documents: How many documents it has; they count as equally long.
             prompt: Tokens of the prompt.
+            question: Tokens of the bare question, where it is what scores; the prompt's if None.
             ratios: What to choose among.
-            layers: Scoring layers, as in :func:`ifkv.score`.
+            selector: What chooses the tokens, as in :meth:`ifkv.Session.ask`.
             speedup: How many times as soon as plain prefill a ratio should be.
 
         Raises:
             InvalidInputError: A number that is not positive, more documents than tokens, a ratio
-                outside [0, 1] or none at all, or more tokens than the model has positions.
+                outside [0, 1] or none at all, more tokens than the model has positions, or a
+                selector whose time is not predicted.
         """
-        for what, value in (("tokens", tokens), ("documents", documents), ("prompt", prompt)):
+        question = prompt if question is None else question
+        for what, value in (
+            ("tokens", tokens),
+            ("documents", documents),
+            ("prompt", prompt),
+            ("question", question),
+        ):
             check_positive(value, what)
         if documents > tokens:
             raise InvalidInputError(
@@ -116,10 +127,11 @@ class Planner:
             raise InvalidInputError(f"speedup is {speedup!r}, but must be a number above 0.")
         if not ratios:
             raise InvalidInputError("there are no ratios to choose among; give at least one.")
-        scoring = chosen_layers(self.shape.num_layers, layers)
+        rule = check_plannable(resolve(selector))
+        seconds, flops = self._choosing(tokens, prompt, question, rule)
         prefill = self._prefill(tokens + prompt)
         forecasts = tuple(
-            self._forecast(tokens, documents, prompt, ratio, scoring)
+            self._forecast(tokens, documents, prompt, ratio, seconds, flops)
             for ratio in sorted(set(ratios))
         )
         ratio, reason = choose(prefill, forecasts, speedup)
@@ -138,7 +150,13 @@ class Planner:
         return shape.num_layers * layer + self._head()
 
     def _forecast(
-        self, tokens: int, documents: int, prompt: int, ratio: float, scoring: list[int]
+        self,
+        tokens: int,
+        documents: int,
+        prompt: int,
+        ratio: float,
+        choosing: float,
+        choosing_flops: float,
     ) -> Forecast:
         shape, rates = self.shape, self.rates
         first = tokens // documents  # is exact already, and never selected
@@ -148,10 +166,10 @@ class Planner:
         stitch = nbytes / rates.stitch_bytes + documents * rates.stitch_document
         if rates.host_bytes is not None:
             stitch += nbytes / rates.host_bytes
-        # A budget of nothing or of everything needs no scores.
-        select = 0.0 if ratio in (0, 1) else self._scoring(tokens, prompt, scoring)
+        if ratio in (0, 1):  # a budget of nothing or of everything needs no scores
+            choosing = choosing_flops = 0.0
         recompute = self._recompute(tokens, rows, prompt, position)
-        hot = stitch + select + recompute
+        hot = stitch + choosing + recompute
         warm, cold = (
             None if speed is None else hot + nbytes / speed + documents * rates.open_document
             for speed in (rates.warm_bytes, rates.cold_bytes)
@@ -161,18 +179,32 @@ class Planner:
             context_length=tokens,
             query_length=prompt,
             ratio=rows / tokens,
-            scoring_layers=max(scoring) + 1 if select else 0,
             position=position,
+            selection_flops=choosing_flops,
         )
-        return Forecast(ratio, rows, stitch, select, recompute, hot, warm, cold, bound)
+        return Forecast(ratio, rows, stitch, choosing, recompute, hot, warm, cold, bound)
 
-    def _scoring(self, tokens: int, prompt: int, layers: list[int]) -> float:
+    def _choosing(
+        self, tokens: int, prompt: int, question: int, rule: QueryRanked
+    ) -> tuple[float, float]:
+        """Seconds and operations of a selector."""
+        shape, layers = self.shape, rule.layers.within(self.shape.num_layers)
+        lengths = {"prompt": [prompt], "question": [question], "both": [prompt, question]}
+        seconds = flops = 0.0
+        for length in lengths[rule.query]:
+            further = rule.further_cost(shape, length, tokens, layers)
+            seconds += self._scoring(tokens, length, layers)
+            seconds += further.bytes / self.rates.value_bytes
+            flops += (scoring_cost(shape, length, tokens, layers) + further).flops
+        return seconds, flops
+
+    def _scoring(self, tokens: int, query: int, layers: list[int]) -> float:
         shape, rates = self.shape, self.rates
         wide = shape.attention_width
-        attention = 4 * wide * causal_pairs(tokens, prompt)
-        attention /= rates.query_attention.at(tokens, prompt)
-        norms = 2 * wide * prompt * tokens / rates.norms.at(tokens, prompt)
-        through = rates.layer.at(prompt)
+        attention = 4 * wide * causal_pairs(tokens, query)
+        attention /= rates.query_attention.at(tokens, query)
+        norms = 2 * wide * query * tokens / rates.norms.at(tokens, query)
+        through = rates.layer.at(query)
         # The deepest layer runs without its MLP.
         return (
             max(layers) * (through + attention)

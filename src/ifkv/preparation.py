@@ -176,6 +176,7 @@ def finished(
         prompt_ids=prompt_ids,
         logits=logits,
         scores=selection.scores,
+        attention=selection.attention,
         slots=selection.slots,
         timings=dict(timed.timings),
         ttft_seconds=timed.seconds,

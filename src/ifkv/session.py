@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.answering import check_answer_kwargs, chosen_selector, complete
-from ifkv.auto import Ratio, Ratios, check_plannable
+from ifkv.auto import Ratio, Ratios
 from ifkv.checks import check_positive, token_tensor
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
 from ifkv.patching import handle_of, patch
+from ifkv.plannable import check_plannable
 from ifkv.preparation import Stopwatch, prepare
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
 from ifkv.splitting import at_most
@@ -178,7 +179,7 @@ class Session:
         """Answer a question over documents.
 
         Args:
-            question: The question. Unless told otherwise, the whole prompt it becomes is scored.
+            question: The question, by which the default selector chooses.
             documents: Keys of the documents to use, in order; all that this session added if None.
             ratio: Recompute ratio. 0 answers from the stitched documents as they are; 1 recomputes
                 everything that is not exact already and equals a full prefill. Or a
@@ -191,8 +192,8 @@ class Session:
             stream: True prints the answer as it comes; a function is called with each piece.
             selector: What chooses the tokens to recompute: a name, with options behind a colon, or
                 a selector; see :mod:`ifkv.selectors`. The session's if None.
-            layers: Scoring layers, as in :func:`ifkv.score`, of ``attention-norm`` and of
-                reordering; other selectors have them among their options.
+            layers: Scoring layers, as in :func:`ifkv.score`, of reordering and of a selector that
+                has some and does not name them itself.
             **generate_kwargs: For ``model.generate()``; greedy decoding by default.
 
         Returns:
@@ -305,12 +306,12 @@ class Session:
         rule = chosen_selector(self, selector, layers)
         choose = self._ratios.chooser(ratio, rule, reorder=reorder)
         timed = Stopwatch(self.model)
-        prompt = self.format.prompt_ids(question)
+        prompt, bare = self.format.prompt_ids(question), self.format.encode(question)
         run = functools.partial(
             prepare,
             self.model,
             prompt_ids=prompt,
-            question_ids=self.format.encode(question),
+            question_ids=bare,
             timed=timed,
             reorder=reorder,
             selector=rule,
@@ -321,7 +322,7 @@ class Session:
         with timed("load"):
             # Reordering reads documents twice, so then they are read whole.
             chosen = self._library.get(documents, lazy=not reorder)
-        budget, plan = choose(chosen, len(prompt))
+        budget, plan = choose(chosen, len(prompt), len(bare))
         try:
             ready = run(chosen, budget=budget)
         except StoreCorruptionError as error:  # found on the way, in rows that were just read

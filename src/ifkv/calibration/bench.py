@@ -14,6 +14,7 @@ from ifkv.cost import ModelShape
 from ifkv.documents import DocumentCache
 from ifkv.forward import run_layers
 from ifkv.patching import handle_of
+from ifkv.selectors.value_aware import value_sizes
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
@@ -155,6 +156,11 @@ class Bench:
         ids = torch.randint(0, VOCABULARY, (tokens,), generator=self._generator)
         identity = self.handle.fingerprints.of(self.model)
         return DocumentCache(ids, nothing, self.random(*size), self.random(*size), identity)
+
+    def value_sizes(self, tokens: int) -> tuple[Callable[[], object], int]:
+        """Sizes of the values of a context; and the values' bytes."""
+        values = self.kv(tokens)
+        return lambda: value_sizes(values), values.nbytes
 
     def head(self) -> tuple[Callable[[], object], int]:
         """One row and a large matrix; and the matrix's bytes."""

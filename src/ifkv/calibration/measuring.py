@@ -105,7 +105,8 @@ def measure(
         few, stitched_bytes = bench.stitching(1, tokens)
         many, _ = bench.stitching(STITCHED_DOCUMENTS, tokens)
         head, head_bytes = bench.head()
-        single = [Probe(few), Probe(many), Probe(head)]
+        sizes, value_bytes = bench.value_sizes(tokens)
+        single = [Probe(few), Probe(many), Probe(head), Probe(sizes)]
         host_bytes = 0
         if device.type != "cpu":
             copying, host_bytes = bench.to_device()
@@ -148,10 +149,11 @@ def measure(
         ),
         query_attention=_over_queries(asked, 0, lambda t, q: 4 * width * causal_pairs(t, q)),
         norms=_over_queries(asked, 1, lambda t, q: 2.0 * width * t * q),
+        value_bytes=value_bytes / single[3].seconds,
         weight_bytes=head_bytes / single[2].seconds,
         stitch_bytes=stitched_bytes / one,
         stitch_document=max(0.0, (several - one) / (STITCHED_DOCUMENTS - 1)),
-        host_bytes=host_bytes / single[3].seconds if host_bytes else None,
+        host_bytes=host_bytes / single[4].seconds if host_bytes else None,
         warm_bytes=max((warm for warm, _, _ in found), default=None),
         cold_bytes=max((cold for _, cold, _ in found), default=None),
         open_document=min((opening for _, _, opening in found), default=0.0),

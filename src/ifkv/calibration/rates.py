@@ -9,7 +9,7 @@ from typing import Any
 from ifkv.calibration.curves import Curve, Grid
 
 # Of the file; raise it when what is measured changes its meaning.
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Rates:
             tiles compute in vain lowers the rate.
         query_attention: Query tokens over a context: over slots and query tokens.
         norms: Attention norms: over slots and query tokens.
+        value_bytes: Bytes of values per second, whose sizes are taken.
         weight_bytes: Bytes of weights per second where one row meets a large matrix.
         stitch_bytes: Bytes of keys and values per second, read, rotated and written.
         stitch_document: Seconds that every document adds to stitching.
@@ -46,6 +47,7 @@ class Rates:
     rows_attention: Grid
     query_attention: Grid
     norms: Grid
+    value_bytes: float
     weight_bytes: float
     stitch_bytes: float
     stitch_document: float
@@ -83,6 +85,7 @@ class Rates:
             rows_attention=_grid(found["rows_attention"]),
             query_attention=_grid(found["query_attention"]),
             norms=_grid(found["norms"]),
+            value_bytes=_positive(found["value_bytes"]),
             weight_bytes=_positive(found["weight_bytes"]),
             stitch_bytes=_positive(found["stitch_bytes"]),
             stitch_document=_number(found["stitch_document"]),

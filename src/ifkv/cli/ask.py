@@ -55,7 +55,7 @@ def ask(
         typer.Option(
             help="What chooses the tokens to recompute, such as epic or cacheblend:deviation=kv."
         ),
-    ] = "attention-norm",
+    ] = "sink-aware",
     imports: Imports = None,
     split: Split = None,
     compare: Annotated[
@@ -92,7 +92,6 @@ def ask(
     from rich.console import Console
     from rich.markup import escape
 
-    from ifkv.auto import check_plannable
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.cutting import check_request, cut
     from ifkv.cli.interrupting import documents_kept, interruptible
@@ -100,6 +99,7 @@ def ask(
     from ifkv.cli.places import check_page
     from ifkv.cli.reading import read_texts
     from ifkv.float8 import FLOAT8, check_kv_dtype
+    from ifkv.plannable import check_plannable
     from ifkv.selectors import resolve
     from ifkv.session import Session
     from ifkv.store import MemoryStore, session_store

@@ -32,7 +32,7 @@ def answer_questions(
     expected: Sequence[str] | None,
     ratio: float | Literal["auto"],
     reorder: bool,
-    selector: str = "attention-norm",
+    selector: str | None = None,
     max_new_tokens: int,
     html: Path | None,
 ) -> None:
@@ -48,7 +48,7 @@ def answer_questions(
         expected: Words that a right answer holds, one per question, if known.
         ratio: Recompute ratio, or ``"auto"`` to have it planned.
         reorder: Whether to reorder documents.
-        selector: What chooses the tokens to recompute.
+        selector: What chooses the tokens to recompute; the session's if None.
         max_new_tokens: Length of an answer.
         html: Where to write the picture, if anywhere.
     """
@@ -140,7 +140,7 @@ def stream_answer(
     *,
     ratio: float | Literal["auto"],
     reorder: bool,
-    selector: str = "attention-norm",
+    selector: str | None = None,
     max_new_tokens: int,
     titles: Sequence[str],
     html: Path | None,

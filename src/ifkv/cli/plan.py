@@ -28,6 +28,14 @@ def plan(
     query: Annotated[
         int, typer.Option(help="Tokens of the prompt: the question, in its chat template.", min=1)
     ] = 32,
+    question: Annotated[
+        int, typer.Option(help="Tokens of the bare question, which the selector looks by.", min=1)
+    ] = 16,
+    selector: Annotated[
+        str,
+        typer.Option(help="What chooses the tokens: sink-aware, sensitivity-aware, value-aware or "
+            "attention-norm, with options behind a colon."),
+    ] = "sink-aware",
     ratio: Annotated[
         list[float] | None,
         typer.Option(
@@ -74,10 +82,13 @@ def plan(
 
     from ifkv.cli.loading import DTYPES, check_device, load_config
     from ifkv.errors import CalibrationWarning, InvalidInputError
+    from ifkv.plannable import check_plannable
     from ifkv.planning import RATIOS, planner_for
+    from ifkv.selectors import resolve
 
     if dtype not in DTYPES:
         raise InvalidInputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    rule = check_plannable(resolve(selector))
     console = Console()
     config = load_config(model)
     check_device(device)
@@ -88,7 +99,13 @@ def plan(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # is said below, behind the table
         made = planner.plan(
-            tokens, documents=documents, prompt=query, ratios=ratio or RATIOS, speedup=speedup
+            tokens,
+            documents=documents,
+            prompt=query,
+            question=question,
+            ratios=ratio or RATIOS,
+            selector=rule,
+            speedup=speedup,
         )
     name = Path(model).resolve().name if Path(model).is_dir() else model
     table = Table(

@@ -49,7 +49,8 @@ class Report:
     Attributes:
         question: The question.
         token_texts: Text of each slot ``[T]``; together they are the decoded context.
-        scores: What each slot was chosen by ``[T]``, not negative: by default its attention norm.
+        scores: What is shown of each slot ``[T]``, not negative: what the question looks at, or
+            what it was chosen by.
         recomputed: Slots that were recomputed.
         document_slices: Slots of each document, in the cache's order.
         prefix_length: Slots before the first document, P.
@@ -134,8 +135,8 @@ class Report:
             texts += token_pieces(tokenizer, ids[len(texts) : part.start])
             texts += token_pieces(tokenizer, ids[part])
         texts += token_pieces(tokenizer, ids[len(texts) :])
-        scores = [1.0] * len(ids) if answer.scores is None else answer.scores.tolist()
-        by_attention = answer.selector.partition(":")[0] in ("attention-norm", "two-round")
+        shown = answer.scores if answer.attention is None else answer.attention
+        scores = [1.0] * len(ids) if shown is None else shown.tolist()
         return cls(
             question=question,
             token_texts=texts,
@@ -150,6 +151,6 @@ class Report:
             timings=dict(answer.timings),
             ttft_seconds=answer.ttft_seconds,
             bound=answer.speedup_bound,
-            measure="attention" if by_attention else "score",
-            scored=answer.scores is not None,
+            measure="score" if answer.attention is None else "attention",
+            scored=shown is not None,
         )

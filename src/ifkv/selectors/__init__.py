@@ -27,6 +27,7 @@ from ifkv.selectors.query_ranked import QueryRanked
 from ifkv.selectors.recency import Recency
 from ifkv.selectors.registry import DEFAULT_SELECTOR, names, register, resolve, selector_class
 from ifkv.selectors.schedule import layer_depths
+from ifkv.selectors.sensitivity_aware import SensitivityAware
 from ifkv.selectors.sink_aware import SinkAware
 from ifkv.selectors.two_round import TwoRound
 from ifkv.selectors.value_aware import ValueAware
@@ -50,6 +51,7 @@ __all__ = [
     "Request",
     "Selection",
     "Selector",
+    "SensitivityAware",
     "SinkAware",
     "TwoRound",
     "ValueAware",

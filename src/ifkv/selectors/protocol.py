@@ -50,11 +50,14 @@ class Selection:
         slots: Long ``[k]``, ascending, none of them in prefix or first document.
         scores: What it was chosen by, float ``[T]``; None if nothing had to be scored.
         cost: What choosing cost, the recomputation of the chosen slots not included.
+        attention: What the query looks at, float ``[T]``, for people and pictures; None from a
+            rule that does not ask it, and if nothing had to be scored.
     """
 
     slots: Tensor
-    scores: Tensor | None
+    scores: Tensor | None = dataclasses.field(repr=False)
     cost: Cost
+    attention: Tensor | None = dataclasses.field(default=None, repr=False)
 
 
 class Selector(ABC):

@@ -13,7 +13,8 @@ from ifkv.cost import Cost, ModelShape, scoring_cost
 from ifkv.scoring import Scoring, run_scorings
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers
-from ifkv.selectors.protocol import Ranked, Request, Selection
+from ifkv.selectors.protocol import Ranked, Request, Selection, without_scores
+from ifkv.stitched_cache import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class QueryRanked(Ranked):
         """Makes ``[T]`` of one pass's ``[layers, T]``; the mean by default."""
         return per_layer.mean(dim=0)
 
-    def settle(self, cache: StitchedCache, scores: Tensor) -> Tensor:
+    def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """The final scores of the sum over passes, float32 ``[T]``; the same by default."""
         return scores
 
@@ -67,15 +68,16 @@ class QueryRanked(Ranked):
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
         """See :meth:`Ranked.rank`."""
-        return self.rank_many(model, [cache], [request])[0]
+        seen, cost = self._look(model, [cache], [request])[0]
+        return self.settle(model, cache, seen), cost
 
-    def rank_many(
+    def _look(
         self,
         model: PreTrainedModel,
         caches: Sequence[StitchedCache],
         requests: Sequence[Request],
     ) -> list[tuple[Tensor, Cost]]:
-        """:meth:`rank` of several requests, at least one; their queries run in one pass."""
+        """What the queries of one or several requests see, in one pass; scores not yet settled."""
         shape = ModelShape.of(model)
         layers = self.layers.within(shape.num_layers)
         jobs, costs = [], []
@@ -88,12 +90,40 @@ class QueryRanked(Ranked):
             costs.append(cost)
         measured = run_scorings(model, jobs, layers, self.measure())
         passes = len(jobs) // len(caches)
-        ranked = []
+        looks = []
         for index, cache in enumerate(caches):
             own = measured[index * passes : (index + 1) * passes]
             fused = [self.fuse(cache, torch.stack(each)).to(torch.float32) for each in own]
-            ranked.append((self.settle(cache, torch.stack(fused).sum(dim=0)), costs[index]))
-        return ranked
+            looks.append((torch.stack(fused).sum(dim=0), costs[index]))
+        return looks
+
+    def select(
+        self,
+        model: PreTrainedModel,
+        cache: StitchedCache,
+        request: Request,
+        budget: Budget | float,
+    ) -> Selection:
+        """See :meth:`Ranked.select`."""
+        check_cache(model, cache)
+        allowed = Budget.of(budget)
+        if type(self).rank is not QueryRanked.rank or without_scores(cache, allowed) is not None:
+            return super().select(model, cache, request, allowed)
+        (look,) = self._look(model, [cache], [request])
+        return self._chosen(model, cache, request, allowed, *look)
+
+    def _chosen(
+        self,
+        model: PreTrainedModel,
+        cache: StitchedCache,
+        request: Request,
+        budget: Budget,
+        seen: Tensor,
+        cost: Cost,
+    ) -> Selection:
+        scores = self.settle(model, cache, seen)
+        slots = budget.pick(cache, scores, request.groups)
+        return Selection(slots, scores, cost, seen)
 
     def select_many(
         self,
@@ -107,10 +137,10 @@ class QueryRanked(Ranked):
         own_way = (type(self).rank, type(self).select) != (QueryRanked.rank, QueryRanked.select)
         if own_way or allowed.everything or allowed.nothing or not caches:
             return super().select_many(model, caches, requests, allowed)
-        ranked = self.rank_many(model, caches, requests)
+        looks = self._look(model, caches, requests)
         return [
-            Selection(allowed.pick(cache, scores, request.groups), scores, cost)
-            for cache, request, (scores, cost) in zip(caches, requests, ranked, strict=True)
+            self._chosen(model, cache, request, allowed, *look)
+            for cache, request, look in zip(caches, requests, looks, strict=True)
         ]
 
 

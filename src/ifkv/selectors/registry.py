@@ -10,7 +10,7 @@ from ifkv.selectors.options import options_from_text
 from ifkv.selectors.protocol import Selector
 
 # What chooses slots where the caller does not say.
-DEFAULT_SELECTOR = "attention-norm"
+DEFAULT_SELECTOR = "sink-aware"
 
 _REGISTRY: dict[str, type[Selector]] = {}
 S = TypeVar("S", bound=type[Selector])
@@ -90,7 +90,7 @@ def resolve(spec: str | Selector) -> Selector:
         return spec
     if not isinstance(spec, str):
         raise InvalidInputError(
-            f"a selector is a {type(spec).__name__}; give a name, such as 'attention-norm', or a "
+            f"a selector is a {type(spec).__name__}; give a name, such as 'sink-aware', or a "
             "selector."
         )
     name, colon, text = spec.partition(":")

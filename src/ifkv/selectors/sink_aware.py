@@ -17,6 +17,8 @@ from ifkv.selectors.registry import register
 from ifkv.selectors.value_aware import ValueAware
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ifkv.stitched_cache import StitchedCache
 
 
@@ -57,16 +59,16 @@ class SinkAware(ValueAware):
         super().__post_init__()
         if self.sinks < 0:
             raise InvalidInputError(
-                f"sink-aware's option sinks is {self.sinks}, but must be 0 (value-aware alone) or "
-                "more."
+                f"{self.name}'s option sinks is {self.sinks}, but must be 0 (no share for the "
+                "beginnings) or more."
             )
         if not 0 < self.share <= 0.5:
             raise InvalidInputError(
-                f"sink-aware's option share is {self.share}, but must be above 0 and at most 0.5; "
+                f"{self.name}'s option share is {self.share}, but must be above 0 and at most 0.5; "
                 "for no sinks at all, set sinks=0."
             )
 
-    def settle(self, cache: StitchedCache, scores: Tensor) -> Tensor:
+    def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """Beginnings raised until they get their share."""
         return _raised(scores, cache, _beginnings(cache, self.sinks), self.share)
 

@@ -86,7 +86,7 @@ class TwoRound(Selector):
         smooth = allowed.smoothed(cache, scores, request.groups)
         first = top_slots(cache, smooth, int(self.share * len(whole)))
         if len(first) == 0:
-            return Selection(whole, scores, cost)
+            return Selection(whole, scores, cost, scores)
         with repaired(model, cache, first):
             scores, spent = rule.rank(model, cache, request)
         shape = ModelShape.of(model)
@@ -96,7 +96,7 @@ class TwoRound(Selector):
         left = allowed.smoothed(cache, scores, request.groups).double()
         left[first] = left.min() - 1
         rest = top_slots(cache, left, len(whole) - len(first))
-        return Selection(torch.cat((first, rest)).sort().values, scores, cost)
+        return Selection(torch.cat((first, rest)).sort().values, scores, cost, scores)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
@@ -49,8 +50,7 @@ class ValueAware(QueryRanked):
         norm = attention_norm(self.reduction)
 
         def measure(view: QueryView) -> Tensor:
-            sizes = view.context_values[0].float().abs().sum(dim=-1).mean(dim=0)
-            return norm(view) * sizes * view.value_scale
+            return norm(view) * value_sizes(view.context_values) * view.value_scale
 
         return measure
 
@@ -59,3 +59,17 @@ class ValueAware(QueryRanked):
     ) -> Cost:
         """The values, read once more."""
         return Cost(bytes=float(context_length * len(layers) * shape.row_bytes))
+
+
+def value_sizes(values: Tensor) -> Tensor:
+    """The L1 norm of each slot's values, averaged over heads.
+
+    Args:
+        values: ``[1, kv_heads, T, head_dim]``.
+
+    Returns:
+        Float32 ``[T]``.
+    """
+    # Conversions of whole tensors cost most, and 16-bit absolute values are exact as they are.
+    own = values[0].float() if values.itemsize == 1 else values[0]
+    return own.abs().sum(dim=-1, dtype=torch.float32).mean(dim=0)

@@ -1,0 +1,70 @@
+"""``sensitivity-aware``: what the query looks at, weighed by how much it depends on context."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+from ifkv.selectors.options import Layers
+from ifkv.selectors.registry import register
+from ifkv.selectors.sink_aware import SinkAware
+from ifkv.sensitivity import Sensitivities
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.stitched_cache import StitchedCache
+
+MIDDLE_LAYERS = Layers(depth=(0.2, 0.7))
+_SENSITIVITIES = Sensitivities()
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SensitivityAware(SinkAware):
+    """``sink-aware`` with scores times a power of each token's sensitivity to context.
+
+    What a stale slot costs is how much is read from it times how wrong it is. How wrong it will be
+    behind other documents can be told before there is a question: tokens that move far behind one
+    foreign text move far behind others. So the second factor, for which ``deviation-aware`` runs a
+    layer at every request and CacheBlend (2405.16444) does, too, is measured here once a document,
+    in all layers (:func:`ifkv.sensitivity.measure_sensitivities`).
+
+    Costs what ``sink-aware`` does, and two more prefills of each document when this process first
+    meets it, which are not counted as a request's; stores do not keep sensitivities yet.
+
+    Attributes:
+        power: Of the sensitivity, above 0.
+        sinks: As in ``sink-aware``.
+        share: As in ``sink-aware``.
+        layers: Scoring layers.
+        query: Which tokens score, as in ``attention-norm``.
+        reduction: As in ``value-aware``.
+    """
+
+    name: ClassVar[str] = "sensitivity-aware"
+    paper: ClassVar[str] = "our own, after CacheBlend, arXiv 2405.16444, and VATP, arXiv 2406.12335"
+    only_scores: ClassVar[bool] = True
+
+    layers: Layers = MIDDLE_LAYERS
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power <= 0:
+            raise InvalidInputError(
+                f"{self.name}'s option power is {self.power}, but must be above 0; without "
+                "sensitivities it is sink-aware."
+            )
+
+    def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
+        """Scores times sensitivities, then as ``sink-aware``; outside of documents they stay."""
+        ids, parts = cache.token_ids.cpu(), cache.document_slices
+        found = _SENSITIVITIES.of(model, ids[: parts[0].start], [ids[part] for part in parts[1:]])
+        weighed = scores.clone()
+        for part, sensitivity in zip(parts[1:], found, strict=True):
+            weighed[part] *= sensitivity.to(scores.device) ** self.power
+        return super().settle(model, cache, weighed)

@@ -1,0 +1,135 @@
+"""How far a document's values move when other text stands before it: known before any question."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import ModelShape
+from ifkv.document_cache import DocumentCache
+from ifkv.documents import prefill_documents
+from ifkv.patching import handle_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens of other text: enough to fill the place that a document alone gives to its own beginning.
+FOREIGN_TOKENS = 128
+# Documents' tokens that are remembered, 4 bytes each.
+REMEMBERED_TOKENS = 16 * 2**20
+
+
+def foreign_tokens(vocabulary: int, count: int = FOREIGN_TOKENS) -> list[int]:
+    """Token ids that mean nothing together, spread over the vocabulary.
+
+    Multiples of the golden ratio, modulo 1: the same everywhere, in no language.
+
+    >>> foreign_tokens(1000, 4)
+    [618, 236, 854, 472]
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return [int(vocabulary * (number * golden % 1)) for number in range(1, count + 1)]
+
+
+@torch.no_grad()
+def measure_sensitivities(
+    model: PreTrainedModel, prefix_ids: Sequence[int], documents: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """How far each token's values move when other text stands before its document.
+
+    A document is prefilled behind its prefix, and behind the prefix and :func:`foreign_tokens`
+    (fewer, where the model has not so many positions). With ``v`` and ``w`` what that makes of
+    token j's values in layer l, over all key heads,
+
+        s[j] = mean over l of |w_l[j] - v_l[j]| / rms over j of |v_l[j]|
+
+    with Euclidean norms.
+
+    Args:
+        model: A patched model.
+        prefix_ids: What the documents stand behind.
+        documents: Token ids of each.
+
+    Returns:
+        For each document float32 ``[n]``, on the CPU.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: A document that fills the model's positions by itself.
+    """
+    limit = handle_of(model).rope.limit
+    foreign, shared = foreign_tokens(ModelShape.of(model).vocabulary), dict[int, DocumentCache]()
+
+    def values(ids: Sequence[int], count: int) -> Tensor:
+        behind = shared.get(count, [*prefix_ids, *foreign[:count]])
+        (made,) = prefill_documents(model, [ids], prefix=behind)
+        if made.prefix is not None:
+            shared[count] = made.prefix
+        return made.values.to(torch.promote_types(made.dtype, torch.float32))
+
+    found = []
+    for ids in documents:  # one by one: of a long list, only one document's rows are in memory
+        room = limit - len(prefix_ids) - len(ids)
+        alone, moved = values(ids, 0), values(ids, max(1, min(len(foreign), room)))
+        errors = (moved - alone).square().sum(dim=(1, 3)).sqrt()
+        sizes = alone.square().sum(dim=(1, 3)).mean(dim=1, keepdim=True).sqrt()
+        relative = errors / sizes.clamp_min(torch.finfo(torch.float32).tiny)
+        found.append(relative.mean(dim=0).to("cpu", torch.float32))
+    return found
+
+
+class Sensitivities:
+    """Sensitivities of documents, measured when they are first asked for; safe to share by threads.
+
+    They are properties of documents, as keys and values are. What they cost, two more prefills of
+    a document, is no part of the requests that meet it again.
+
+    Args:
+        limit: Tokens whose sensitivities are kept; beyond it, documents that were asked for
+            longest ago are forgotten.
+    """
+
+    def __init__(self, limit: int = REMEMBERED_TOKENS):
+        self._limit = limit
+        self._known: OrderedDict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = (
+            OrderedDict()
+        )
+        self._tokens = 0
+        self._lock = threading.Lock()
+
+    def of(
+        self, model: PreTrainedModel, prefix_ids: Tensor, documents: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Sensitivities of each document's tokens, float32 ``[n]``, on the CPU.
+
+        Args:
+            model: A patched model.
+            prefix_ids: What the documents stand behind, long ``[P]``, on the CPU.
+            documents: Token ids of each, long ``[n]``, on the CPU.
+
+        Raises:
+            NotPatchedError: The model is not patched.
+            InvalidInputError: A document that fills the model's positions by itself.
+        """
+        identity = handle_of(model).fingerprints.of(model)
+        before = tuple(prefix_ids.tolist())
+        keys = [(identity, before, tuple(ids.tolist())) for ids in documents]
+        with self._lock:  # two threads that measured the same would only wait for each other
+            missing = list(dict.fromkeys(key for key in keys if key not in self._known))
+            found = {key: self._known[key] for key in keys if key not in missing}
+            made = measure_sensitivities(model, before, [ids for _, _, ids in missing])
+            for key, sensitivity in zip(missing, made, strict=True):
+                found[key] = self._known[key] = sensitivity
+                self._tokens += len(sensitivity)
+            for key in keys:
+                self._known.move_to_end(key)
+            while self._tokens > self._limit and len(self._known) > 1:
+                _, forgotten = self._known.popitem(last=False)
+                self._tokens -= len(forgotten)
+        return [found[key] for key in keys]
