@@ -185,7 +185,7 @@ def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
     arguments = ["ask", "Why?", *texts, "--model", "no/such/model", "--ratio", "auto", *flags]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, InvalidInputError)
-    assert "ratio is 'auto'" in str(result.exception)
+    assert "ratio='auto'" in str(result.exception)
 
 
 @pytest.mark.parametrize(

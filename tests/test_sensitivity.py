@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,21 @@ from torch import Tensor
 import ifkv
 from ifkv import selectors, sensitivity
 from ifkv.errors import InvalidInputError, NotPatchedError
-from ifkv.selectors import Request
-from ifkv.sensitivity import Sensitivities, foreign_tokens, measure_sensitivities
-from ifkv.store import MemoryStore
-from ifkv.testing import assert_close, shared_tiny_model, tiny_model, tiny_tokenizer
+from ifkv.selectors import Request, sensitivity_aware
+from ifkv.sensitivity import (
+    Sensitivities,
+    foreign_tokens,
+    measure_sensitivities,
+    with_sensitivities,
+)
+from ifkv.store import DiskStore, MemoryStore
+from ifkv.testing import (
+    assert_close,
+    random_document,
+    shared_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from scenario import Scenario, prepared, scenarios
 
 DOCUMENTS = [[5, 6, 7, 8], [9, 3, 5], [5, 6, 7, 8]]
@@ -46,7 +59,8 @@ def by_definition(model: Any, prefix: list[int], ids: list[int]) -> Tensor:
 def test_they_are_what_two_plain_forwards_say(family: str, prefix: list[int]) -> None:
     model = shared_tiny_model(family)
     with ifkv.patch(model):
-        found = measure_sensitivities(model, prefix, DOCUMENTS)
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=prefix)
+        found = measure_sensitivities(model, documents)
     for ids, got in zip(DOCUMENTS, found, strict=True):
         assert got.shape == (len(ids),)
         assert_close(got, by_definition(model, prefix, ids).float(), what=family, tolerance=1e-5)
@@ -65,10 +79,11 @@ def test_where_positions_are_few_the_foreign_text_is_shorter() -> None:
     model = tiny_model("llama", max_position_embeddings=40)
     long = [5] * 30
     with ifkv.patch(model):
-        (got,) = measure_sensitivities(model, [1], [long])
+        (got,) = measure_sensitivities(model, ifkv.prefill_documents(model, [long], prefix=[1]))
         assert float(got.max()) > 0
+        full = ifkv.prefill_documents(model, [[5] * 39], prefix=[1])
         with pytest.raises(InvalidInputError, match="41 positions are needed"):
-            measure_sensitivities(model, [1], [[5] * 39])
+            measure_sensitivities(model, full)
 
 
 def test_an_unpatched_model_is_refused() -> None:
@@ -81,11 +96,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The documents that were measured, in order."""
     asked: list[list[int]] = []
 
-    def measure(model: Any, prefix: Any, documents: Any) -> list[Tensor]:
-        asked.extend(list(ids) for ids in documents)
-        return [torch.tensor([float(sum(ids))] * len(ids)) for ids in documents]
+    def measure(model: Any, documents: Any) -> list[Tensor]:
+        asked.extend(document.token_ids.tolist() for document in documents)
+        return [document.token_ids.sum().float().expand(len(document)) for document in documents]
 
     monkeypatch.setattr(sensitivity, "measure_sensitivities", measure)
+    monkeypatch.setattr(sensitivity_aware, "_SENSITIVITIES", Sensitivities())
     return asked
 
 
@@ -142,28 +158,110 @@ def test_the_selector_weighs_what_is_read_by_sensitivity(s: Scenario, power: flo
     layers = "layers=0.2-0.7,query=question"
     rule: Any = selectors.resolve(f"sensitivity-aware:sinks=0,power={power}")
     plain: Any = selectors.resolve(f"value-aware:{layers}")
+    telling: Any = selectors.resolve("value-aware:query=question")
     request = Request(s.request.prompt, s.request.query)
     with prepared(s.model, s.request) as bench:
         cache = bench.stitch(s.order)
         norms, cost = plain.rank(s.model, cache, request)
         got, spent = rule.rank(s.model, cache, request)
         want = norms.clone()
+        measured = measure_sensitivities(s.model, bench.documents)
         for part, index in list(zip(cache.document_slices, s.order, strict=True))[1:]:
-            (moved,) = measure_sensitivities(
-                s.model, s.request.prefix, [s.request.documents[index]]
-            )
-            want[part] *= moved**power
+            want[part] *= measured[index] ** power
+        shown, _ = telling.rank(s.model, cache, request)
         selection = selectors.SensitivityAware(power=power).select(s.model, cache, request, 0.3)
     assert spent == cost
     assert torch.equal(got, want)
     assert selection.attention is not None
-    assert torch.equal(selection.attention, norms), "what is shown to people is not weighed"
+    assert torch.equal(selection.attention, shown), "what people are shown is not weighed"
+
+
+def make_session(store: Any, **options: Any) -> ifkv.Session:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    return ifkv.Session(model, tokenizer, store=store, **options)
+
+
+@pytest.mark.parametrize("codec", ["exact", "fp8"])
+def test_a_session_that_goes_by_them_measures_them_once_and_for_good(
+    tmp_path: Path, measured: list[list[int]], codec: str
+) -> None:
+    texts = ["The lamp is red and old.", "The door is green.", "It rains in the valley."]
+    with DiskStore(tmp_path, codec=codec) as store:
+        first = make_session(store, selector="sensitivity-aware")
+        keys = first.add(texts)
+        assert len(measured) == 3
+        assert all(store.get(key, lazy=True).sensitivity is not None for key in keys)
+        answer = first.ask("Which colour is the door?", ratio=0.3, max_new_tokens=1)
+    with DiskStore(tmp_path, codec=codec) as store:
+        again = make_session(store, selector="sensitivity-aware")
+        again.add(texts)
+        same = again.ask("Which colour is the door?", ratio=0.3, max_new_tokens=1)
+        chat = again.conversation(keys[:2])
+        chat.ask("Which colour is the door?", ratio=0.3, max_new_tokens=1)
+        chat.add(keys[2:])
+        turn = chat.ask("Where does it rain?", ratio=0.3, max_new_tokens=1)
+    assert len(turn.slots) > 0
+    assert torch.equal(same.slots, answer.slots)
+    assert len(measured) == 3, "measured again, although the store has them"
+
+
+def test_others_do_not_pay_for_them(measured: list[list[int]]) -> None:
+    session = make_session(MemoryStore())
+    (key,) = session.add(["The lamp is red."])
+    session.ask("Which colour is the lamp?", max_new_tokens=1)
+    assert session.store.get(key).sensitivity is None
+    assert measured == []
+
+
+def test_they_come_with_the_documents_in_any_order_and_behind_others() -> None:
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model):
+        made = ifkv.prefill_documents(model, DOCUMENTS[:2], prefix=[1])
+        one, two = with_sensitivities(model, made)
+        cache = ifkv.stitch(model, [one, two], order=[1, 0])
+        ifkv.extend(model, cache, [one, made[1]])
+        found = [two.sensitivity, one.sensitivity, one.sensitivity, None]
+        for each in (cache, cache.clone(), cache.choosing(torch.tensor([5]))):
+            assert each.sensitivities == found
+
+
+def test_known_ones_are_used_and_the_others_measured(measured: list[list[int]]) -> None:
+    model, request = shared_tiny_model("llama"), Request([20, 21], [20, 21])
+    rule = selectors.SensitivityAware(sinks=0)
+    documents = [[5, 6, 7], [9, 3, 11], [4, 8, 15, 16]]
+    with ifkv.patch(model):
+        made = ifkv.prefill_documents(model, documents, prefix=[1])
+        plain, known, bare = made
+        known = dataclasses.replace(known, sensitivity=torch.tensor([0.0, 7.0, 0.0]))
+        cache = ifkv.stitch(model, [plain, known, bare])
+        norms = selectors.ValueAware(layers=rule.layers, query="question")
+        before, _ = norms.rank(model, cache, request)
+        got, _ = rule.rank(model, cache, request)
+    assert measured == [[4, 8, 15, 16]]
+    factors = torch.tensor([1.0] * 4 + [0.0, 7.0, 0.0] + [43.0] * 4)
+    assert torch.equal(got, before * factors)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.ones(5, dtype=torch.float64),
+        torch.ones(4),
+        torch.tensor([1.0, 2.0, torch.nan, 1.0, 1.0]),
+        torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0]),
+    ],
+)
+def test_stores_refuse_what_is_no_sensitivity(tmp_path: Path, wrong: Tensor) -> None:
+    document = dataclasses.replace(random_document(length=5), sensitivity=wrong)
+    for store in (MemoryStore(), DiskStore(tmp_path)):
+        with pytest.raises(InvalidInputError, match=r"sensitivity is .* for 5 tokens"):
+            store.put(document)
+        assert len(list(store.keys())) == 0
 
 
 def test_turns_of_a_conversation_and_batches_know_them() -> None:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
-    session = ifkv.Session(model, tokenizer, store=MemoryStore(), selector="sensitivity-aware")
+    session = make_session(MemoryStore(), selector="sensitivity-aware")
     first = session.add(["The lamp is red and old.", "The door is green."])
     more = session.add(["The boat is blue. It is new."])
     chat = session.conversation(first)

@@ -19,7 +19,7 @@ from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
-LOOKING = "value-aware:layers=0.0-1.0,query=question"
+LOOKING = "value-aware:query=question"
 QUESTION = "Which colour is the door?"
 
 
@@ -282,7 +282,7 @@ def test_layers_are_those_of_the_default_selector(session: ifkv.Session) -> None
 
 
 def test_an_answer_tells_what_the_question_looks_at(session: ifkv.Session) -> None:
-    """The default selector's scores raise beginnings; what is shown to people does not."""
+    """The default selector looks in all layers and raises beginnings; people are not shown that."""
     answer = session.ask(QUESTION, ratio=0.3, max_new_tokens=1)
     plain = session.ask(QUESTION, ratio=0.3, max_new_tokens=1, selector=LOOKING)
     assert answer.attention is not None

@@ -181,6 +181,13 @@ def test_encode_builds_a_store_that_a_session_uses(
     first = run(*arguments, "--store", folder, app=app)
     assert "2 documents: 2 encoded, 0 already there" in first.output
     assert "0 encoded, 2 already there" in run(*arguments, "--store", folder, app=app).output
+    measured = tmp_path / "measured"
+    run(*arguments, "--store", measured, "--sensitivities", app=app)
+    for made, there in ((folder, False), (measured, True)):
+        with DiskStore(made) as store:
+            documents = [store.get(key, lazy=True) for key in sorted(store.keys())]
+        found = {each.sensitivity is not None for each in documents if each.prefix is not None}
+        assert found == {there}
     small = run(*arguments, "--store", tmp_path / "small", "--max-bytes", "80k", app=app)
     assert "1 of them have been evicted again" in small.output
     with DiskStore(folder) as store:

@@ -7,6 +7,7 @@ import random
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,16 +22,20 @@ from ifkv.errors import (
     StoreFullError,
 )
 from ifkv.store import DiskStore, RemoteStore, key_of
-from ifkv.store.format import MAX_HEADER_BYTES
+from ifkv.store.format import MAX_HEADER_BYTES, _seal
 from ifkv.testing import assert_bit_equal, random_document
 
 PREFIX = random_document(1000, length=3)
-DOCUMENT = random_document(0, prefix=PREFIX)
+DOCUMENT = random_document(0, prefix=PREFIX, sensitivity=True)
 
 
 def equal(found: object, wanted: object = DOCUMENT) -> None:
-    for name in ("token_ids", "prefix_ids", "keys", "values"):
-        assert_bit_equal(getattr(found, name), getattr(wanted, name), what=name)
+    for name in ("token_ids", "prefix_ids", "sensitivity", "keys", "values"):
+        got, want = getattr(found, name), getattr(wanted, name)
+        if name == "sensitivity" and want is None:
+            assert got is None
+        else:
+            assert_bit_equal(got, want, what=name)
 
 
 @pytest.fixture
@@ -208,9 +213,25 @@ def swap_layers(header: dict) -> None:  # type: ignore[type-arg]
     header[names[0]], header[names[1]] = header[names[1]], header[names[0]]
 
 
+def set_sensitivity(word: str | None) -> Callable[[dict[str, Any]], None]:
+    """Says something else of a tensor that is there, under a seal that fits."""
+
+    def change(header: dict[str, Any]) -> None:
+        metadata = header["__metadata__"]
+        del metadata["seal"], metadata["sensitivity"]
+        if word is not None:
+            metadata["sensitivity"] = word
+        metadata["seal"] = _seal(metadata)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (set_sensitivity(None), "bytes of data and should have"),
+        (set_sensitivity("false"), "bytes of data and should have"),
+        (lambda header: header.pop("sensitivity"), "not the one that its metadata call for"),
         (set_version, "format version is '2'.*newer ifkv"),
         (set_format, "format is 'pt'"),
         (set_fingerprint, "do not match their checksum"),

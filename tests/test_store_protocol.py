@@ -46,6 +46,9 @@ def same(found: ifkv.DocumentCache, wanted: ifkv.DocumentCache) -> None:
     assert_bit_equal(found.keys, wanted.keys, what="keys")
     assert_bit_equal(found.values, wanted.values, what="values")
     assert found.fingerprint == wanted.fingerprint
+    assert (found.sensitivity is None) == (wanted.sensitivity is None)
+    if found.sensitivity is not None and wanted.sensitivity is not None:
+        assert_bit_equal(found.sensitivity, wanted.sensitivity, what="sensitivity")
     assert (found.prefix is None) == (wanted.prefix is None)
     if found.prefix is not None and wanted.prefix is not None:
         same(found.prefix, wanted.prefix)
@@ -75,7 +78,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DocumentSt
 def test_round_trip(store: DocumentStore) -> None:
     assert isinstance(store, DocumentStore)
     documents = [random_document(i, prefix=PREFIX, length=2 + i) for i in range(3)]
-    documents.append(random_document(9, dtype=torch.bfloat16))
+    documents.append(random_document(9, dtype=torch.bfloat16, sensitivity=True))
     keys = [store.put(document) for document in documents]
     assert keys == [key_of(document) for document in documents]
     for lazy in (False, True):
@@ -242,7 +245,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         prefixes = [None, random_document(100, length=2), random_document(101, length=3)]
         self.documents = [
-            random_document(i, length=2 + i, prefix=prefixes[i % 3]) for i in range(7)
+            random_document(i, length=2 + i, prefix=prefixes[i % 3], sensitivity=i % 2 == 0)
+            for i in range(7)
         ]
         self.sizes = self.measure()
         unit = max(self.sizes.values())

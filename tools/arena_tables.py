@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "arena.md"
 BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /arena -->)", re.DOTALL)
-DEFAULT = "attention-norm"
+DEFAULT, PAPER = "sink-aware", "attention-norm"
 VALUE_AWARE = "value-aware:layers=0.0-1.0"
 # Which ways are compared with which.
 PAIRS = {
-    "sink-aware": (DEFAULT, "deviation-aware", "prophetkv", "cacheblend", "epic"),
-    "deviation-aware": (DEFAULT, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
-    DEFAULT: ("prophetkv", "cacheblend", "epic"),
+    "sensitivity-aware": (DEFAULT, PAPER, "prophetkv", "cacheblend", "epic"),
+    DEFAULT: (PAPER, "deviation-aware", "prophetkv", "cacheblend", "epic"),
+    "deviation-aware": (PAPER, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
+    PAPER: ("prophetkv", "cacheblend", "epic"),
 }
 # Selectors that know what a request cannot.
 REFERENCE_POINTS = ("full prefill", "stitch only", "oracle")

@@ -31,7 +31,8 @@ class Answer:
         scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: the
             selector's scores. None if nothing had to be scored (ratio 0 or 1).
         attention: What the question looks at, ``[T]``, on the CPU: with the default selector,
-            the attention norms of the slots times the size of their values. None with a selector
+            the attention norms of the slots times the size of their values, in the layers at 55 to
+            70 % of the depth. None with a selector
             that does not ask the question, and if nothing had to be scored.
         slots: Slots that were recomputed, ascending, on the CPU.
         order: For each document of the context, its index among those asked.

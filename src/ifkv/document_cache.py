@@ -23,6 +23,9 @@ class DocumentCache:
         values: ``[layers, kv_heads, n, head_dim]``.
         fingerprint: Identity of the model that made it.
         prefix: The prefix's own rows, shared by all documents behind it; None if ``P == 0``.
+        sensitivity: How far each token's values move when other text stands before the document,
+            float32 ``[n]``, on the CPU; None if it was not measured
+            (:func:`ifkv.sensitivity.measure_sensitivities`).
     """
 
     token_ids: Tensor
@@ -31,6 +34,7 @@ class DocumentCache:
     values: Tensor
     fingerprint: str
     prefix: DocumentCache | None = None
+    sensitivity: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

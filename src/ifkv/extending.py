@@ -93,7 +93,7 @@ def extend(
                 continue
             rotate(moved[0], cos[own], sin[own], out=layer.key_buffer[0, :, rows])
             layer.value_buffer[0, :, rows] = moved[1]
-    cache.take_documents(lengths, torch.cat([document.token_ids for document in documents]))
+    cache.take_documents(documents)
     return slots
 
 

@@ -53,13 +53,19 @@ class Library:
         self._origins: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(
-        self, documents: Sequence[list[int]], *, batch_tokens: int | None, progress: bool
+        self,
+        documents: Sequence[list[int]],
+        *,
+        batch_tokens: int | None,
+        sensitivities: bool,
+        progress: bool,
     ) -> list[str]:
         """Prefill documents that the store lacks, and keep each batch as soon as it is made.
 
         Args:
             documents: Token ids of each.
             batch_tokens: As in :func:`ifkv.prefill_documents`.
+            sensitivities: As in :func:`ifkv.store.encode_documents`.
             progress: Show a progress bar.
 
         Returns:
@@ -72,6 +78,7 @@ class Library:
                 documents,
                 prefix=self._current_prefix() or self._prefix_ids,
                 batch_tokens=batch_tokens,
+                sensitivities=sensitivities,
                 on_progress=report,
             )
         self.prefilled += done.made

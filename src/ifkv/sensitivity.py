@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections import OrderedDict
@@ -39,13 +40,13 @@ def foreign_tokens(vocabulary: int, count: int = FOREIGN_TOKENS) -> list[int]:
 
 @torch.no_grad()
 def measure_sensitivities(
-    model: PreTrainedModel, prefix_ids: Sequence[int], documents: Sequence[Sequence[int]]
+    model: PreTrainedModel, documents: Sequence[DocumentCache]
 ) -> list[Tensor]:
     """How far each token's values move when other text stands before its document.
 
-    A document is prefilled behind its prefix, and behind the prefix and :func:`foreign_tokens`
-    (fewer, where the model has not so many positions). With ``v`` and ``w`` what that makes of
-    token j's values in layer l, over all key heads,
+    A document is prefilled once more, behind its prefix and :func:`foreign_tokens` (fewer, where
+    the model has not so many positions). With ``v`` the document's own values of token j in layer
+    l, over all key heads, and ``w`` what becomes of them,
 
         s[j] = mean over l of |w_l[j] - v_l[j]| / rms over j of |v_l[j]|
 
@@ -53,8 +54,8 @@ def measure_sensitivities(
 
     Args:
         model: A patched model.
-        prefix_ids: What the documents stand behind.
-        documents: Token ids of each.
+        documents: Documents as it made them, not rounded by a store; as much memory as they take
+            is needed once more.
 
     Returns:
         For each document float32 ``[n]``, on the CPU.
@@ -64,31 +65,48 @@ def measure_sensitivities(
         InvalidInputError: A document that fills the model's positions by itself.
     """
     limit = handle_of(model).rope.limit
-    foreign, shared = foreign_tokens(ModelShape.of(model).vocabulary), dict[int, DocumentCache]()
+    foreign = foreign_tokens(ModelShape.of(model).vocabulary)
+    groups: dict[tuple[int, ...], list[int]] = {}  # by what the documents are to stand behind
+    for number, document in enumerate(documents):
+        count = max(1, min(len(foreign), limit - len(document.prefix_ids) - len(document)))
+        behind = (*document.prefix_ids.tolist(), *foreign[:count])
+        groups.setdefault(behind, []).append(number)
+    found: dict[int, Tensor] = {}
+    for behind, numbers in groups.items():
+        ids = [documents[number].token_ids for number in numbers]
+        for number, moved in zip(
+            numbers, prefill_documents(model, ids, prefix=behind), strict=True
+        ):
+            found[number] = _moved_by(documents[number].values.to(model.device), moved.values)
+    return [found[number] for number in range(len(documents))]
 
-    def values(ids: Sequence[int], count: int) -> Tensor:
-        behind = shared.get(count, [*prefix_ids, *foreign[:count]])
-        (made,) = prefill_documents(model, [ids], prefix=behind)
-        if made.prefix is not None:
-            shared[count] = made.prefix
-        return made.values.to(torch.promote_types(made.dtype, torch.float32))
 
-    found = []
-    for ids in documents:  # one by one: of a long list, only one document's rows are in memory
-        room = limit - len(prefix_ids) - len(ids)
-        alone, moved = values(ids, 0), values(ids, max(1, min(len(foreign), room)))
-        errors = (moved - alone).square().sum(dim=(1, 3)).sqrt()
-        sizes = alone.square().sum(dim=(1, 3)).mean(dim=1, keepdim=True).sqrt()
-        relative = errors / sizes.clamp_min(torch.finfo(torch.float32).tiny)
-        found.append(relative.mean(dim=0).to("cpu", torch.float32))
-    return found
+def _moved_by(old: Tensor, new: Tensor) -> Tensor:
+    """Sensitivities from values ``[layers, kv_heads, n, head_dim]`` of both."""
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    errors = (new - old).square().sum(dim=(1, 3)).sqrt()
+    sizes = old.square().sum(dim=(1, 3)).mean(dim=1, keepdim=True).sqrt()
+    relative = errors / sizes.clamp_min(torch.finfo(torch.float32).tiny)
+    return relative.mean(dim=0).to("cpu", torch.float32)
+
+
+def with_sensitivities(
+    model: PreTrainedModel, documents: Sequence[DocumentCache]
+) -> list[DocumentCache]:
+    """The documents, with what :func:`measure_sensitivities` finds; takes and raises the same."""
+    measured = measure_sensitivities(model, documents)
+    return [
+        dataclasses.replace(document, sensitivity=sensitivity)
+        for document, sensitivity in zip(documents, measured, strict=True)
+    ]
 
 
 class Sensitivities:
-    """Sensitivities of documents, measured when they are first asked for; safe to share by threads.
+    """Sensitivities of documents that bring none along, measured when they are first asked for.
 
-    They are properties of documents, as keys and values are. What they cost, two more prefills of
-    a document, is no part of the requests that meet it again.
+    Safe to share by threads. What they cost, two prefills of a document, is no part of the requests
+    that meet it again.
 
     Args:
         limit: Tokens whose sensitivities are kept; beyond it, documents that were asked for
@@ -123,7 +141,8 @@ class Sensitivities:
         with self._lock:  # two threads that measured the same would only wait for each other
             missing = list(dict.fromkeys(key for key in keys if key not in self._known))
             found = {key: self._known[key] for key in keys if key not in missing}
-            made = measure_sensitivities(model, before, [ids for _, _, ids in missing])
+            alone = prefill_documents(model, [ids for _, _, ids in missing], prefix=before)
+            made = measure_sensitivities(model, alone)
             for key, sensitivity in zip(missing, made, strict=True):
                 found[key] = self._known[key] = sensitivity
                 self._tokens += len(sensitivity)

@@ -127,8 +127,9 @@ class Session:
     ) -> list[str]:
         """Prefill documents and keep them; those the store holds already are not computed again.
 
-        Each batch is kept as soon as it is made: after an interruption the same call goes on from
-        there.
+        A session that chooses by ``sensitivity-aware`` measures their sensitivities, too, for one
+        more prefill of each. Each batch is kept as soon as it is made: after an interruption the
+        same call goes on from there.
 
         Args:
             texts: The documents' texts.
@@ -161,7 +162,12 @@ class Session:
                 f"document {index} ({len(piece)} tokens) with its prefix",
                 "Let long texts be cut into shorter documents: add(texts, split=512), for example.",
             )
-        return self._library.add(ids, batch_tokens=batch_tokens, progress=progress)
+        return self._library.add(
+            ids,
+            batch_tokens=batch_tokens,
+            sensitivities=self.selector.sensitivities,
+            progress=progress,
+        )
 
     def ask(
         self,

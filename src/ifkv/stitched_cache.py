@@ -17,6 +17,7 @@ from ifkv.stitched_layer import StitchedLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.document_cache import DocumentCache
     from ifkv.layer_loading import LayerLoader
     from ifkv.owed_rows import OwedRows
     from ifkv.positions import Layout
@@ -38,6 +39,8 @@ class StitchedCache(Cache):
         query_position: Position of the first token behind the context.
         geometry: ``"global"``, ``"hl-hp"``, ``"tl-tp"`` or ``"hl-tp"``.
         order: For each document of the cache, its index among the documents given.
+        sensitivities: Of each document's tokens, as in :class:`DocumentCache`; None where they
+            were not measured.
         fingerprint: Identity of the model that it belongs to.
         prompt_ids: Tokens whose rows a fused :func:`ifkv.recompute` has appended, or None.
         candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
@@ -57,6 +60,7 @@ class StitchedCache(Cache):
         token_ids: Tensor,
         placed: Layout,
         order: list[int],
+        sensitivities: list[Tensor | None],
         fingerprint: str,
     ):
         super().__init__(layers=cast(list[Any], layers))
@@ -67,6 +71,7 @@ class StitchedCache(Cache):
         self.query_position = placed.query_position
         self.geometry = placed.geometry
         self.order = order
+        self.sensitivities = sensitivities
         self.fingerprint = fingerprint
         self.prompt_ids: Tensor | None = None
         self.candidates: Tensor | None = None
@@ -150,21 +155,17 @@ class StitchedCache(Cache):
             layer.length = self.context_length
         return torch.arange(start, self.context_length)
 
-    def take_documents(self, lengths: Sequence[int], token_ids: Tensor) -> None:
-        """Count rows just written behind the context as documents; for :func:`ifkv.extend`.
-
-        Args:
-            lengths: Tokens of each document.
-            token_ids: Long ``[sum of lengths]``.
-        """
+    def take_documents(self, documents: Sequence[DocumentCache]) -> None:
+        """Count rows just written behind the context as documents; for :func:`ifkv.extend`."""
         slices, start = list(self.document_slices), self.context_length
-        for length in lengths:
-            slices.append(slice(start, start + length))
-            start += length
+        for document in documents:
+            slices.append(slice(start, start + len(document)))
+            start += len(document)
         # New lists: answers hold on to the old ones.
         self.document_slices = slices
         self.order = [*self.order, *range(len(self.order), len(slices))]
-        self._lengthen(token_ids)
+        self.sensitivities = [*self.sensitivities, *(each.sensitivity for each in documents)]
+        self._lengthen(torch.cat([document.token_ids for document in documents]))
         for layer in self.layers:
             layer.length = self.context_length
 

@@ -199,7 +199,8 @@ def _fill(
         for index, layer in enumerate(layers):
             layer.settle = functools.partial(_load, loader, index, layer)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
-    cache = StitchedCache(layers, token_ids, placed, plan.order, plan.first.fingerprint)
+    known = [document.sensitivity for document in plan.documents]
+    cache = StitchedCache(layers, token_ids, placed, plan.order, known, plan.first.fingerprint)
     cache.loader = loader
     return cache
 

@@ -127,7 +127,7 @@ def ask(
 
         with console.status(f"loading {escape(model)}"):
             loaded = load_model(model, dtype=dtype, device=device)
-        session = Session(loaded, tokenizer, store=opened, kv_dtype=kv_dtype)
+        session = Session(loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype)
         if store == "memory":
             kept.sentence = lambda: "With --store memory nothing is kept."
         else:

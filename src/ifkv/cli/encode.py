@@ -55,6 +55,14 @@ def encode(
             help="What the store may hold, such as 20GiB; beyond it the least recently used go."
         ),
     ] = None,
+    sensitivities: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivities",
+            help="Also keep how far each token's values move behind other text, which the selector "
+            "sensitivity-aware goes by; for another prefill of each document.",
+        ),
+    ] = False,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -102,6 +110,7 @@ def encode(
                     documents,
                     prefix=prefix,
                     batch_tokens=batch_tokens,
+                    sensitivities=sensitivities,
                     on_progress=report,
                 )
     typer.echo(

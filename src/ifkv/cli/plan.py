@@ -33,8 +33,10 @@ def plan(
     ] = 16,
     selector: Annotated[
         str,
-        typer.Option(help="What chooses the tokens: sink-aware, sensitivity-aware, value-aware or "
-            "attention-norm, with options behind a colon."),
+        typer.Option(
+            help="What chooses the tokens: sink-aware, sensitivity-aware, value-aware or "
+            "attention-norm, with options behind a colon."
+        ),
     ] = "sink-aware",
     ratio: Annotated[
         list[float] | None,

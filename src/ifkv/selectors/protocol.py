@@ -50,8 +50,9 @@ class Selection:
         slots: Long ``[k]``, ascending, none of them in prefix or first document.
         scores: What it was chosen by, float ``[T]``; None if nothing had to be scored.
         cost: What choosing cost, the recomputation of the chosen slots not included.
-        attention: What the query looks at, float ``[T]``, for people and pictures; None from a
-            rule that does not ask it, and if nothing had to be scored.
+        attention: What the query looks at, float ``[T]``, for people and pictures: of the scoring
+            layers, those at 55 to 70 % of the depth, if there are some. None from a rule that does
+            not ask it, and if nothing had to be scored.
     """
 
     slots: Tensor
@@ -74,12 +75,15 @@ class Selector(ABC):
             :func:`ifkv.recompute` alone, or not at all. Tokens that stand before further documents
             of a conversation then run along with its first pass instead of in one of their own.
             Said by each class for itself; it is not inherited.
+        sensitivities: Whether it uses :attr:`ifkv.DocumentCache.sensitivity`, so that a session
+            that chooses by it has it measured when documents are added.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     evaluation_only: ClassVar[bool] = False
     only_scores: ClassVar[bool] = False
+    sensitivities: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_options(self)

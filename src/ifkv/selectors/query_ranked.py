@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ifkv.cost import Cost, ModelShape, scoring_cost
-from ifkv.scoring import Scoring, run_scorings
+from ifkv.scoring import Scoring, default_layers, run_scorings
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers
 from ifkv.selectors.protocol import Ranked, Request, Selection, without_scores
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
     from ifkv.stitched_cache import StitchedCache
 
 Query = Literal["prompt", "question", "both"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Look:
+    """What one request's query sees.
+
+    Attributes:
+        scores: Float32 ``[T]``, not yet settled.
+        attention: Float ``[T]``, as in :class:`Selection`.
+        cost: What looking cost.
+    """
+
+    scores: Tensor
+    attention: Tensor
+    cost: Cost
 
 
 class QueryRanked(Ranked):
@@ -68,16 +84,16 @@ class QueryRanked(Ranked):
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
         """See :meth:`Ranked.rank`."""
-        seen, cost = self._look(model, [cache], [request])[0]
-        return self.settle(model, cache, seen), cost
+        look = self._look(model, [cache], [request])[0]
+        return self.settle(model, cache, look.scores), look.cost
 
     def _look(
         self,
         model: PreTrainedModel,
         caches: Sequence[StitchedCache],
         requests: Sequence[Request],
-    ) -> list[tuple[Tensor, Cost]]:
-        """What the queries of one or several requests see, in one pass; scores not yet settled."""
+    ) -> list[_Look]:
+        """What the queries of one or several requests see, in one pass."""
         shape = ModelShape.of(model)
         layers = self.layers.within(shape.num_layers)
         jobs, costs = [], []
@@ -90,11 +106,15 @@ class QueryRanked(Ranked):
             costs.append(cost)
         measured = run_scorings(model, jobs, layers, self.measure())
         passes = len(jobs) // len(caches)
+        # People are shown the layers that tell most, where they score: others look near and far.
+        telling = set(default_layers(shape.num_layers))
+        shown = [at for at, layer in enumerate(layers) if layer in telling] or range(len(layers))
         looks = []
         for index, cache in enumerate(caches):
-            own = measured[index * passes : (index + 1) * passes]
-            fused = [self.fuse(cache, torch.stack(each)).to(torch.float32) for each in own]
-            looks.append((torch.stack(fused).sum(dim=0), costs[index]))
+            own = [torch.stack(each) for each in measured[index * passes : (index + 1) * passes]]
+            fused = [self.fuse(cache, per_layer).to(torch.float32) for per_layer in own]
+            attention = torch.stack([per_layer[shown].mean(dim=0) for per_layer in own]).sum(dim=0)
+            looks.append(_Look(torch.stack(fused).sum(dim=0), attention, costs[index]))
         return looks
 
     def select(
@@ -110,7 +130,7 @@ class QueryRanked(Ranked):
         if type(self).rank is not QueryRanked.rank or without_scores(cache, allowed) is not None:
             return super().select(model, cache, request, allowed)
         (look,) = self._look(model, [cache], [request])
-        return self._chosen(model, cache, request, allowed, *look)
+        return self._chosen(model, cache, request, allowed, look)
 
     def _chosen(
         self,
@@ -118,12 +138,11 @@ class QueryRanked(Ranked):
         cache: StitchedCache,
         request: Request,
         budget: Budget,
-        seen: Tensor,
-        cost: Cost,
+        look: _Look,
     ) -> Selection:
-        scores = self.settle(model, cache, seen)
+        scores = self.settle(model, cache, look.scores)
         slots = budget.pick(cache, scores, request.groups)
-        return Selection(slots, scores, cost, seen)
+        return Selection(slots, scores, look.cost, look.attention.to(torch.float32))
 
     def select_many(
         self,
@@ -139,7 +158,7 @@ class QueryRanked(Ranked):
             return super().select_many(model, caches, requests, allowed)
         looks = self._look(model, caches, requests)
         return [
-            self._chosen(model, cache, request, allowed, *look)
+            self._chosen(model, cache, request, allowed, look)
             for cache, request, look in zip(caches, requests, looks, strict=True)
         ]
 

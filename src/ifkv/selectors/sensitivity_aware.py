@@ -33,8 +33,10 @@ class SensitivityAware(SinkAware):
     layer at every request and CacheBlend (2405.16444) does, too, is measured here once a document,
     in all layers (:func:`ifkv.sensitivity.measure_sensitivities`).
 
-    Costs what ``sink-aware`` does, and two more prefills of each document when this process first
-    meets it, which are not counted as a request's; stores do not keep sensitivities yet.
+    A session that chooses by this rule measures sensitivities when documents are added, for one
+    more prefill of each, and its store keeps them. Of documents that have none they are measured
+    when the process first meets them, for two prefills, and remembered while it lasts. Neither is
+    counted as a request's; beside it this costs what ``sink-aware`` does.
 
     Attributes:
         power: Of the sensitivity, above 0.
@@ -48,6 +50,7 @@ class SensitivityAware(SinkAware):
     name: ClassVar[str] = "sensitivity-aware"
     paper: ClassVar[str] = "our own, after CacheBlend, arXiv 2405.16444, and VATP, arXiv 2406.12335"
     only_scores: ClassVar[bool] = True
+    sensitivities: ClassVar[bool] = True
 
     layers: Layers = MIDDLE_LAYERS
     power: float = 1.0
@@ -62,9 +65,16 @@ class SensitivityAware(SinkAware):
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """Scores times sensitivities, then as ``sink-aware``; outside of documents they stay."""
-        ids, parts = cache.token_ids.cpu(), cache.document_slices
-        found = _SENSITIVITIES.of(model, ids[: parts[0].start], [ids[part] for part in parts[1:]])
+        parts, known = cache.document_slices, list(cache.sensitivities)
+        lacking = [number for number in range(1, len(parts)) if known[number] is None]
+        if lacking:
+            ids = cache.token_ids.cpu()
+            prefix_ids, documents = ids[: cache.prefix_length], [ids[parts[n]] for n in lacking]
+            measured = _SENSITIVITIES.of(model, prefix_ids, documents)
+            for number, sensitivity in zip(lacking, measured, strict=True):
+                known[number] = sensitivity
         weighed = scores.clone()
-        for part, sensitivity in zip(parts[1:], found, strict=True):
-            weighed[part] *= sensitivity.to(scores.device) ** self.power
+        for part, factors in list(zip(parts, known, strict=True))[1:]:
+            assert factors is not None
+            weighed[part] *= factors.to(scores.device) ** self.power
         return super().settle(model, cache, weighed)

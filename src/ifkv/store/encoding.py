@@ -11,6 +11,7 @@ from torch import Tensor
 from ifkv.checks import check_positive, token_tensor
 from ifkv.documents import DocumentCache, default_batch_tokens, prefill_documents
 from ifkv.patching import handle_of
+from ifkv.sensitivity import with_sensitivities
 from ifkv.store.keys import document_key
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def encode_documents(
     *,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
+    sensitivities: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
     """Prefill documents that a store lacks and put them, a batch at a time.
@@ -57,6 +59,9 @@ def encode_documents(
         documents: Token ids of each document.
         prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
         batch_tokens: As in :func:`ifkv.prefill_documents`.
+        sensitivities: Measure the sensitivities of those that are made, for another prefill each
+            (:func:`ifkv.sensitivity.measure_sensitivities`); documents that were there stay as
+            they are.
         on_progress: Called with tokens done and tokens to do, at the start and after each batch;
             documents that were there count as done.
 
@@ -94,9 +99,12 @@ def encode_documents(
             size += len(missing[count][1])
             count += 1
         batch, missing = missing[:count], missing[count:]
-        for document in prefill_documents(
+        fresh = prefill_documents(
             model, [ids for _, ids in batch], prefix=behind, batch_tokens=batch_tokens
-        ):
+        )
+        if sensitivities:
+            fresh = with_sensitivities(model, fresh)
+        for document in fresh:
             store.put(document)
             behind = document.prefix or prefix_ids
         done += size

@@ -70,6 +70,7 @@ class Header:
         shape: ``(layers, kv_heads, n, head_dim)``.
         prefix_length: Tokens of the prefix that it was encoded behind.
         checksums: Per tensor.
+        sensitivity: Whether the sensitivities of its tokens are there.
     """
 
     key: str
@@ -79,15 +80,18 @@ class Header:
     shape: tuple[int, int, int, int]
     prefix_length: int
     checksums: dict[str, str]
+    sensitivity: bool = False
 
     def tensors(self) -> list[TensorEntry]:
-        """All tensors in file order: ids, scales, then keys and values layer by layer."""
+        """All tensors in file order: ids, what was measured, scales, then layer by layer rows."""
         layers, kv_heads, length, head_dim = self.shape
         stored = self.codec.dtype or self.dtype
         wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
             ("token_ids", torch.int64, (length,)),
             ("prefix_ids", torch.int64, (self.prefix_length,)),
         ]
+        if self.sensitivity:
+            wanted.append(("sensitivity", torch.float32, (length,)))
         if not self.codec.exact:
             wanted += [
                 (f"scales.{part}", torch.float32, (layers, kv_heads)) for part in ("keys", "values")
@@ -116,6 +120,8 @@ class Header:
             "prefix_length": str(self.prefix_length),
             "checksums": json.dumps(self.checksums, sort_keys=True),
         }
+        if self.sensitivity:  # files without are as they were before there was such a tensor
+            metadata["sensitivity"] = "true"
         metadata["seal"] = _seal(metadata)
         fields: dict[str, Any] = {"__metadata__": metadata}
         for entry in self.tensors():
@@ -174,7 +180,8 @@ def decode_header(text: bytes, data_bytes: int) -> Header:
     width = (header.codec.dtype or header.dtype).itemsize
     scales = 0 if header.codec.exact else 2 * 4 * layers * kv_heads
     ids = 8 * (length + header.prefix_length)
-    expected = ids + scales + 2 * math.prod(header.shape) * width
+    measured = 4 * length if header.sensitivity else 0
+    expected = ids + measured + scales + 2 * math.prod(header.shape) * width
     if expected != data_bytes:
         raise FormatError(f"it has {data_bytes} bytes of data and should have {expected}")
     metadata["seal"] = seal
@@ -204,6 +211,7 @@ def _header(metadata: dict[str, str]) -> Header:
         (layers, kv_heads, length, head_dim),
         sizes[4],
         checksums,
+        metadata.get("sensitivity") == "true",
     )
 
 

@@ -123,6 +123,18 @@ def check_document(document: DocumentCache) -> None:
             f"keys have {keys.shape[2]} rows for {len(document.token_ids)} tokens; a document has "
             "one row per token and at least one token."
         )
+    measured = document.sensitivity
+    if measured is not None and (
+        measured.dtype != torch.float32
+        or measured.shape != document.token_ids.shape
+        or not bool(torch.isfinite(measured).all())
+        or bool((measured < 0).any())
+    ):
+        raise InvalidInputError(
+            f"the document's sensitivity is {measured.dtype} {tuple(measured.shape)} for "
+            f"{len(document.token_ids)} tokens; it must be float32, one finite number of at least "
+            "0 for each, as measure_sensitivities returns it, or None."
+        )
     prefix = document.prefix
     if (prefix is None) != (len(document.prefix_ids) == 0):
         raise InvalidInputError(

@@ -42,6 +42,7 @@ class StoredDocument(DocumentCache):
             ("prefix_ids", reader.prefix_ids),
             ("fingerprint", reader.header.fingerprint),
             ("prefix", prefix),
+            ("sensitivity", reader.sensitivity),
             ("_header", reader.header),
             ("_read_layer", read_layer),
             ("_lock", threading.Lock()),
@@ -85,7 +86,13 @@ class StoredDocument(DocumentCache):
     def whole(self) -> DocumentCache:
         """The same document, in memory and independent of its store."""
         return DocumentCache(
-            self.token_ids, self.prefix_ids, self.keys, self.values, self.fingerprint, self.prefix
+            self.token_ids,
+            self.prefix_ids,
+            self.keys,
+            self.values,
+            self.fingerprint,
+            self.prefix,
+            self.sensitivity,
         )
 
     def when_read(self, then: Callable[[DocumentCache], None]) -> None:

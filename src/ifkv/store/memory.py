@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -220,6 +221,4 @@ class MemoryStore:
         keys, values = document.keys.cpu(), document.values.cpu()
         if self._pin_memory:
             keys, values = keys.pin_memory(), values.pin_memory()
-        return DocumentCache(
-            document.token_ids, document.prefix_ids, keys, values, document.fingerprint, prefix
-        )
+        return dataclasses.replace(document, keys=keys, values=values, prefix=prefix)

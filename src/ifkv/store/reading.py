@@ -122,6 +122,7 @@ class DocumentReader:
         header: What the file says of itself, found consistent.
         token_ids: Long ``[n]``.
         prefix_ids: Long ``[P]``.
+        sensitivity: Float32 ``[n]``, or None.
 
     Args:
         source: The file.
@@ -146,6 +147,7 @@ class DocumentReader:
         self._entries = {entry.name: entry for entry in self.header.tensors()}
         self.token_ids = self._tensor("token_ids")
         self.prefix_ids = self._tensor("prefix_ids")
+        self.sensitivity = self._tensor("sensitivity") if self.header.sensitivity else None
         self._scales: dict[str, Tensor] = {}
         if not self.header.codec.exact:
             self._scales = {part: self._tensor(f"scales.{part}") for part in ("keys", "values")}

@@ -44,6 +44,8 @@ class DocumentFile:
             "token_ids": document.token_ids,
             "prefix_ids": document.prefix_ids,
         }
+        if document.sensitivity is not None:
+            tensors["sensitivity"] = document.sensitivity
         rows: dict[str, Tensor] = {}
         scales: dict[str, list[Tensor]] = {"keys": [], "values": []}
         # One copy to the host for all layers, if they are not there.
@@ -68,6 +70,7 @@ class DocumentFile:
             (layers, kv_heads, length, head_dim),
             len(document.prefix_ids),
             checksums,
+            document.sensitivity is not None,
         )
         self._parts.insert(0, memoryview(self.header.encode()))
         self.nbytes = sum(part.nbytes for part in self._parts)

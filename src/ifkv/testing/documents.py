@@ -17,6 +17,7 @@ def random_document(
     kv_heads: int = 2,
     head_dim: int = 4,
     fingerprint: str = "0" * 32,
+    sensitivity: bool = False,
 ) -> DocumentCache:
     """A document of random tokens and rows; the same seed makes the same document.
 
@@ -29,6 +30,7 @@ def random_document(
         kv_heads: Key and value heads.
         head_dim: Width of a head.
         fingerprint: Which model it claims to be of.
+        sensitivity: Whether it has sensitivities.
 
     Returns:
         A document cache that no model can use.
@@ -37,4 +39,5 @@ def random_document(
     token_ids = torch.randint(0, 50_000, (length,), generator=generator)
     rows = torch.randn(2, layers, kv_heads, length, head_dim, generator=generator).to(dtype)
     prefix_ids = token_ids[:0] if prefix is None else prefix.token_ids
-    return DocumentCache(token_ids, prefix_ids, rows[0], rows[1], fingerprint, prefix)
+    measured = torch.rand(length, generator=generator) if sensitivity else None
+    return DocumentCache(token_ids, prefix_ids, rows[0], rows[1], fingerprint, prefix, measured)
