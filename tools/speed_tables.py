@@ -107,6 +107,18 @@ def encoding() -> str:
     return as_table("dtype | way | tokens/s | of plain prefill | peak memory", rows, 2)
 
 
+def choosing() -> str:
+    """What each selector takes, in time and in operations."""
+    found = json.loads((RESULTS / "choosing-cpu-float32.json").read_text(encoding="utf-8"))
+    shares = ("choosing", "choosing_flops", "request", "request_flops")
+    rows = [
+        [f"{row['context']:,}", f"`{row['selector']}`", *(f"{row[name]:.1%}" for name in shares)]
+        for row in found["rows"]
+    ]
+    head = "context | selector | choosing, time | operations | whole request, time | operations"
+    return as_table(head, rows, 2)
+
+
 def milliseconds() -> str:
     """What each step of a request spends its time on."""
     found = json.loads((RESULTS / "milliseconds-cpu-float32.json").read_text(encoding="utf-8"))
@@ -128,6 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps,
     "encoding": encoding,
     "milliseconds": milliseconds,
+    "choosing": choosing,
 }
 
 
