@@ -25,7 +25,7 @@ VALUE_AWARE = "value-aware:layers=0.0-1.0"
 # Which ways are compared with which.
 PAIRS = {
     "sensitivity-aware": (DEFAULT, PAPER, "prophetkv", "cacheblend", "epic"),
-    DEFAULT: (PAPER, "deviation-aware", "prophetkv", "cacheblend", "epic"),
+    DEFAULT: (PAPER, "prophetkv", "cacheblend", "epic"),
     "deviation-aware": (PAPER, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
     PAPER: ("prophetkv", "cacheblend", "epic"),
 }
