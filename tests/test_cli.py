@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ifkv.cli import app
 from ifkv.cost import ModelShape
 from ifkv.errors import InvalidInputError
 from ifkv.planning import Planner
+from ifkv.selectors import DEFAULT_SELECTOR
 from ifkv.store import DiskStore
 from ifkv.testing import tiny_model, tiny_tokenizer
 from rates import ROWS_COST
@@ -178,6 +181,12 @@ def test_ask_names_a_ratio_that_is_none(texts: list[str], ratio: str) -> None:
     assert f"'{ratio}' is neither 'auto'" in " ".join(result.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("command", ["ask", "plan"])
+def test_the_selector_that_help_shows_is_the_sessions(command: str) -> None:
+    function = getattr(importlib.import_module(f"ifkv.cli.{command}"), command)
+    assert inspect.signature(function).parameters["selector"].default == DEFAULT_SELECTOR
+
+
 @pytest.mark.parametrize("flags", [["--reorder"], ["--selector", "epic"]])
 def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
     texts: list[str], flags: list[str]
@@ -191,6 +200,7 @@ def test_ask_refuses_what_cannot_be_planned_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["plan", "MODEL", "--tokens", "99", "--selector", "epic"], "with selector='epic'"),
         (["verify", "no/such/model"], "neither a folder with a model"),
         (["verify", "./no/such/model"], "there is no folder ./no/such/model"),
         (["ask", "Why?", "missing.txt", "--model", "MODEL"], "missing.txt: there is no such file"),

@@ -206,6 +206,18 @@ def test_a_session_that_goes_by_them_measures_them_once_and_for_good(
     assert len(measured) == 3, "measured again, although the store has them"
 
 
+def test_documents_out_of_a_store_can_be_given_them(tmp_path: Path) -> None:
+    model = shared_tiny_model("llama")
+    with ifkv.patch(model), DiskStore(tmp_path / "a") as old, DiskStore(tmp_path / "b") as new:
+        (made,) = ifkv.prefill_documents(model, [[5, 6, 7]], prefix=[1])
+        (measured,) = with_sensitivities(model, [old.get(old.put(made), lazy=True)])
+        found = new.get(new.put(measured))
+        (wanted,) = measure_sensitivities(model, [made])
+    assert found.sensitivity is not None
+    assert torch.equal(found.sensitivity, wanted)
+    assert torch.equal(found.keys, made.keys)
+
+
 def test_others_do_not_pay_for_them(measured: list[list[int]]) -> None:
     session = make_session(MemoryStore())
     (key,) = session.add(["The lamp is red."])

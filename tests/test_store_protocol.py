@@ -90,6 +90,13 @@ def test_round_trip(store: DocumentStore) -> None:
     assert store.stats().hits >= 8
 
 
+def test_what_another_store_reads_lazily_can_be_put(store: DocumentStore, tmp_path: Path) -> None:
+    document = random_document(1, prefix=PREFIX, sensitivity=True)
+    with DiskStore(tmp_path / "other") as other:
+        key = store.put(other.get(other.put(document), lazy=True))
+        same(store.get(key), document)
+
+
 def test_the_prefix_is_one_object_for_all_who_hold_it(store: DocumentStore) -> None:
     if isinstance(store, TieredStore):
         store = store.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections import OrderedDict
@@ -97,7 +96,15 @@ def with_sensitivities(
     """The documents, with what :func:`measure_sensitivities` finds; takes and raises the same."""
     measured = measure_sensitivities(model, documents)
     return [
-        dataclasses.replace(document, sensitivity=sensitivity)
+        DocumentCache(
+            document.token_ids,
+            document.prefix_ids,
+            document.keys,
+            document.values,
+            document.fingerprint,
+            document.prefix,
+            sensitivity,
+        )
         for document, sensitivity in zip(documents, measured, strict=True)
     ]
 

@@ -28,7 +28,7 @@ def comparison_table(rows: Sequence[AnswerRow], *, title: str | None = None) -> 
         box=SIMPLE_HEAD,
         show_edge=False,
     )
-    table.add_column("way", no_wrap=True)
+    table.add_column("way", min_width=15, overflow="fold")
     for name in ("TTFT", "speed-up", "of S(r)", "KL"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("answer", ratio=1, min_width=16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
@@ -221,4 +220,12 @@ class MemoryStore:
         keys, values = document.keys.cpu(), document.values.cpu()
         if self._pin_memory:
             keys, values = keys.pin_memory(), values.pin_memory()
-        return dataclasses.replace(document, keys=keys, values=values, prefix=prefix)
+        return DocumentCache(
+            document.token_ids,
+            document.prefix_ids,
+            keys,
+            values,
+            document.fingerprint,
+            prefix,
+            document.sensitivity,
+        )
