@@ -36,6 +36,7 @@ SELECTORS = (
     "attention-norm",
     "sink-aware",
     "sensitivity-aware",
+    "sensitivity-aware:layers=0.2-0.7",
     "prophetkv",
     "deviation-aware",
     "cacheblend",

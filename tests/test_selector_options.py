@@ -201,7 +201,7 @@ def test_names_are_the_published_ones_and_each_names_its_paper() -> None:
         "cacheblend:deviation=kv",
         "deviation-aware:power=1.0,deviation=kv,layers=0.5-1.0",
         "sink-aware:query=prompt,sinks=2,share=0.5",
-        "sensitivity-aware:layers=0.0-1.0,power=0.5",
+        "sensitivity-aware:layers=0.2-0.7,power=0.5",
         "epic:by=tokens,tokens=16",
         "random:seed=7",
         "two-round:share=0.25",

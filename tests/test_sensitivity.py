@@ -155,7 +155,7 @@ def test_threads_that_want_the_same_measure_it_once(measured: list[list[int]]) -
 
 @given(s=scenarios(), power=st.sampled_from([0.5, 1.0, 2.0]))
 def test_the_selector_weighs_what_is_read_by_sensitivity(s: Scenario, power: float) -> None:
-    layers = "layers=0.2-0.7,query=question"
+    layers = "layers=0.0-1.0,query=question"
     rule: Any = selectors.resolve(f"sensitivity-aware:sinks=0,power={power}")
     plain: Any = selectors.resolve(f"value-aware:{layers}")
     telling: Any = selectors.resolve("value-aware:query=question")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
-from ifkv.selectors.options import Layers
 from ifkv.selectors.registry import register
 from ifkv.selectors.sink_aware import SinkAware
 from ifkv.sensitivity import Sensitivities
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from ifkv.stitched_cache import StitchedCache
 
-MIDDLE_LAYERS = Layers(depth=(0.2, 0.7))
 _SENSITIVITIES = Sensitivities()
 
 
@@ -52,7 +50,6 @@ class SensitivityAware(SinkAware):
     only_scores: ClassVar[bool] = True
     sensitivities: ClassVar[bool] = True
 
-    layers: Layers = MIDDLE_LAYERS
     power: float = 1.0
 
     def __post_init__(self) -> None:
