@@ -79,8 +79,8 @@ def ask(
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Also write a page to this file, in a folder that is there, that shows the "
-            "attention norms over the text."
+            help="Also write a page to this file, in a folder that is there, that shows, "
+            "over the text, where the question looked."
         ),
     ] = None,
 ) -> None:

@@ -25,8 +25,8 @@ def demo(
 
     A small real model (SmolLM2-135M, from an installed package, on the CPU) is asked each question
     by full prefill, from the stitched documents as they are, and by ifkv. Time to first token,
-    speed-up, share of the arithmetic bound and distance from full prefill are printed, and the
-    attention norms are shown over the text with the recomputed tokens marked.
+    speed-up, share of the arithmetic bound and distance from full prefill are printed, and
+    where the question looked is shown over the text with the recomputed tokens marked.
 
     Example: ifkv demo --questions 1 --ratio 0.3
     """
