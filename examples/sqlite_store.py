@@ -47,7 +47,7 @@ class SqliteStore:
         """The key of a document."""
         return key_for(model, token_ids, prefix)
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix in one transaction: both or neither."""
         check_document(document)
         behind = None if document.prefix is None else key_of(document.prefix)
@@ -56,8 +56,9 @@ class SqliteStore:
             rows.append((document.prefix, None))
         with closing(self._open()) as db, db:
             for part, prefix_key in rows:
+                instead = "REPLACE" if replace and part is document else "IGNORE"
                 db.execute(
-                    "INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?)",
+                    f"INSERT OR {instead} INTO documents VALUES (?, ?, ?, ?)",
                     (
                         key_of(part),
                         prefix_key,
@@ -65,7 +66,13 @@ class SqliteStore:
                         DocumentFile(part, self._codec).tobytes(),
                     ),
                 )
+        if replace:
+            self._forget(key_of(document))
         return key_of(document)
+
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            self._prefixes.pop(key, None)
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
         """The document under a key, checked; `lazy` makes no difference here."""
@@ -129,6 +136,7 @@ class SqliteStore:
             db.execute("DELETE FROM documents WHERE behind = ?", (key,))
         if not found:
             raise DocumentNotFoundError(f"no document {key} in {self._path} to delete.")
+        self._forget(key)
 
     def keys(self) -> Iterator[str]:
         """Keys of all entries."""

@@ -206,6 +206,46 @@ def test_a_session_that_goes_by_them_measures_them_once_and_for_good(
     assert len(measured) == 3, "measured again, although the store has them"
 
 
+def test_documents_stored_without_are_made_again_once(
+    tmp_path: Path, measured: list[list[int]]
+) -> None:
+    texts = ["The lamp is red and old.", "The door is green."]
+    for path in (tmp_path / "there", None):
+        store = MemoryStore() if path is None else DiskStore(path)
+        plain = make_session(store)
+        keys = plain.add(texts)
+        before = [store.get(key) for key in keys]
+        session = make_session(store, selector="sensitivity-aware")
+        assert session.add(texts) == keys
+        assert session.prefilled == 2
+        assert len(measured) == 2
+        after = [store.get(key) for key in keys]
+        for old, new in zip(before, after, strict=True):
+            assert old.sensitivity is None
+            assert new.sensitivity is not None
+            assert torch.equal(old.keys, new.keys)
+        assert plain.add(texts) == keys
+        assert session.add(texts) == keys
+        assert (plain.prefilled, session.prefilled, len(measured)) == (2, 2, 2)
+        measured.clear()
+
+
+def test_a_document_that_was_lost_is_measured_when_it_is_made_again(
+    measured: list[list[int]],
+) -> None:
+    session = make_session(MemoryStore(), selector="sensitivity-aware")
+    (key,) = session.add(["The lamp is red and old."])
+    wanted = session.store.get(key).sensitivity
+    session.store.delete(key)
+    with pytest.warns(ifkv.errors.StoreWarning, match="prefilled again"):
+        session.ask("Which colour is the lamp?", ratio=0.3, max_new_tokens=1)
+    found = session.store.get(key).sensitivity
+    assert wanted is not None
+    assert found is not None
+    assert torch.equal(found, wanted)
+    assert len(measured) == 2
+
+
 def test_documents_out_of_a_store_can_be_given_them(tmp_path: Path) -> None:
     model = shared_tiny_model("llama")
     with ifkv.patch(model), DiskStore(tmp_path / "a") as old, DiskStore(tmp_path / "b") as new:

@@ -347,7 +347,9 @@ def test_a_rounded_prefix_is_read_and_never_computed_with(tmp_path: Path) -> Non
         store = DiskStore(tmp_path / "fp8", codec="fp8")
         made: list[ifkv.DocumentCache] = []
         put = store.put
-        store.put = lambda document: made.append(document) or put(document)  # type: ignore
+        store.put = (  # type: ignore
+            lambda document, **how: made.append(document) or put(document, **how)
+        )
         for ids in ([5, 6, 7], [8, 9]):
             encode_documents(model, store, [ids], prefix=[1, 2])
         for one, other in zip(made, exact, strict=True):

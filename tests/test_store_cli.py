@@ -188,11 +188,15 @@ def test_encode_builds_a_store_that_a_session_uses(
             documents = [store.get(key, lazy=True) for key in sorted(store.keys())]
         found = {each.sensitivity is not None for each in documents if each.prefix is not None}
         assert found == {there}
+    again = run(*arguments, "--store", folder, "--sensitivities", app=app)
+    assert "2 documents: 2 encoded, 0 already there" in again.output
+    again = run(*arguments, "--store", folder, "--sensitivities", app=app)
+    assert "0 encoded, 2 already there" in again.output
     small = run(*arguments, "--store", tmp_path / "small", "--max-bytes", "80k", app=app)
     assert "1 of them have been evicted again" in small.output
     with DiskStore(folder) as store:
         session = ifkv.Session(model, tokenizer, store=store)
-        monkeypatch.setattr(store, "put", lambda _: pytest.fail("nothing is missing"))
+        monkeypatch.setattr(store, "put", lambda _, **__: pytest.fail("nothing is missing"))
         assert all(key in store for key in session.add(texts))
         assert session.ask("Which colour is the door?", max_new_tokens=2).text is not None
     ifkv.unpatch(model)

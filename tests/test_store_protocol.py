@@ -113,6 +113,67 @@ def test_the_same_document_is_stored_once(store: DocumentStore) -> None:
     assert store.stats().documents == 2
 
 
+def test_a_document_is_replaced_when_that_is_asked_for(store: DocumentStore) -> None:
+    for prefix in (PREFIX, None):
+        plain = random_document(1, prefix=prefix, length=4)
+        better = dataclasses.replace(plain, sensitivity=torch.rand(4))
+        other = random_document(2, prefix=prefix)
+        key, others_key = store.put(plain), store.put(other)
+        held = store.get(key)
+        assert store.put(better) == key
+        same(store.get(key), plain)
+        assert store.put(better, replace=True) == key
+        for lazy in (False, True):
+            same(store.get(key, lazy=lazy), better)
+        same(store.get(others_key), other)
+        same(held, plain)
+        store.delete(key)
+        assert key not in store
+        assert store.put(better, replace=True) == key, "also where there is none"
+        now = store.get(key)
+        same(now, better)
+        store.delete(key)
+        store.put(plain)
+        same(store.get(key), plain)
+        same(now, better)
+
+
+@pytest.mark.parametrize("make", [MemoryStore, DiskStore])
+def test_what_is_replaced_stays_pinned_and_counts_once(
+    tmp_path: Path, make: type[MemoryStore] | type[DiskStore]
+) -> None:
+    store = MemoryStore() if make is MemoryStore else DiskStore(tmp_path)
+    documents = [random_document(i, prefix=PREFIX, length=4) for i in range(3)]
+    keys = [store.put(document) for document in documents]
+    store.pin(keys[0])
+    better = dataclasses.replace(documents[0], sensitivity=torch.rand(4))
+    store.put(better, replace=True)
+    stats = store.stats()
+    assert (stats.documents, stats.tokens, stats.pinned) == (4, 3 * 4 + 3, 1)
+    store.delete(key_of(PREFIX))
+    stats = store.stats()
+    assert (stats.documents, stats.nbytes, stats.pinned) == (0, 0, 0)
+
+
+def test_a_replacement_that_has_no_room_leaves_what_is_there(tmp_path: Path) -> None:
+    document = random_document(1, length=4)
+    with DiskStore(tmp_path) as store:
+        key = store.put(document)
+        store.max_bytes = store.stats().nbytes
+        with pytest.raises(StoreFullError):
+            store.put(dataclasses.replace(document, sensitivity=torch.rand(4)), replace=True)
+        same(store.get(key), document)
+
+
+def test_an_exact_document_replaced_in_a_store_of_eight_bits_stays_exact(tmp_path: Path) -> None:
+    document = random_document(1, prefix=PREFIX, length=4)
+    better = dataclasses.replace(document, sensitivity=torch.rand(4))
+    with DiskStore(tmp_path) as exact, DiskStore(tmp_path, codec="int8") as small:
+        key = exact.put(document)
+        small.put(better, replace=True)
+        same(exact.get(key), better)
+
+
 def test_absent(store: DocumentStore) -> None:
     key = key_of(random_document(0))
     assert key not in store

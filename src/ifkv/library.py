@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,21 @@ from ifkv.errors import (
 )
 from ifkv.patching import handle_of
 from ifkv.progress import token_bar
+from ifkv.sensitivity import with_sensitivities
 from ifkv.store import document_key, encode_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.store import DocumentStore
+
+
+class _Origin(NamedTuple):
+    """What a document was made of, to make it again."""
+
+    token_ids: Tensor
+    prefix_ids: Tensor
+    sensitivities: bool  # whether they were measured
 
 
 class Library:
@@ -49,8 +58,7 @@ class Library:
         self._model = model
         self._prefix_ids = prefix_ids
         self._prefix: DocumentCache | None = None
-        # What every document seen was made of, to make it again: tokens, and those of its prefix.
-        self._origins: dict[str, tuple[Tensor, Tensor]] = {}
+        self._origins: dict[str, _Origin] = {}
 
     def add(
         self,
@@ -85,7 +93,8 @@ class Library:
         self._prefix = done.prefix or self._prefix
         behind = torch.tensor(self._prefix_ids, dtype=torch.long)
         for key, ids in zip(done.keys, documents, strict=True):
-            self._origins[key] = (torch.tensor(ids, dtype=torch.long), behind)
+            tokens = torch.tensor(ids, dtype=torch.long)
+            self._origins[key] = _Origin(tokens, behind, sensitivities)
         self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
         return done.keys
 
@@ -126,7 +135,10 @@ class Library:
                 document = self.store.get(key, lazy=lazy)
             except (DocumentNotFoundError, StoreCorruptionError) as error:
                 document = self.make_again(key, error)
-            self._origins.setdefault(key, (document.token_ids, document.prefix_ids))
+            origin = _Origin(
+                document.token_ids, document.prefix_ids, document.sensitivity is not None
+            )
+            self._origins.setdefault(key, origin)
             found.append(document)
         return found
 
@@ -174,7 +186,7 @@ class Library:
         """
         origin = self._origins.get(key)
         identity = handle_of(self._model).fingerprints.of(self._model)
-        if origin is None or document_key(identity, origin[1], origin[0]) != key:
+        if origin is None or document_key(identity, origin.prefix_ids, origin.token_ids) != key:
             lacking = "its text is not known here" if origin is None else "the weights have changed"
             if isinstance(error, StoreCorruptionError):
                 raise StoreCorruptionError(
@@ -186,13 +198,13 @@ class Library:
                 f"document {key!r} is not in the store, and {lacking}; add() its text again. Keys "
                 "are what add() returns."
             ) from None
-        token_ids, prefix_ids = origin
         prefix = self._current_prefix()
-        if prefix is None or not torch.equal(prefix.token_ids, prefix_ids):
-            behind: DocumentCache | Tensor = prefix_ids
+        if prefix is None or not torch.equal(prefix.token_ids, origin.prefix_ids):
+            behind: DocumentCache | Tensor = origin.prefix_ids
         else:
             behind = prefix
-        document = prefill_documents(self._model, [token_ids], prefix=behind)[0]
+        made = prefill_documents(self._model, [origin.token_ids], prefix=behind)
+        (document,) = with_sensitivities(self._model, made) if origin.sensitivities else made
         self.prefilled += 1
         reason = "is no longer in the store"
         if isinstance(error, StoreCorruptionError):

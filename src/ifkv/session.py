@@ -128,8 +128,8 @@ class Session:
         """Prefill documents and keep them; those the store holds already are not computed again.
 
         A session that chooses by ``sensitivity-aware`` measures their sensitivities, too, for one
-        more prefill of each. Each batch is kept as soon as it is made: after an interruption the
-        same call goes on from there.
+        more prefill of each, and makes those again that the store holds without. Each batch is kept
+        as soon as it is made: after an interruption the same call goes on from there.
 
         Args:
             texts: The documents' texts.

@@ -60,7 +60,8 @@ def encode(
         typer.Option(
             "--sensitivities",
             help="Also keep how far each token's values move behind other text, which the selector "
-            "sensitivity-aware goes by; for another prefill of each document.",
+            "sensitivity-aware goes by; for another prefill of each document. Documents that are "
+            "there without are encoded again.",
         ),
     ] = False,
     batch_tokens: Annotated[

@@ -32,9 +32,9 @@ class SensitivityAware(SinkAware):
     in all layers (:func:`ifkv.sensitivity.measure_sensitivities`).
 
     A session that chooses by this rule measures sensitivities when documents are added, for one
-    more prefill of each, and its store keeps them. Of documents that have none they are measured
-    when the process first meets them, for two prefills, and remembered while it lasts. Neither is
-    counted as a request's; beside it this costs what ``sink-aware`` does.
+    more prefill of each, and its store keeps them. Of documents that reach a request without they
+    are measured when the process first meets them, for two prefills, and remembered while it
+    lasts. Neither is counted as a request's; beside it this costs what ``sink-aware`` does.
 
     Attributes:
         power: Of the sensitivity, above 0.

@@ -102,8 +102,12 @@ class DiskStore:
         """The key of a document; see :class:`ifkv.store.DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix, for good when this returns.
+
+        Args:
+            document: The document.
+            replace: Let it take the place of the one under its key.
 
         Raises:
             StoreFullError: The budget or the disk has no room; no entry was changed, except that
@@ -116,8 +120,10 @@ class DiskStore:
         for _ in range(_ATTEMPTS):
             if document.prefix is not None:
                 self._writer.put(document.prefix, None)
-            key = self._writer.put(document, prefix_key)
+            key = self._writer.put(document, prefix_key, replace=replace)
             if key is not None:
+                if replace:
+                    self._reader.forget(key)
                 return key
         raise StoreFullError(
             f"others have evicted the document's prefix {_ATTEMPTS} times while it was being put; "
@@ -166,6 +172,7 @@ class DiskStore:
         """Drop an entry, and the documents behind it if it is a prefix."""
         if not self._writer.delete(check_key(key)):
             raise DocumentNotFoundError(f"no document {key} to delete in {self.path}.")
+        self._reader.forget(key)
 
     def pin(self, key: str, pinned: bool = True) -> None:
         """Protect an entry (and so its prefix) from eviction, or stop doing so.

@@ -67,6 +67,11 @@ class DiskReader:
                 whole = self._prefixes.setdefault(key, whole)
         return whole
 
+    def forget(self, key: str) -> None:
+        """Read an entry anew the next time, whoever still holds what was read before."""
+        with self._lock:
+            self._prefixes.pop(key, None)
+
     def check(self, key: str) -> None:
         """Read an entry and check all of it, whatever was found before.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NoReturn
 
 from ifkv.documents import DocumentCache
 from ifkv.errors import StoreFullError
-from ifkv.store.codecs import Codec
+from ifkv.store.codecs import Codec, resolve_codec
 from ifkv.store.folder import Folder
 from ifkv.store.index import Entry, Index
 from ifkv.store.keys import key_of
@@ -41,12 +42,15 @@ class DiskWriter:
             return None
         return entry if self._folder.file_of(key).is_file() else None
 
-    def put(self, document: DocumentCache, prefix_key: str | None) -> str | None:
+    def put(
+        self, document: DocumentCache, prefix_key: str | None, *, replace: bool = False
+    ) -> str | None:
         """Store one document behind a prefix that is stored already.
 
         Args:
             document: The document.
             prefix_key: The prefix's key; it is not evicted for the document.
+            replace: Put it also where one is already; it is pinned and coded as that one was.
 
         Returns:
             Its key; None if the prefix is not there.
@@ -58,27 +62,31 @@ class DiskWriter:
         """
         key = key_of(document)
         used = [key] if prefix_key is None else [prefix_key, key]
-        if self.find(key) is not None:
+        before = self.find(key)
+        if before is not None and not replace:
             with self._index.transaction():
                 self._index.touch(used)
             return key
-        file = DocumentFile(document, self._codec)
+        # A store in eight bits sees exact entries that others put, and leaves them exact.
+        codec = self._codec if before is None else resolve_codec(before.codec)
+        file = DocumentFile(document, codec)
         if self.max_bytes is not None and file.nbytes > self.max_bytes:
             self._refuse(file.nbytes, file.nbytes - self.max_bytes)
         entry = Entry(
             key,
             prefix_key,
             document.fingerprint,
-            self._codec.name,
+            codec.name,
             len(document),
             file.nbytes,
         )
         with self._folder.written(file) as temporary, self._index.transaction():
-            if self.find(key) is not None:
+            now = self.find(key)
+            if now is not None and not replace:
                 return key  # another process was faster
             if prefix_key is not None and self.find(prefix_key) is None:
                 return None
-            self._index.add(entry)
+            self._index.add(dataclasses.replace(entry, pinned=now is not None and now.pinned))
             self._index.touch(used)
             victims = self._choose_victims(self.max_bytes, used, file.nbytes)
             with self._folder.full_disk_named(file.nbytes):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
 from ifkv.documents import DocumentCache, default_batch_tokens, prefill_documents
+from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
 from ifkv.patching import handle_of
 from ifkv.sensitivity import with_sensitivities
 from ifkv.store.keys import document_key
@@ -27,7 +28,7 @@ class Encoded:
     Attributes:
         keys: The documents' keys, in the order given.
         made: How many distinct documents were prefilled and put.
-        present: How many distinct documents were there already.
+        present: How many distinct documents were there already, with all that was asked for.
         prefix: The prefix's rows as they were computed; None if nothing had to be made, or there
             is no prefix.
     """
@@ -59,9 +60,9 @@ def encode_documents(
         documents: Token ids of each document.
         prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
         batch_tokens: As in :func:`ifkv.prefill_documents`.
-        sensitivities: Measure the sensitivities of those that are made, for another prefill each
-            (:func:`ifkv.sensitivity.measure_sensitivities`); documents that were there stay as
-            they are.
+        sensitivities: Measure their sensitivities, for another prefill each
+            (:func:`ifkv.sensitivity.measure_sensitivities`). Documents that are there without
+            are made again, and replaced when that is done.
         on_progress: Called with tokens done and tokens to do, at the start and after each batch;
             documents that were there count as done.
 
@@ -84,7 +85,9 @@ def encode_documents(
     identity = handle.fingerprints.of(model)
     keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
-    missing = [(key, ids) for key, ids in distinct.items() if key not in store]
+    missing = [
+        (key, ids) for key, ids in distinct.items() if not _is_there(store, key, sensitivities)
+    ]
     made = len(missing)
     total = sum(len(ids) for ids in distinct.values())
     done = total - sum(len(ids) for _, ids in missing)
@@ -105,9 +108,19 @@ def encode_documents(
         if sensitivities:
             fresh = with_sensitivities(model, fresh)
         for document in fresh:
-            store.put(document)
+            store.put(document, replace=sensitivities)
             behind = document.prefix or prefix_ids
         done += size
         report(done, total)
     rows = behind if made and isinstance(behind, DocumentCache) else None
     return Encoded(keys, made, len(distinct) - made, rows)
+
+
+def _is_there(store: DocumentStore, key: str, sensitivities: bool) -> bool:
+    """Whether a store has a document, with sensitivities if they are wanted."""
+    if key not in store or not sensitivities:
+        return key in store
+    try:
+        return store.get(key, lazy=True).sensitivity is not None
+    except (DocumentNotFoundError, StoreCorruptionError):
+        return False

@@ -62,8 +62,12 @@ class MemoryStore:
         """The key of a document; see :class:`ifkv.store.DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix.
+
+        Args:
+            document: The document.
+            replace: Let it take the place of the one under its key.
 
         Raises:
             StoreFullError: It does not fit into the budget; the prefix may have been stored.
@@ -72,14 +76,14 @@ class MemoryStore:
         check_document(document)
         while document.prefix is not None:
             prefix = self._put_one(document.prefix, None)
-            if self._put_one(document, prefix) is not None:
+            if self._put_one(document, prefix, replace) is not None:
                 return key_of(document)
             # Another thread's put has evicted the prefix meanwhile: once more.
-        self._put_one(document, None)
+        self._put_one(document, None, replace)
         return key_of(document)
 
     def _put_one(
-        self, document: DocumentCache, prefix: DocumentCache | None
+        self, document: DocumentCache, prefix: DocumentCache | None, replace: bool = False
     ) -> DocumentCache | None:
         """Hold a document; its prefix must be held already.
 
@@ -88,19 +92,21 @@ class MemoryStore:
         """
         key, prefix_key = key_of(document), prefix_key_of(document)
         with self._lock:
-            if key in self._entries:
+            if key in self._entries and not replace:
                 self._touch(key)
                 return self._entries[key]
         # The copy to the host is made outside the lock; other threads go on meanwhile.
         placed = self._to_host(document, prefix)
         with self._lock:
-            if key not in self._entries:
+            before = self._entries.get(key)
+            if before is None or replace:
                 if prefix_key is not None and self._entries.get(prefix_key) is not prefix:
                     return None
-                self._make_room(placed.nbytes, {key, prefix_key})
+                more = placed.nbytes - (0 if before is None else before.nbytes)
+                self._make_room(more, {key, prefix_key})
                 self._entries[key] = placed
-                self._nbytes += placed.nbytes
-                if prefix_key is not None:
+                self._nbytes += more
+                if prefix_key is not None and before is None:
                     self._behind[prefix_key] += 1
             self._touch(key)
             return self._entries[key]

@@ -68,8 +68,13 @@ class DocumentStore(Protocol):
         """
         ...
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and, once, its prefix; one that is there already is only marked as used.
+
+        Args:
+            document: The document.
+            replace: Let it take the place of the one under its key, for instance because it has
+                sensitivities; until it does, that one stays.
 
         Returns:
             Its key.

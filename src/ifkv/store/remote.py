@@ -87,8 +87,12 @@ class RemoteStore:
         """The key of a document; see :class:`ifkv.store.DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Upload a document and its prefix, unless they are there.
+
+        Args:
+            document: The document.
+            replace: Upload the document, not its prefix, even so.
 
         Raises:
             StoreError: The upload failed.
@@ -96,9 +100,17 @@ class RemoteStore:
         """
         check_document(document)
         for part in (document.prefix, document):
-            if part is not None and key_of(part) not in self:
+            if part is not None and ((replace and part is document) or key_of(part) not in self):
                 self._upload(key_of(part), DocumentFile(part, self.codec).tobytes())
-        return key_of(document)
+        key = key_of(document)
+        if replace:
+            self._forget(key)
+        return key
+
+    def _forget(self, key: str) -> None:
+        """Fetch an object anew the next time, whoever still holds what was fetched before."""
+        with self._lock:
+            self._prefixes.pop(key, None)
 
     def _upload(self, key: str, data: bytes) -> None:
         target = self._path(key)
@@ -172,6 +184,7 @@ class RemoteStore:
             self._files.rm_file(self._path(check_key(key)))
         except FileNotFoundError:
             raise DocumentNotFoundError(f"no document {key} to delete at {self.url}.") from None
+        self._forget(key)
 
     def keys(self) -> Iterator[str]:
         """Keys of all entries, in their own order."""

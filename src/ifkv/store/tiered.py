@@ -42,9 +42,12 @@ class TieredStore:
         """The key of a document; see :class:`ifkv.store.DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
-    def put(self, document: DocumentCache) -> str:
+    def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document in both tiers; one too large for the fast tier is in the slow alone."""
-        key = self.slow.put(document)
+        key = self.slow.put(document, replace=replace)
+        if replace:  # else the fast tier would go on with the old one where the new has no room
+            with contextlib.suppress(DocumentNotFoundError):
+                self.fast.delete(key)
         self._promote(document)
         return key
 
