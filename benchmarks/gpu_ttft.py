@@ -1,13 +1,14 @@
 """Time to first token on a CUDA card against full prefill, with random weights in real shapes.
 
     python benchmarks/gpu_ttft.py [--minutes 9] [--lengths 8192,32768,131072] [--repeats 5]
+                                  [--selector sink-aware]
 
 Shapes are those of Llama-3.1-8B and Qwen3-8B, in bfloat16. Weights are random: speed does not
 depend on them, answers are meaningless. The baseline is the faster of two full prefills by
 transformers itself, one with SDPA and one with FlashInfer attention, on the unpatched model. Ours
-is everything from the question's arrival: stitch, score, select, and the fused forward of selected
-rows and prompt; documents lie in the card's memory. Times are between CUDA events, so waiting for
-the host counts; medians of repeats after one that is not counted.
+is everything from the question's arrival: stitch, select (with the scoring that it takes), and the
+fused forward of selected rows and prompt; documents lie in the card's memory. Times are between
+CUDA events, so waiting for the host counts; medians of repeats after one that is not counted.
 
 Settings run in order of importance and none begins after the minutes given. Kernels that FlashInfer
 has never compiled on this machine are compiled in the uncounted round. Writes gpu_ttft.json and
@@ -35,7 +36,7 @@ from torch import Tensor
 
 import ifkv
 from ifkv.cost import ModelShape, mean_position, speedup_bound
-from ifkv.scoring import default_layers
+from ifkv.selectors import DEFAULT_SELECTOR, Request, Selector, resolve
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (32768, 8192, 131072)  # the target's first
@@ -43,6 +44,8 @@ RATIOS = (0.15, 0.05, 0.30)
 DOCUMENT = 512
 PREFIX = 16
 PROMPT = 64
+QUESTION = 48  # tokens of the prompt that are the bare question
+STEPS = ("stitch", "select", "recompute")
 NEW_TOKENS = 32
 TARGET = 0.85  # of S(r), at 32k tokens
 
@@ -149,20 +152,17 @@ class Workload:
         marks.append(self.clock.mark())
         return self.clock.seconds(marks)[0]
 
-    def request(self, caches: list[Any], ratio: float) -> dict[str, Any]:
-        """Stitch, score, select, recompute with the prompt; then decode."""
+    def request(self, caches: list[Any], ratio: float, rule: Selector) -> dict[str, Any]:
+        """Stitch, select, recompute with the prompt; then decode."""
         marks = [self.clock.mark()]
         cache = ifkv.stitch(self.model, caches)
         marks.append(self.clock.mark())
-        scores = ifkv.score(self.model, cache, self.prompt)
+        asked = Request(self.prompt, self.prompt[:QUESTION], caches)
+        selection = rule.select(self.model, cache, asked, ratio)
         marks.append(self.clock.mark())
-        slots = ifkv.select(cache, scores, ratio=ratio)
+        ifkv.recompute(self.model, cache, selection.slots, prompt_ids=self.prompt)
         marks.append(self.clock.mark())
-        ifkv.recompute(self.model, cache, slots, prompt_ids=self.prompt)
-        marks.append(self.clock.mark())
-        steps = dict(
-            zip(("stitch", "score", "select", "recompute"), self.clock.seconds(marks), strict=True)
-        )
+        steps = dict(zip(STEPS, self.clock.seconds(marks), strict=True))
         marks = [self.clock.mark()]
         ifkv.generate(
             self.model,
@@ -175,7 +175,7 @@ class Workload:
         )
         marks.append(self.clock.mark())
         decode = NEW_TOKENS / self.clock.seconds(marks)[0]
-        return {"steps": steps, "slots": slots.cpu(), "decode_tokens_per_second": decode}
+        return {"steps": steps, "selection": selection, "decode_tokens_per_second": decode}
 
 
 def register_flashinfer_attention(module: Any) -> str:
@@ -233,6 +233,7 @@ def measure(
     name: str,
     length: int,
     repeats: int,
+    rule: Selector,
     out_of_time: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
     """Records of one model and length: baselines and every ratio."""
@@ -250,23 +251,25 @@ def measure(
     model.set_attn_implementation(before)
     full_memory = peak_memory(device)
     shape = ModelShape.of(model)
-    depth = default_layers(shape.num_layers)[-1] + 1
     with ifkv.patch(model, backend=backend):
         caches = ifkv.prefill_documents(model, work.documents, prefix=work.prefix)
         peak_memory(device)
         for ratio in RATIOS:
             if out_of_time():
                 return
-            runs = median_after_first(lambda r=ratio: work.request(caches, r), repeats)
-            slots = runs[-1]["slots"]
+            runs = median_after_first(lambda r=ratio: work.request(caches, r, rule), repeats)
+            selection = runs[-1]["selection"]
+            slots = selection.slots.cpu()
             yield record(name, work, ratio, baselines, runs) | {
+                "selector": str(rule),
+                "rows": len(slots),
                 "bound": speedup_bound(
                     shape,
                     context_length=work.context,
                     query_length=PROMPT,
                     ratio=len(slots) / work.context,
-                    scoring_layers=depth,
                     position=mean_position(slots, work.context),
+                    selection_flops=selection.cost.flops,
                 ),
                 "full_prefill_peak_gb": full_memory,
                 "peak_gb": peak_memory(device),
@@ -283,12 +286,9 @@ def record(
         "context": work.context,
         "prompt": PROMPT,
         "ratio": ratio,
-        "rows": len(runs[-1]["slots"]),
         "full_prefill_seconds": baselines,
         "ttft_seconds": statistics.median(sum(run["steps"].values()) for run in runs),
-        "steps": {
-            step: statistics.median(run["steps"][step] for run in runs) for step in runs[0]["steps"]
-        },
+        "steps": {step: statistics.median(run["steps"][step] for run in runs) for step in STEPS},
         "decode_tokens_per_second": statistics.median(
             run["decode_tokens_per_second"] for run in runs
         ),
@@ -314,12 +314,12 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | score | select "
+        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select "
         "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory | decode |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        steps = [f"{row['steps'][s] * 1e3:.1f}" for s in ("stitch", "score", "select", "recompute")]
+        steps = [f"{row['steps'][step] * 1e3:.1f}" for step in STEPS]
         full = row["full_prefill_seconds"]
         peak = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f} GB"
         lines.append(
@@ -376,6 +376,7 @@ def main() -> None:
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--selector", default=DEFAULT_SELECTOR)
     parser.add_argument("--mask", default="split", choices=("split", "tiles", "positions"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -383,6 +384,7 @@ def main() -> None:
             "gpu_ttft.py needs a CUDA device, and torch sees none here. "
             "benchmarks/ttft.py measures on the CPU."
         )
+    rule = resolve(arguments.selector)
     deadline = time.monotonic() + 60 * arguments.minutes
 
     def out_of_time() -> bool:
@@ -405,7 +407,7 @@ def main() -> None:
                 skipped.append(f"{name} at {length}")
                 continue
             repeats = arguments.repeats if length <= 32768 else 1
-            for row in measure(model, backend, name, length, repeats, out_of_time):
+            for row in measure(model, backend, name, length, repeats, rule, out_of_time):
                 rows += with_shares([row])
                 write(RESULTS, about, rows)  # what has been measured is not lost
         del model

@@ -12,6 +12,7 @@ import transformers
 
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.selectors import DEFAULT_SELECTOR, resolve
 from ifkv.testing import tiny_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_ttft.py"
@@ -38,7 +39,7 @@ def test_it_explains_its_options_without_a_card():
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
     )
-    for option in ("--minutes", "--lengths", "--models", "--repeats", "--mask"):
+    for option in ("--minutes", "--lengths", "--models", "--repeats", "--mask", "--selector"):
         assert option in run.stdout
 
 
@@ -53,13 +54,18 @@ def test_shapes_are_eight_billion_parameters_and_reach_128k(bench, name):
 
 
 def test_it_measures_a_tiny_model_from_end_to_end(bench, monkeypatch, tmp_path):
-    for name, value in {"DOCUMENT": 20, "PREFIX": 2, "PROMPT": 5, "NEW_TOKENS": 3}.items():
+    sizes = {"DOCUMENT": 20, "PREFIX": 2, "PROMPT": 5, "QUESTION": 3, "NEW_TOKENS": 3}
+    for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
     model = tiny_model("qwen3")
-    rows = bench.with_shares(list(bench.measure(model, backend, "tiny", 100, 2, lambda: False)))
+    rule = resolve(DEFAULT_SELECTOR)
+    rows = bench.with_shares(
+        list(bench.measure(model, backend, "tiny", 100, 2, rule, lambda: False))
+    )
     assert [row["ratio"] for row in rows] == list(bench.RATIOS)
     assert rows[0]["context"] == 92
+    assert rows[0]["selector"] == DEFAULT_SELECTOR
     assert rows[0]["rows"] == 13
     assert set(rows[0]["full_prefill_seconds"]) == {"sdpa", "flashinfer"}
     table = bench.write(tmp_path, {"card": "none", "repeats": 2}, rows)
@@ -70,7 +76,8 @@ def test_it_measures_a_tiny_model_from_end_to_end(bench, monkeypatch, tmp_path):
 
 def test_no_setting_begins_when_time_is_up(bench):
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
-    assert list(bench.measure(tiny_model("qwen3"), backend, "tiny", 200, 1, lambda: True)) == []
+    model, rule = tiny_model("qwen3"), resolve(DEFAULT_SELECTOR)
+    assert list(bench.measure(model, backend, "tiny", 200, 1, rule, lambda: True)) == []
 
 
 def test_both_baselines_compute_the_same(bench):
@@ -102,7 +109,7 @@ def test_the_table_says_whether_the_target_is_reached(bench):
         "length": 32768,
         "ratio": 0.15,
         "full_prefill_seconds": {"sdpa": 3.0, "flashinfer": 2.0},
-        "steps": {"stitch": 0.001, "score": 0.02, "select": 0.0001, "recompute": 0.4},
+        "steps": {"stitch": 0.001, "select": 0.02, "recompute": 0.4},
         "ttft_seconds": 0.42,
         "peak_gb": 30.0,
         "decode_tokens_per_second": 40.0,
@@ -112,4 +119,4 @@ def test_the_table_says_whether_the_target_is_reached(bench):
     }
     table = bench.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
     assert "reached in 1 of 2 settings" in table
-    assert "| 3000 / 2000 ms | 1.0 ms | 20.0 ms | 0.1 ms | 400.0 ms | 420 ms |" in table
+    assert "| 3000 / 2000 ms | 1.0 ms | 20.0 ms | 400.0 ms | 420 ms |" in table
