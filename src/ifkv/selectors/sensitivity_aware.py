@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
@@ -68,10 +69,11 @@ class SensitivityAware(SinkAware):
             ids = cache.token_ids.cpu()
             prefix_ids, documents = ids[: cache.prefix_length], [ids[parts[n]] for n in lacking]
             measured = _SENSITIVITIES.of(model, prefix_ids, documents)
-            for number, sensitivity in zip(lacking, measured, strict=True):
-                known[number] = sensitivity
-        weighed = scores.clone()
-        for part, factors in list(zip(parts, known, strict=True))[1:]:
-            assert factors is not None
-            weighed[part] *= factors.to(scores.device) ** self.power
+            for number, found in zip(lacking, measured, strict=True):
+                known[number] = found
+        factors = torch.ones(len(scores))  # put together here: one copy to the device, not many
+        for part, sensitivity in list(zip(parts, known, strict=True))[1:]:
+            assert sensitivity is not None
+            factors[part] = sensitivity
+        weighed = scores * factors.to(scores.device) ** self.power
         return super().settle(model, cache, weighed)
