@@ -26,7 +26,6 @@ VALUE_AWARE = "value-aware:layers=0.0-1.0"
 # Which ways are compared with which.
 PAIRS = {
     "sensitivity-aware": (DEFAULT, PAPER, MIDDLE, "prophetkv", "cacheblend", "epic"),
-    MIDDLE: (DEFAULT, PAPER, "prophetkv", "cacheblend", "epic"),
     DEFAULT: (PAPER, "prophetkv", "cacheblend", "epic"),
     "deviation-aware": (PAPER, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
     PAPER: ("prophetkv", "cacheblend", "epic"),
@@ -54,12 +53,7 @@ def quality(file: str, ratio: float) -> str:
     return as_table("way | cost | gap recovered | KL | top-1 | NLL", rows, 1)
 
 
-def sensitivity(file: str, ratio: float) -> str:
-    """``sensitivity-aware`` against others, at equal ratio and at equal operations."""
-    return pairs(file, ratio, {"sensitivity-aware": PAIRS["sensitivity-aware"]})
-
-
-def pairs(file: str, ratio: float, wanted: dict[str, tuple[str, ...]] = PAIRS) -> str:
+def pairs(file: str, ratio: float) -> str:
     """Ways against others, at equal ratio and at equal operations."""
     found = {
         (row["at"], row["first"], row["second"]): row
@@ -67,7 +61,7 @@ def pairs(file: str, ratio: float, wanted: dict[str, tuple[str, ...]] = PAIRS) -
         if row["questions"] == "all" and float(row["ratio"] or -1) == ratio
     }
     rows = []
-    for first, rivals in wanted.items():
+    for first, rivals in PAIRS.items():
         for second in rivals:
             here = [found.get((at, first, second)) for at in ("equal ratio", "equal cost")]
             if here[0] is None:
@@ -121,7 +115,6 @@ def halves(file: str, ratio: float) -> str:
 TABLES: dict[str, Callable[[str, float], str]] = {
     "quality": quality,
     "pairs": pairs,
-    "sensitivity": sensitivity,
     "ratios": ratios,
     "halves": halves,
 }

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from figures import attention, flow, geometries, speed
+from figures import arena, attention, flow, geometries, speed
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def figures() -> dict[str, str]:
     """Every figure's file name and content."""
     drawn = {
+        "arena.svg": arena.draw(RESULTS),
         "attention.svg": attention.draw(),
         "flow.svg": flow.draw(),
         "geometries.svg": geometries.draw(),
     }
-    for results in sorted((ROOT / "benchmarks" / "results").glob("ttft-*.json")):
+    for results in sorted(RESULTS.glob("ttft-*.json")):
         drawn |= speed.draw_all(results)
     return drawn
 

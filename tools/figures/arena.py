@@ -1,0 +1,101 @@
+"""What each selector recovers at what cost, from the numbers under benchmarks/results."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+
+from figures.canvas import Canvas
+
+# Results files beside each other, as arena-NAME.csv.
+PANELS = {
+    "135m-hotpotqa-float32": "135M, HotpotQA",
+    "135m-squad-float32": "135M, SQuAD",
+    "500m-hotpotqa-float32": "0.5B, HotpotQA",
+    "500m-squad-float32": "0.5B, SQuAD",
+}
+# Colour and width: our own stand out.
+LINES = {
+    "sensitivity-aware": ("mark", 2.6),
+    "sink-aware": ("new", 2.6),
+    "attention-norm": ("ink", 1.4),
+    "prophetkv": ("soft", 1.4),
+    "cacheblend": ("old", 1.8),
+    "epic": ("line", 1.8),
+}
+COLUMNS = 2
+WIDE, HIGH = 250, 230  # of a panel, and around it:
+LEFT, TOP, NAMES, BELOW = 62, 88, 156, 76
+COSTS = (0.0, 0.4)
+TICK, LINE_HEIGHT = 0.1, 14
+Point = tuple[float, float]
+
+
+def draw(results: Path) -> str:
+    """One panel per model and data set: a line per selector over its ratios.
+
+    Args:
+        results: The folder of the results.
+    """
+    canvas = Canvas(
+        LEFT + COLUMNS * (WIDE + NAMES) - 20,
+        TOP + -(-len(PANELS) // COLUMNS) * (HIGH + BELOW) - 16,
+        "Share of the gap between stitching alone and full prefill that each selector recovers, "
+        "over its operations to the first token as a share of full prefill's.",
+    )
+    canvas.text(20, 28, "What a selector recovers, and what it costs", bold=True, size=15)
+    canvas.text(
+        20, 48, "up: nearer to full prefill; left: sooner; markers: ratios", size=12, fill="soft"
+    )
+    for number, (name, title) in enumerate(PANELS.items()):
+        row, column = divmod(number, COLUMNS)
+        left, top = LEFT + column * (WIDE + NAMES), TOP + row * (HIGH + BELOW)
+        _panel(canvas, left, top, title, points_of(results / f"arena-{name}.csv"))
+    return canvas.render()
+
+
+def points_of(file: Path) -> dict[str, list[Point]]:
+    """Cost and share of the gap of each way at each ratio, by cost, over all questions."""
+    found: dict[str, list[Point]] = {}
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            if row["questions"] == "all" and row["way"] in LINES:
+                found.setdefault(row["way"], []).append((float(row["flops"]), float(row["gap"])))
+    return {way: sorted(points) for way, points in found.items()}
+
+
+def _panel(
+    canvas: Canvas, left: float, top: float, title: str, ways: dict[str, list[Point]]
+) -> None:
+    def x(cost: float) -> float:
+        return left + (cost - COSTS[0]) / (COSTS[1] - COSTS[0]) * WIDE
+
+    def y(gap: float) -> float:
+        return top + (1 - gap) * HIGH
+
+    canvas.text(left, top - 12, title, size=13, bold=True)
+    for tick in range(5):
+        canvas.line(left, y(tick / 4), left + WIDE, y(tick / 4))
+        canvas.text(left - 6, y(tick / 4) + 4, f"{25 * tick} %", size=11, anchor="end", fill="soft")
+        canvas.text(
+            x(tick * TICK), top + HIGH + 18, f"{tick * TICK:.1f}", size=11, anchor="middle",
+            fill="soft",
+        )  # fmt: skip
+    canvas.text(
+        left + WIDE / 2, top + HIGH + 38, "operations, as a share of full prefill's", size=12,
+        anchor="middle", fill="soft",
+    )  # fmt: skip
+    for way in reversed(LINES):  # our own last, on top
+        colour, width = LINES[way]
+        points = ways.get(way, [])
+        for (x1, y1), (x2, y2) in itertools.pairwise(points):
+            canvas.line(x(x1), y(y1), x(x2), y(y2), stroke=colour, width=width)
+        for cost, gap in points:
+            canvas.rect(x(cost) - 3, y(gap) - 3, 6, 6, colour)
+    ends = sorted((y(points[-1][1]), way) for way, points in ways.items())
+    lowest = 0.0
+    for end, way in ends:  # names in the order of the lines' ends, none on top of another
+        lowest = max(end + 4, lowest + LINE_HEIGHT)
+        canvas.rect(left + WIDE + 2, lowest - 9, 8, 8, LINES[way][0])
+        canvas.text(left + WIDE + 14, lowest, way, size=11)
