@@ -13,19 +13,16 @@ from hypothesis import given
 
 from flashinfer_checks import (
     BACKEND_CHECKS,
-    RULE_CHECKS,
-    STANDIN_CHECKS,
-    Engine,
-    causal,
     check_documents,
     check_pages,
     check_queries,
     check_query,
     check_rows,
-    dense,
     eight_bit,
     eight_bits,
 )
+from flashinfer_engine import Engine, causal, dense
+from flashinfer_rules import RULE_CHECKS, STANDIN_CHECKS
 from flashinfer_standin import RULES, FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.flashinfer.tiles import parts_of_rows

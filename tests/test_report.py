@@ -1,35 +1,21 @@
-"""Reports: exact token texts, shades, the page, the heat map and the table."""
+"""Reports: exact token texts, what a report refuses, and its shades."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
-import time
-from html.parser import HTMLParser
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 import ifkv
 from ifkv.errors import InvalidInputError
-from ifkv.report import (
-    AnswerRow,
-    Heatmap,
-    Report,
-    comparison_table,
-    render_html,
-    token_pieces,
-    write_html,
-)
+from ifkv.report import AnswerRow, Report, render_html, token_pieces
 from ifkv.report.shading import LEVELS, document_shares, richest, runs, visible
-from ifkv.report.table import nats, seconds, times
 from ifkv.testing import tiny_model, tiny_tokenizer
+from made_reports import make_report
 
 TOKENIZER = tiny_tokenizer()
 
@@ -46,40 +32,6 @@ class StrippingTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return "".join((" a", " b", "c", "é")[i] for i in ids).removeprefix(" ")
-
-
-def make_report(
-    texts: list[list[str]],
-    scores: list[float] | None = None,
-    recomputed: frozenset[int] = frozenset(),
-    **fields: object,
-) -> Report:
-    """A report over a prefix and documents, each given by its tokens' texts."""
-    slices, start = [], len(texts[0])
-    for document in texts[1:]:
-        slices.append(slice(start, start + len(document)))
-        start += len(document)
-    given_fields = {
-        "question": "Which?",
-        "token_texts": [text for part in texts for text in part],
-        "scores": [1.0] * start if scores is None else scores,
-        "recomputed": recomputed,
-        "document_slices": slices,
-        "prefix_length": len(texts[0]),
-        "order": list(range(len(slices))),
-    }
-    return Report(**{**given_fields, **fields})  # type: ignore[arg-type]
-
-
-def printed(renderable: object, *, width: int = 80, colour: bool = False) -> str:
-    console = Console(
-        file=io.StringIO(),
-        width=width,
-        force_terminal=colour,
-        color_system="truecolor" if colour else None,
-    )
-    console.print(renderable)
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # token_pieces
@@ -227,223 +179,3 @@ def test_documents_share_the_attention_and_keep_their_numbers() -> None:
 
 def test_no_control_character_passes() -> None:
     assert visible("a\x1b[31m\x07\r\nb\tc\x9b\ud800") == "a�[31m�\nb    c��"
-
-
-# The page
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects the documents' texts, ids and references."""
-
-    VOID = frozenset({"meta", "br", "input"})
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.texts: list[str] = []
-        self.recomputed = ""
-        self.tags: set[str] = set()
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        found = dict(attrs)
-        if "id" in found:
-            self.ids.append(found["id"] or "")
-        self.references += [value or "" for name, value in attrs if name in ("href", "src")]
-        if found.get("class") == "text":
-            self.texts.append("")
-        if tag not in self.VOID:
-            self.open.append("text" if found.get("class") == "text" else tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() in (tag, "text"), tag
-
-    def handle_data(self, data: str) -> None:
-        if "text" in self.open:
-            self.texts[-1] += data
-            if "u" in self.open:
-                self.recomputed += data
-
-
-HOSTILE = "</u></div><script>alert(1)</script>&amp;\"'"
-
-
-@pytest.fixture
-def hostile() -> Report:
-    texts = [["<s>"], ["Lamp", " is", " red", "."], [HOSTILE, " tail"]]
-    rows = [
-        AnswerRow("full prefill", 2.0, HOSTILE, speedup=1.0, kl=0.0),
-        AnswerRow("ifkv <r>", 0.5, "line\nbreak", speedup=4.0, bound=5.0, kl=3e-7),
-    ]
-    return make_report(
-        texts,
-        [9.0, 0.1, 0.1, 3.0, 0.1, 2.0, 0.1],
-        frozenset({3, 5}),
-        question=f"Why? {HOSTILE}",
-        titles=["Lamp", HOSTILE],
-        rows=rows,
-    )
-
-
-def test_the_page_holds_the_text_and_the_marks_and_no_one_elses_markup(hostile: Report) -> None:
-    source = render_html([hostile, hostile], note=HOSTILE)
-    page = Page(source)
-    assert page.texts == ["Lamp is red.", f"{HOSTILE} tail"] * 2
-    assert page.recomputed == f"red{HOSTILE}" * 2
-    assert "script" not in page.tags
-    assert len(page.ids) == len(set(page.ids))
-    for word in ("2.00 s", "500 ms", "4.00×", "5.00×", "80%", "3e-07", "ifkv &lt;r&gt;"):
-        assert word in source, word
-
-
-def test_the_page_needs_nothing_else_and_can_be_read_by_all(hostile: Report) -> None:
-    source = render_html([hostile])
-    page = Page(source)
-    assert all(reference.startswith("#") for reference in page.references)
-    assert {reference[1:] for reference in page.references} <= set(page.ids)
-    assert "http" not in source
-    assert "url(" not in source
-    assert "@import" not in source
-    assert '<html lang="en">' in source
-    assert "width=device-width" in source
-    assert "prefers-color-scheme: dark" in source
-    assert page.tags >= {"main", "h1", "h2", "h3", "table", "th", "details", "summary", "u"}
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_shades_and_marks_have_contrast(hostile: Report, theme: str) -> None:
-    css = re.findall(r"--([\w]+): (#[0-9a-f]{6})", render_html([hostile]))
-    half = len(css) // 2
-    colours = dict(css[:half] if theme == "light" else css[half:])
-
-    def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    def contrast(a: str, b: str) -> float:
-        low, high = sorted((luminance(colours[a]), luminance(colours[b])))
-        return (high + 0.05) / (low + 0.05)
-
-    # WCAG 2: 4.5 for text. Each shade is told from the one before it, and grows away from the card.
-    assert contrast("ink", "page") > 7
-    assert contrast("soft", "page") > 4.5
-    assert all(contrast("on", f"s{level}") > 4.5 for level in range(1, LEVELS))
-    # 3 for what is drawn: the underline on every shade, and the bars on their track.
-    assert all(contrast("mark", under) > 3 for under in ("card", "s1", "s2", "s3", "s4", "s5"))
-    steps = [contrast("card", f"s{level}") for level in range(1, LEVELS)]
-    assert steps == sorted(steps)
-
-
-def test_eight_thousand_tokens_stay_light_and_quick() -> None:
-    words = [f" word{i % 97}" for i in range(8192)]
-    scores = [1.0 + (i * 7919 % 1000) ** 3 / 1e8 for i in range(8192)]
-    report = make_report([[], words], scores, frozenset(range(0, 8192, 7)))
-    start = time.perf_counter()
-    page = render_html([report])
-    assert time.perf_counter() - start < 5
-    assert len(page) < 600_000
-
-
-def test_no_reports_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="at least one"):
-        render_html([])
-
-
-def test_a_page_is_written_whole_or_not_at_all(
-    hostile: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "new" / "page.html"
-    assert write_html(target, [hostile]) == target
-    assert target.read_text(encoding="utf-8") == render_html([hostile])
-    before = target.read_text(encoding="utf-8")
-    monkeypatch.setattr("ifkv.report.html.os.replace", lambda *_: (_ for _ in ()).throw(OSError))
-    with pytest.raises(OSError):
-        write_html(target, [hostile], title="another")
-    assert target.read_text(encoding="utf-8") == before
-    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
-
-
-# The terminal
-
-
-def test_the_heat_map_shades_and_underlines(hostile: Report) -> None:
-    shown = printed(Heatmap(hostile), colour=True)
-    # 4: underline; 48;2: a background colour. " red" is both, and its space is neither.
-    assert re.search(r"is \x1b\[4;[\d;]*48;2;[\d;]*mred\x1b\[0m", shown)
-    assert "1 · Lamp" in shown
-    assert "1 of 4 tokens recomputed" in shown
-
-
-def test_without_colours_a_line_of_marks_stands_below() -> None:
-    report = make_report([[], ["漢字", " is", " red"]], recomputed=frozenset({0, 2}), titles=["t"])
-    lines = printed(Heatmap(report), width=40).splitlines()
-    at = next(index for index, line in enumerate(lines) if "漢字 is red" in line)
-    # A wide character takes two columns, and so do its marks.
-    assert lines[at + 1].strip("│ ").rstrip() == "‾‾‾‾    ‾‾‾"
-
-
-def test_the_compact_heat_map_keeps_the_richest_and_says_what_it_left_out() -> None:
-    words = [[f"w{i} " * 8 + "\n"] for i in range(9)]
-    rich = [["plain"], [text for part in words for text in part], ["dull"]]
-    scores = [0.0] + [1.0] * 9 + [0.1]
-    scores[1 + 4] = 9.0
-    report = make_report([[], *rich], scores)
-    shown = printed(Heatmap(report, documents=1, lines=1))
-    assert "w4 w4" in shown
-    assert "w3 w3" not in shown
-    assert shown.count("⋯") == 2
-    assert "2 more documents with 1% of the attention" in shown
-    everything = printed(Heatmap(report))
-    assert "⋯" not in everything
-    assert "plain" in everything
-    assert "w8 w8" in everything
-
-
-@pytest.mark.parametrize("width", [24, 40, 200])
-def test_the_heat_map_fits_any_terminal(width: int) -> None:
-    report = make_report([[], ["Lorem", " ipsum"] * 100], recomputed=frozenset(range(0, 200, 3)))
-    assert max(map(len, printed(Heatmap(report, lines=5), width=width).splitlines())) <= width
-
-
-def test_escape_sequences_of_a_document_do_not_reach_the_terminal() -> None:
-    report = make_report(
-        [[], ["\x1b]0;title\x07", "\x1b[2J", "[red]x[/red]"]],
-        question="\x1b[2Jq",
-        titles=["\x1b[2Jt"],
-        rows=[AnswerRow("\x1b[2Jw", 1.0, "\x1b[2Ja")],
-    )
-    shown = printed(Heatmap(report)) + printed(comparison_table(report.rows, title="\x1b[2J"))
-    assert "\x1b" not in shown
-    assert "[red]x[/red]" in shown
-
-
-def test_the_table_shows_each_way(hostile: Report) -> None:
-    shown = printed(comparison_table(hostile.rows, title="Why?"), width=100)
-    assert shown.startswith("Why?")
-    row = next(line for line in shown.splitlines() if "ifkv <r>" in line)
-    assert row.split()[2:] == ["500", "ms", "4.00×", "80%", "3e-07", "line", "⏎", "break"]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (seconds(0.2651), "265 ms"),
-        (seconds(0.9996), "1.00 s"),
-        (times(None), "–"),
-        (times(4.126), "4.13×"),
-        (times(39.51), "39.5×"),
-        (times(129.4), "129×"),
-        (nats(None), "–"),
-        (nats(0.0), "0.0000"),
-        (nats(0.0431), "0.0431"),
-        (nats(-2e-9), "-2e-09"),
-    ],
-)
-def test_numbers_are_short(text: str, expected: str) -> None:
-    assert text == expected

@@ -20,7 +20,8 @@ from ifkv.errors import InvalidInputError
 from ifkv.report import Report, render_html
 from ifkv.report.sentences import sentences, strongest
 from ifkv.testing import tiny_model, tiny_tokenizer
-from test_report import Page, make_report
+from made_reports import make_report
+from page_reader import Page
 
 TOKENIZER = tiny_tokenizer()
 TEXTS = ["The lamp is red. It hangs high.", "Der Tür fehlt nichts <b>.", "雨。晴れ。"]

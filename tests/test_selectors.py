@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 from unittest.mock import patch
@@ -14,12 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import ifkv
 from ifkv import selectors
-from ifkv.backends import reference
-from ifkv.cost import ModelShape, prefill_cost, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.selection import budget
 from ifkv.selectors import Cost, Ranked, Request, Selection
@@ -33,7 +29,6 @@ from ifkv.testing import (
     dense_scores,
     dense_stitched,
     shared_tiny_model,
-    tiny_model,
 )
 from ifkv.testing.strategies import Request as Tokens
 from scenario import EXACT, Bench, Scenario, keys_of, prepared, scenarios, values_of
@@ -416,88 +411,3 @@ def test_random_depends_on_its_seed_alone() -> None:
         picks = [chosen(f"random:seed={seed}", bench, cache, 0.3).slots for seed in range(8)]
         assert torch.equal(picks[0], chosen("random", bench, cache, 0.3).slots)
     assert len({tuple(pick.tolist()) for pick in picks}) > 4
-
-
-# --- costs --------------------------------------------------------------------------------------
-
-
-def counted(run: Callable[[], Any]) -> float:
-    """Operations that torch ran, those of the CPU's fused attention by their shapes."""
-
-    def attention(query: Any, key: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        batch, heads, rows, width = query
-        whole = 4 * batch * heads * rows * key[2] * width
-        causal = len(args) > 2 and args[2] is True
-        return whole * (rows + 1) // (2 * rows) if causal else whole
-
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
-    # One row a tile: none computes pairs only to mask them.
-    with (
-        patch.object(reference, "TILE_ROWS", 1),
-        FlopCounterMode(display=False, custom_mapping=mapping) as counter,
-    ):
-        run()
-    return float(counter.get_total_flops())
-
-
-COUNTED = [s for s in SPECS if s not in ("epic", "random", "recency")]
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-@pytest.mark.parametrize("spec", COUNTED)
-def test_flops_are_those_that_torch_runs(spec: str, family: str) -> None:
-    model = shared_tiny_model(family, num_layers=4)
-    request = Tokens([1], [[5] * 20, [8] * 130, [3] * 90, [13] * 60], [20] * 5, [19] * 9)
-    with prepared(model, request) as bench:
-        cache = bench.stitch()
-        chosen(spec, bench, cache, 0.2)  # what is learnt once a document counts to no request
-        spent: list[Cost] = []
-        total = counted(lambda: spent.append(chosen(spec, bench, cache, 0.2).cost))
-    assert spent[0].flops == pytest.approx(total, rel=0.01)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-def test_recompute_and_prefill_cost_what_torch_runs(family: str) -> None:
-    model = shared_tiny_model(family, num_layers=4)
-    shape = ModelShape.of(model)
-    head = 2 * model.get_output_embeddings().weight.numel()
-    request = Tokens([1], [[5] * 20, [8] * 130, [3] * 90], [20] * 5, [19] * 9)
-    with prepared(model, request) as bench:
-        cache = bench.stitch()
-        slots = torch.arange(21, 241, 3)
-        total = counted(lambda: ifkv.recompute(model, cache, slots, prompt_ids=request.prompt))
-        expected = recompute_cost(shape, slots, 241, 9).flops + head
-        assert expected == pytest.approx(total, rel=0.01)
-        blank = bench.stitch()
-        total = counted(lambda: ifkv.recompute(model, blank, slots))
-        assert recompute_cost(shape, slots, 241).flops == pytest.approx(total, rel=0.01)
-    ids = torch.tensor([[1] * 240])
-    with torch.no_grad():
-        total = counted(lambda: model(ids, logits_to_keep=1))
-    assert prefill_cost(shape, 240).flops + head == pytest.approx(total, rel=0.01)
-
-
-def test_bytes_are_those_of_the_tensors() -> None:
-    model = tiny_model("qwen2", dtype=torch.float32)
-    shape = ModelShape.of(model)
-    base: Any = model.base_model
-    weights = sum(p.nbytes for layer in base.layers for p in layer.parameters() if p.ndim == 2)
-    with prepared(model, TOKENS) as bench:
-        cache = bench.stitch()
-        rows = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    # All is read and written once.
-    assert prefill_cost(shape, cache.context_length).bytes == weights + 2 * rows
-    assert recompute_cost(shape, torch.zeros(0, dtype=torch.long), 9) == Cost()
-
-
-def test_costs_add_up() -> None:
-    with prepared(shared_tiny_model("llama"), TOKENS) as bench:
-        cache = bench.stitch()
-        cost = {
-            spec: chosen(spec, bench, cache, 0.5).cost
-            for spec in ("attention-norm", "attention-norm:query=both", "two-round", "random")
-        }
-    assert cost["random"] == Cost()
-    assert cost["attention-norm"].flops < cost["attention-norm:query=both"].flops
-    assert cost["two-round"].flops > 2 * cost["attention-norm"].flops
-    assert cost["two-round"].bytes > 2 * cost["attention-norm"].bytes

@@ -43,7 +43,7 @@ def _refusal_of_device(device: torch.device) -> str:
     """What goes wrong when this device rounds to 8 bits and back; empty if nothing does."""
     try:
         found = torch.tensor([1.0, 300.0], device=device).to(FLOAT8).float().tolist()
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # each device its own
         return str(error).splitlines()[0]
     return "" if found == [1.0, 288.0] else f"1 and 300 became {found}"
 

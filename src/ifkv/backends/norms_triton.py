@@ -11,6 +11,8 @@ no ``range`` over run-time numbers with numpy 2.4 and newer.
 from __future__ import annotations
 
 import torch
+
+# Triton comes with torch for CUDA, not with the one for CPUs that types are checked against.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
@@ -21,7 +23,7 @@ ROWS = 64
 KEYS = 64
 
 
-def _norm_kernel(  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as its own
     query,
     keys,
     logsumexp,

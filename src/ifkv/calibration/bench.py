@@ -63,7 +63,7 @@ class Bench:
         self.shape = shape
         self.handle = handle_of(model)
         self.backend: Backend = self.handle.backend
-        self.depth = len(model.base_model.layers)  # type: ignore[arg-type]
+        self.depth = model.config.num_hidden_layers
         self.scaling = shape.head_dim**-0.5
         self._generator = torch.Generator().manual_seed(0)
 

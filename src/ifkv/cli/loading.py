@@ -131,7 +131,7 @@ def check_device(device: str) -> None:
 
     try:
         torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device its own
         raise _no_device(device, error) from error
 
 

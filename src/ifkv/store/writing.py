@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +93,4 @@ def _bytes(tensor: Tensor) -> memoryview:
     """A contiguous CPU tensor's memory, byte by byte."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    array: np.ndarray[tuple[int], np.dtype[np.uint8]] = (
-        tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy()
-    )
-    return memoryview(array)  # type: ignore[arg-type]  # numpy's buffer is one
+    return tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy().data

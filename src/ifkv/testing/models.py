@@ -134,7 +134,8 @@ def tiny_model(
     _fill(model, seed)
     if wide_norms if wide_norms is not None else dtype == torch.float64:
         widen_norms(model)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    done: PreTrainedModel = model.eval().requires_grad_(False)
+    return done
 
 
 @functools.cache

@@ -1,0 +1,21 @@
+"""Documents for the tests of stores, and when two are the same."""
+
+import ifkv
+from ifkv.testing import assert_bit_equal, random_document
+
+PREFIX = random_document(1000, length=3)
+
+
+def same(found: ifkv.DocumentCache, wanted: ifkv.DocumentCache) -> None:
+    """Equal in everything, bit for bit, and of the same prefix."""
+    assert_bit_equal(found.token_ids, wanted.token_ids, what="tokens")
+    assert_bit_equal(found.prefix_ids, wanted.prefix_ids, what="prefix")
+    assert_bit_equal(found.keys, wanted.keys, what="keys")
+    assert_bit_equal(found.values, wanted.values, what="values")
+    assert found.fingerprint == wanted.fingerprint
+    assert (found.sensitivity is None) == (wanted.sensitivity is None)
+    if found.sensitivity is not None and wanted.sensitivity is not None:
+        assert_bit_equal(found.sensitivity, wanted.sensitivity, what="sensitivity")
+    assert (found.prefix is None) == (wanted.prefix is None)
+    if found.prefix is not None and wanted.prefix is not None:
+        same(found.prefix, wanted.prefix)
