@@ -22,12 +22,11 @@ PAGE = ROOT / "docs" / "arena.md"
 BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /arena -->)", re.DOTALL)
 DEFAULT, PAPER = "sink-aware", "attention-norm"
 MIDDLE = "sensitivity-aware:layers=0.2-0.7"
-VALUE_AWARE = "value-aware:layers=0.0-1.0"
 # Which ways are compared with which.
 PAIRS = {
     "sensitivity-aware": (DEFAULT, PAPER, MIDDLE, "prophetkv", "cacheblend", "epic"),
     DEFAULT: (PAPER, "prophetkv", "cacheblend", "epic"),
-    "deviation-aware": (PAPER, VALUE_AWARE, "prophetkv", "cacheblend", "epic"),
+    "deviation-aware": (PAPER, "prophetkv", "cacheblend", "epic"),
     PAPER: ("prophetkv", "cacheblend", "epic"),
 }
 # Selectors that know what a request cannot.

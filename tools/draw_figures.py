@@ -14,7 +14,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def figures() -> dict[str, str]:
     """Every figure's file name and content."""
     drawn = {
-        "arena.svg": arena.draw(RESULTS),
+        "arena.svg": arena.draw(),
         "attention.svg": attention.draw(),
         "flow.svg": flow.draw(),
         "geometries.svg": geometries.draw(),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-from pathlib import Path
+
+from arena_tables import rows_of
 
 from figures.canvas import Canvas
 
@@ -32,12 +32,8 @@ TICK, LINE_HEIGHT = 0.1, 14
 Point = tuple[float, float]
 
 
-def draw(results: Path) -> str:
-    """One panel per model and data set: a line per selector over its ratios.
-
-    Args:
-        results: The folder of the results.
-    """
+def draw() -> str:
+    """One panel per model and data set: a line per selector over its ratios."""
     canvas = Canvas(
         LEFT + COLUMNS * (WIDE + NAMES) - 20,
         TOP + -(-len(PANELS) // COLUMNS) * (HIGH + BELOW) - 16,
@@ -51,17 +47,16 @@ def draw(results: Path) -> str:
     for number, (name, title) in enumerate(PANELS.items()):
         row, column = divmod(number, COLUMNS)
         left, top = LEFT + column * (WIDE + NAMES), TOP + row * (HIGH + BELOW)
-        _panel(canvas, left, top, title, points_of(results / f"arena-{name}.csv"))
+        _panel(canvas, left, top, title, points_of(name))
     return canvas.render()
 
 
-def points_of(file: Path) -> dict[str, list[Point]]:
+def points_of(file: str) -> dict[str, list[Point]]:
     """Cost and share of the gap of each way at each ratio, by cost, over all questions."""
     found: dict[str, list[Point]] = {}
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines):
-            if row["questions"] == "all" and row["way"] in LINES:
-                found.setdefault(row["way"], []).append((float(row["flops"]), float(row["gap"])))
+    for row in rows_of(file):
+        if row["way"] in LINES:
+            found.setdefault(row["way"], []).append((float(row["flops"]), float(row["gap"])))
     return {way: sorted(points) for way, points in found.items()}
 
 
