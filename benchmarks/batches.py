@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
@@ -143,17 +143,11 @@ def main() -> None:
         for size in SIZES
         for row in measure(session, size, arguments.context, arguments.new, arguments.repeats)
     ]
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
+    about = about_machine() | {
         "model": name,
         "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
         "repeats": arguments.repeats,
         "ratio": RATIO,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ifkv": ifkv.__version__,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     stem = arguments.results / f"batches-cpu-{arguments.dtype}"

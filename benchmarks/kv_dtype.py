@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
+from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
@@ -156,15 +156,11 @@ def main() -> None:
         ifkv.patch(model)
     sizes = arguments.questions, arguments.passages, arguments.new
     rows = measure(models, loaded[torch.float32][1], *sizes)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
+    about = about_machine() | {
         "model": "SmolLM2-135M-Instruct" if arguments.model is None else Path(arguments.model).name,
         "questions": rows[0]["questions"],
         "passages": arguments.passages,
         "new": arguments.new,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ifkv": ifkv.__version__,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     stem = arguments.results / "kv-dtype"

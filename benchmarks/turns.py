@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from batches import load, seconds
+from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
@@ -120,17 +119,11 @@ def main() -> None:
     model, tokenizer, name = load(getattr(torch, arguments.dtype), arguments.model)
     session = ifkv.Session(model, tokenizer, store=MemoryStore())
     rows = measure(session, arguments.context, arguments.added, arguments.repeats)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
+    about = about_machine() | {
         "model": name,
         "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
         "repeats": arguments.repeats,
         "ratio": RATIO,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ifkv": ifkv.__version__,
     }
     arguments.results.mkdir(parents=True, exist_ok=True)
     stem = arguments.results / f"turns-cpu-{arguments.dtype}"
