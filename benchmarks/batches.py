@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.store import MemoryStore
+from ttft_report import about_machine
 
 SIZES = (1, 2, 4, 8)
 RATIO = 0.15

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import MODELS, load
 from rich.progress import track
-from ttft import Setting
-from ttft_report import about_machine
 
 import ifkv
+from bench_models import MODELS, load
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost
 from ifkv.selectors import resolve
+from ttft import Setting
+from ttft_report import about_machine
 
 SELECTORS = (
     "attention-norm",

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from peak_memory import in_own_process, peak_above
-from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.text import PromptFormat
+from peak_memory import in_own_process, peak_above
+from ttft_report import about_machine
 
 BUDGETS = (256, 1024, 4096)
 PADDED_BATCH = 4

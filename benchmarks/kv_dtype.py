@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from ttft_report import about_machine
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.demo.model import load_demo_model
 from ifkv.text import INSTRUCTION, PromptFormat
 from ifkv.upstream import cache_keyword
+from ttft_report import about_machine
 
 RATIOS = (0.0, 0.15, 1.0)
 FLOAT8 = torch.float8_e4m3fn

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import MODELS, load
 from torch.profiler import ProfilerActivity, profile
-from ttft import Setting
-from ttft_report import about_machine
 
 import ifkv
+from bench_models import MODELS, load
+from ttft import Setting
+from ttft_report import about_machine
 
 RESULTS = Path(__file__).parent / "results"
 # Kinds of operators, by the beginnings of their names; the first that fits counts.

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import load
-from ttft import Setting
-from ttft_report import about_machine
 
 import ifkv
+from bench_models import load
 from ifkv.planning import Planner, planner_for
 from ifkv.selectors import DEFAULT_SELECTOR, resolve
+from ttft import Setting
+from ttft_report import about_machine
 
 RESULTS = Path(__file__).parent / "results"
 GOAL = 0.20

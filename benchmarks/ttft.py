@@ -33,16 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_models import MODELS, context_of, load
-from dense_mask import OverwritingCache, recompute_densely
-from peak_memory import in_own_process, peak_above
 from torch import Tensor
-from ttft_report import about_machine, show
 
 import ifkv
+from bench_models import MODELS, context_of, load
+from dense_mask import OverwritingCache, recompute_densely
 from ifkv.cost import ModelShape, mean_position, speedup_bound
 from ifkv.demo.corpus import load_corpus
 from ifkv.selectors import DEFAULT_SELECTOR, Request, Selection, Selector, resolve
+from peak_memory import in_own_process, peak_above
+from ttft_report import about_machine, show
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = ("stitch", "select", "recompute")

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from bench_models import MODELS
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 import ifkv
+from bench_models import MODELS
 
 Row = dict[str, Any]
 COLUMNS = (

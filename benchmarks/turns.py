@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import transformers
-from batches import load, seconds
-from ttft_report import about_machine
 
 import ifkv
+from batches import load, seconds
 from ifkv.demo.corpus import load_corpus
 from ifkv.store import MemoryStore
 from ifkv.upstream import cache_keyword
+from ttft_report import about_machine
 
 RATIO = 0.15
 RESULTS = Path(__file__).parent / "results"

@@ -1,109 +1,98 @@
 """The GPU benchmark's arithmetic, its files, and its whole course on a tiny model."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import gpu_ttft
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.selectors import DEFAULT_SELECTOR, resolve
 from ifkv.testing import tiny_model
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_ttft.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("gpu_ttft", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_ttft"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_ttft"]
+SCRIPT = gpu_ttft.__file__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_without_a_card_it_says_what_is_missing():
-    run = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.strip().startswith("gpu_ttft.py needs a CUDA device")
 
 
 def test_it_explains_its_options_without_a_card():
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True
     )
     for option in ("--minutes", "--lengths", "--models", "--repeats", "--mask", "--selector"):
         assert option in run.stdout
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B"])
-def test_shapes_are_eight_billion_parameters_and_reach_128k(bench, name):
-    kind, sizes = bench.MODELS[name]
+def test_shapes_are_eight_billion_parameters_and_reach_128k(name):
+    kind, sizes = gpu_ttft.MODELS[name]
     config = getattr(transformers, kind)(**sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.1e9, rel=0.02)
-    assert config.max_position_embeddings >= max(bench.LENGTHS)
+    assert config.max_position_embeddings >= max(gpu_ttft.LENGTHS)
 
 
-def test_it_measures_a_tiny_model_from_end_to_end(bench, monkeypatch, tmp_path):
+def test_it_measures_a_tiny_model_from_end_to_end(monkeypatch, tmp_path):
     sizes = {"DOCUMENT": 20, "PREFIX": 2, "PROMPT": 5, "QUESTION": 3, "NEW_TOKENS": 3}
     for name, value in sizes.items():
-        monkeypatch.setattr(bench, name, value)
+        monkeypatch.setattr(gpu_ttft, name, value)
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
     model = tiny_model("qwen3")
     rule = resolve(DEFAULT_SELECTOR)
-    rows = bench.with_shares(
-        list(bench.measure(model, backend, "tiny", 100, 2, rule, lambda: False))
+    rows = gpu_ttft.with_shares(
+        list(gpu_ttft.measure(model, backend, "tiny", 100, 2, rule, lambda: False))
     )
-    assert [row["ratio"] for row in rows] == list(bench.RATIOS)
+    assert [row["ratio"] for row in rows] == list(gpu_ttft.RATIOS)
     assert rows[0]["context"] == 92
     assert rows[0]["selector"] == DEFAULT_SELECTOR
     assert rows[0]["rows"] == 13
     assert set(rows[0]["full_prefill_seconds"]) == {"sdpa", "flashinfer"}
-    table = bench.write(tmp_path, {"card": "none", "repeats": 2}, rows)
+    table = gpu_ttft.write(tmp_path, {"card": "none", "repeats": 2}, rows)
     assert json.loads((tmp_path / "gpu_ttft.json").read_text())["rows"][0]["rows"] == 13
     assert (tmp_path / "gpu_ttft.md").read_text() == table
     assert table.count("\n| tiny | 100 |") == 3
 
 
-def test_no_setting_begins_when_time_is_up(bench):
+def test_no_setting_begins_when_time_is_up():
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
     model, rule = tiny_model("qwen3"), resolve(DEFAULT_SELECTOR)
-    assert list(bench.measure(model, backend, "tiny", 200, 1, rule, lambda: True)) == []
+    assert list(gpu_ttft.measure(model, backend, "tiny", 200, 1, rule, lambda: True)) == []
 
 
-def test_both_baselines_compute_the_same(bench):
+def test_both_baselines_compute_the_same():
     model = tiny_model("llama")
     ids = torch.arange(1, 40)[None]
     with torch.no_grad():
         want = model(ids).logits
         model.set_attn_implementation(
-            bench.register_flashinfer_attention(FlashInferStandIn(relaxed=True))
+            gpu_ttft.register_flashinfer_attention(FlashInferStandIn(relaxed=True))
         )
         got = model(ids).logits
     torch.testing.assert_close(got, want)
 
 
-def test_shares_are_of_the_better_baseline(bench):
+def test_shares_are_of_the_better_baseline():
     row = {
         "full_prefill_seconds": {"sdpa": 3.0, "flashinfer": 2.0},
         "ttft_seconds": 0.5,
         "bound": 5.0,
     }
-    (done,) = bench.with_shares([row])
+    (done,) = gpu_ttft.with_shares([row])
     assert done["speedup"] == 4.0
     assert done["share_of_bound"] == 0.8
 
 
-def test_the_table_says_whether_the_target_is_reached(bench):
+def test_the_table_says_whether_the_target_is_reached():
     row = {
         "model": "m",
         "length": 32768,
@@ -117,6 +106,6 @@ def test_the_table_says_whether_the_target_is_reached(bench):
         "bound": 5.0,
         "share_of_bound": 0.95,
     }
-    table = bench.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
+    table = gpu_ttft.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
     assert "reached in 1 of 2 settings" in table
     assert "| 3000 / 2000 ms | 1.0 ms | 20.0 ms | 400.0 ms | 420 ms |" in table

@@ -1,28 +1,15 @@
 """The profile of a request's steps, on a tiny model."""
 
-import importlib
-import sys
 import time
-from pathlib import Path
 
-import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+import milliseconds
 
 
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))  # they import one another by name
-        yield importlib.import_module("milliseconds")
-        for name in ("milliseconds", "ttft", "ttft_report", "bench_models", "dense_mask"):
-            sys.modules.pop(name, None)
-
-
-def test_every_operator_has_one_kind(bench):
+def test_every_operator_has_one_kind():
     kinds = {
-        name: bench.kind_of(name)
+        name: milliseconds.kind_of(name)
         for name in ("aten::mm", "aten::copy_", "aten::mul", "aten::mkldnn_linear")
     }
     assert kinds["aten::mm"] == "matrix products"
@@ -30,27 +17,27 @@ def test_every_operator_has_one_kind(bench):
     assert kinds["aten::mul"] == kinds["aten::mkldnn_linear"] == "other operators"
 
 
-def test_a_matrix_product_is_counted_as_one(bench):
+def test_a_matrix_product_is_counted_as_one():
     x = torch.randn(256, 256)
-    found = bench.spent(lambda: x @ x, 3)
+    found = milliseconds.spent(lambda: x @ x, 3)
     assert found["kinds"]["matrix products"] > 0
     assert found["kinds"]["attention kernel"] == found["kinds"]["moving rows"] == 0
     assert found["operators"] >= 2  # matmul, and the mm that it calls
 
 
-def test_time_outside_of_operators_is_between_them(bench):
+def test_time_outside_of_operators_is_between_them():
     def waiting():
         time.sleep(0.05)
         return torch.ones(2) + 1
 
-    found = bench.spent(waiting, 3)
+    found = milliseconds.spent(waiting, 3)
     assert found["seconds"] >= 0.05
     assert found["kinds"]["between operators"] > 0.04
 
 
-def test_each_step_and_full_prefill_have_a_row(bench):
-    setting = bench.Setting(*bench.load("tiny", torch.float32), 300)
-    rows = bench.measure(setting, 0.15, 2)
+def test_each_step_and_full_prefill_have_a_row():
+    setting = milliseconds.Setting(*milliseconds.load("tiny", torch.float32), 300)
+    rows = milliseconds.measure(setting, 0.15, 2)
     assert [row["step"] for row in rows] == ["stitch", "score", "recompute, prompt", "full prefill"]
     assert all(row["seconds"] > 0 for row in rows)
     products = {row["step"]: row["kinds"]["matrix products"] for row in rows}
@@ -58,5 +45,5 @@ def test_each_step_and_full_prefill_have_a_row(bench):
     about = dict.fromkeys(
         ("model", "dtype", "date", "processor", "threads", "torch", "transformers", "repeats"), "x"
     )
-    page = bench.as_markdown(about | {"ratio": 0.15}, rows)
+    page = milliseconds.as_markdown(about | {"ratio": 0.15}, rows)
     assert page.count("\n| 300 | ") == 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -11,29 +10,22 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import choosing
 import ifkv
+import ttft
+from bench_models import load
+from dense_mask import OverwritingCache, recompute_densely
 from ifkv.testing import assert_close, assert_within_floor, dense_prefill, tiny_model, truth_model
+from peak_memory import in_own_process, peak_above, resident
+from ttft_report import cells, merge, peak_share
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 PREFIX, PROMPT = [1, 2, 3], [9, 8, 7, 6]
 DOCUMENTS = [[5, 11, 13] * 7, [17, 19] * 9, [23, 29, 31] * 6]
 SLOTS = torch.tensor([24, 25, 26, 31, 40, 41, 55, 58])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_can_be_imported():
-    """Benchmarks import one another by name, as scripts of one folder do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield
-        for path in FOLDER.glob("*.py"):
-            sys.modules.pop(path.stem, None)
-
-
 def ours_and_dense(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, list]:
     """Logits of both, and both caches' keys and values at the context's slots, layer by layer."""
-    from dense_mask import OverwritingCache, recompute_densely
-
     with ifkv.patch(model, backend="reference"):
         documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
         cache = ifkv.stitch(model, documents)
@@ -67,8 +59,6 @@ def test_the_dense_mask_is_as_near_to_the_truth_in_half_precision() -> None:
 
 
 def test_the_dense_mask_with_every_slot_is_a_full_prefill() -> None:
-    from dense_mask import OverwritingCache, recompute_densely
-
     model = tiny_model()
     with ifkv.patch(model):
         cache = ifkv.stitch(model, ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX))
@@ -80,9 +70,6 @@ def test_the_dense_mask_with_every_slot_is_a_full_prefill() -> None:
 
 
 def test_a_run_in_pieces_fills_one_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    import ttft
-    from ttft_report import cells
-
     common = ["--models", "tiny", "--repeats", "2", "--results", str(tmp_path), "--only", "times"]
     ttft.main([*common, "--lengths", "700", "--dtypes", "float32", "--ratios", "0.3,0.6"])
     ttft.main(
@@ -107,8 +94,6 @@ def test_a_run_in_pieces_fills_one_file(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_peak_joins_the_row_that_it_belongs_to() -> None:
-    from ttft_report import cells, merge, peak_share
-
     base = {"model": "m", "dtype": "float32", "context": 8192, "ratio": 0.15}
     peak = {"peak_extra_bytes": 5 << 20, "weight_bytes": 60 << 20, "stitched_bytes": 40 << 20}
     (row,) = merge([base | {"speedup": 2.0, "repeats": 3}], [base | peak])
@@ -119,8 +104,6 @@ def test_a_peak_joins_the_row_that_it_belongs_to() -> None:
 
 
 def test_a_peak_is_seen_and_what_was_there_before_is_not() -> None:
-    from peak_memory import peak_above, resident
-
     if resident() == 0:
         pytest.skip("no /proc to ask")
     size = 64 << 20
@@ -137,8 +120,6 @@ def test_a_peak_is_seen_and_what_was_there_before_is_not() -> None:
 
 
 def test_a_measurement_in_its_own_process_comes_back_or_fails_loudly() -> None:
-    from peak_memory import in_own_process
-
     assert in_own_process(divmod, 7, 2) == (3, 1)
     with pytest.raises(RuntimeError, match="divmod failed"):
         in_own_process(divmod, 7, 0)
@@ -158,17 +139,12 @@ def test_a_measurement_in_its_own_process_comes_back_or_fails_loudly() -> None:
 def test_bad_options_are_refused(
     option: str, value: str, rule: str, capsys: pytest.CaptureFixture
 ) -> None:
-    import ttft
-
     with pytest.raises(SystemExit):
         ttft.parse([option, value])
     assert rule in capsys.readouterr().err
 
 
 def test_what_choosing_takes_is_measured_for_each_selector() -> None:
-    import choosing
-    from bench_models import load
-
     names = ["epic", "sink-aware"]
     rows = choosing.measure(*load("tiny", torch.float32), [256], names, 0.15, 1)
     assert [row["selector"] for row in rows] == names
