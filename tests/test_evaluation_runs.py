@@ -20,6 +20,7 @@ from ifkv.evaluation import Bench, Ledger, Passage, Question, Trial, Way, matrix
 from ifkv.evaluation import runner as runner_module
 from ifkv.evaluation.budgets import label, parse_budgets
 from ifkv.evaluation.decoding import greedy, teacher_forced
+from ifkv.evaluation.ledger import only_run
 from ifkv.evaluation.publishing import publish
 from ifkv.evaluation.questions import Dataset
 from ifkv.evaluation.runner import settings_of
@@ -187,6 +188,26 @@ def test_other_settings_are_refused(bench: Bench, tmp_path: Path) -> None:
     settings = settings_of(bench, DATASET, seed=1)
     with pytest.raises(InvalidInputError, match="seed: 0 there, 1 now"):
         run(bench, QUESTIONS, ways, tmp_path, settings=settings)
+
+
+def test_one_run_writes_into_a_folder_at_a_time(bench: Bench, tmp_path: Path) -> None:
+    ways = matrix(["epic"], [0.1])
+    evaluate(bench, tmp_path, ways, questions=QUESTIONS[:1])
+    with only_run(tmp_path), pytest.raises(InvalidInputError, match="another evaluation is writ"):
+        evaluate(bench, tmp_path, ways)
+    assert len(evaluate(bench, tmp_path, ways).seconds) == 2
+
+
+def test_reading_does_not_touch_the_line_that_a_run_is_writing(
+    bench: Bench, tmp_path: Path
+) -> None:
+    evaluate(bench, tmp_path, matrix(["epic"], [0.1]), questions=QUESTIONS[:1])
+    results = tmp_path / "results.jsonl"
+    with results.open("ab") as file:
+        file.write(b'{"question": "two", "full": {"cont')
+    before = results.read_bytes()
+    assert Summary(Ledger(tmp_path)).count == 1
+    assert results.read_bytes() == before
 
 
 def test_a_question_that_fails_is_named_and_the_others_go_on(bench: Bench, tmp_path: Path) -> None:
@@ -367,5 +388,8 @@ def test_the_command_runs_resumes_and_summarises(tmp_path: Path) -> None:
     assert (out / "summary.md").is_file()
     assert CliRunner().invoke(app, command).exit_code == 0
     assert (out / "results.jsonl").read_bytes() == results
+    with only_run(out):
+        second = CliRunner().invoke(app, [*command, "--model", str(tmp_path)])  # not looked at yet
+    assert "another evaluation is writing" in str(second.exception)
     mixed = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert isinstance(mixed.exception, InvalidInputError)

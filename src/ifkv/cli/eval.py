@@ -136,6 +136,7 @@ def evaluate(
     from ifkv.cli.wording import count
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
     from ifkv.evaluation.budgets import parse_budgets
+    from ifkv.evaluation.ledger import LOCK, only_run
     from ifkv.evaluation.progress import ways_bar
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
@@ -152,6 +153,9 @@ def evaluate(
         )
         check_dtype(dtype)
         check_results(out)
+        if (out / LOCK).exists():
+            with only_run(out):  # refused here if there is another run, which may end meanwhile
+                pass
         dataset = load(data, seed=seed)
         questions = draw(dataset, limit=limit, passages=passages, seed=seed)
         check_model(model, dtype=dtype, device=device)

@@ -1,7 +1,8 @@
 """The folder of an evaluation: its settings, and one line for each question that is finished.
 
 A line is written whole and flushed before the next question begins. What an interruption leaves of
-a line is cut off when the folder is opened again, and its question is asked again.
+a line is cut off when the next run opens the folder, and its question is asked again. One run
+writes into a folder at a time; reading it meanwhile is safe.
 """
 
 from __future__ import annotations
@@ -9,15 +10,44 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.ways import Reference, Result
 
 SETTINGS = "settings.json"
 RESULTS = "results.jsonl"
+LOCK = ".lock"
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is not there.
+
+    Two runs would measure the same questions, and one could cut off a line that the other is
+    writing. The system frees the folder when the process ends, however it ends.
+
+    Raises:
+        InvalidInputError: Another run is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InvalidInputError(
+            f"another evaluation is writing into {folder}; wait until it ends and run the same "
+            "command again, or use another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Ledger:
@@ -25,7 +55,8 @@ class Ledger:
 
     Args:
         folder: The folder; made if it is not there.
-        settings: What every result in it shares. None opens a folder as it is, to read it.
+        settings: What every result in it shares; for a run, inside of :func:`only_run`. None opens
+            a folder to read it, and changes nothing there.
 
     Attributes:
         settings: The folder's settings.
@@ -59,7 +90,7 @@ class Ledger:
             draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             draft.replace(path)
             self.settings = json.loads(json.dumps(settings))
-        self._read()
+        self._read(mend=settings is not None)
 
     def missing(self, question: str, keys: Sequence[str], *, answers: bool) -> list[str]:
         """Which ways of a question are still to be measured; those without an answer if needed."""
@@ -92,7 +123,7 @@ class Ledger:
             # Plain ratios have no label of their own.
             found[f"{way['way']} @{way.get('budget') or format(way['ratio'], 'g')}"] = way
 
-    def _read(self) -> None:
+    def _read(self, *, mend: bool) -> None:
         path = self.folder / RESULTS
         if not path.is_file():
             return
@@ -106,7 +137,7 @@ class Ledger:
                     f"{path}, line {number} is no result ({type(error).__name__} {error}); remove "
                     "the line, and its question is asked again."
                 ) from error
-        if whole < len(content):
+        if mend and whole < len(content):
             with path.open("r+b") as file:
                 file.truncate(whole)
 

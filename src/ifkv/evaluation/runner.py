@@ -11,7 +11,7 @@ from typing import Any
 
 from ifkv.errors import IfkvError, InvalidInputError
 from ifkv.evaluation.bench import Bench
-from ifkv.evaluation.ledger import Ledger
+from ifkv.evaluation.ledger import Ledger, only_run
 from ifkv.evaluation.questions import Dataset, Question
 from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Way
@@ -89,13 +89,28 @@ def run(
         again by the next run.
 
     Raises:
-        InvalidInputError: Other settings, questions that share an id, or none that can be asked.
+        InvalidInputError: Other settings, questions that share an id, none that can be asked, or
+            another run is writing into the folder.
     """
     ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
         twice = next(one for one in ids if ids.count(one) > 1)
         raise InvalidInputError(f"two questions have the id {twice!r}; ids must differ.")
-    ledger = Ledger(folder, settings)
+    with only_run(folder):
+        ledger = Ledger(folder, settings)
+        return _measure(bench, questions, ways, ledger, answers=answers, advance=advance)
+
+
+def _measure(
+    bench: Bench,
+    questions: Sequence[Question],
+    ways: Sequence[Way],
+    ledger: Ledger,
+    *,
+    answers: bool,
+    advance: Callable[[int, str], None],
+) -> Run:
+    """What the ledger lacks, question by question."""
     done = Run(ledger, [], {})
     for number, question in enumerate(questions, start=1):
         keys = [way.key for way in ways]
@@ -119,7 +134,9 @@ def run(
                 ) from error
             continue
         except Exception as error:
-            error.add_note(f"while question {question.id!r} was asked; results are in {folder}")
+            error.add_note(
+                f"while question {question.id!r} was asked; results are in {ledger.folder}"
+            )
             raise
         ledger.add(question.id, trial.reference, results)
         done.seconds.append(time.perf_counter() - started)
