@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ifkv.calibration import Curve, Grid, Rates
+from pathlib import Path
+
+import pytest
+
+from ifkv.calibration import Curve, Grid, Rates, keeping
 from ifkv.cost import ModelShape
 
 
@@ -31,3 +35,16 @@ def ideal(shape: ModelShape, operations: float) -> Rates:
 # An overhead, and so much a row.
 ROWS_COST = machine(Curve((1.0, 2.0), (1.0, 2.0)))
 PASSES_COST = machine(Curve((1.0, 2.0), (1.0, 1.000001)))
+
+
+def never_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[object]:
+    """Let nothing measure this machine, and keep rates in a folder; how often one wanted to."""
+    times: list[object] = []
+
+    def measure(*arguments: object, **options: object) -> Rates:
+        times.append(options["disk"])
+        return ROWS_COST
+
+    monkeypatch.setattr(keeping, "measure", measure)
+    monkeypatch.setenv("IFKV_CACHE", str(folder))
+    return times

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import ifkv
@@ -18,25 +16,25 @@ from ifkv.cli import app
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation import Bench, Ledger, Passage, Question, Trial, Way, matrix, run
 from ifkv.evaluation import runner as runner_module
-from ifkv.evaluation.budgets import label, parse_budgets
+from ifkv.evaluation.budgets import parse_budgets
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.ledger import only_run
 from ifkv.evaluation.publishing import publish
 from ifkv.evaluation.questions import Dataset
 from ifkv.evaluation.runner import settings_of
-from ifkv.evaluation.specs import numbers, split_specs
 from ifkv.evaluation.summary import Summary
-from ifkv.selectors import Budget
 from ifkv.testing import tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
+
+
 QUESTIONS = [
     Question(name, f"Which is {name}?", (answer,), tuple(Passage(t, "T") for t in TEXTS))
     for name, answer in (("one", "red"), ("two", "green"), ("three", "rain"))
 ]
+
+
 DATASET = Dataset("made up", QUESTIONS)
-SHARES = st.integers(0, 100).map(lambda share: share / 100)
-WINDOWS = st.none() | st.integers(0, 9).map(lambda half: 2 * half + 1)
 
 
 @pytest.fixture(scope="module")
@@ -254,41 +252,6 @@ def test_an_empty_or_broken_folder_is_refused(bench: Bench, tmp_path: Path) -> N
         Ledger(tmp_path)
 
 
-def test_lists_of_a_command_line() -> None:
-    assert split_specs("a:x=1,y=2; b ,c:z=3") == ["a:x=1,y=2", "b", "c:z=3"]
-    for bad in ("x=1", "epic,x=1"):
-        with pytest.raises(InvalidInputError, match="an option without a selector"):
-            split_specs(bad)
-    for bad in ("", "a,b"):
-        with pytest.raises(InvalidInputError):
-            numbers(bad)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "ratios", "options"),
-    [
-        ([], [0.1], {}),
-        (["epic"], [], {}),
-        (["epic"], [1.5], {}),
-        (["nonsense"], [0.1], {}),
-        (["attention-norm"], [0.1], {"geometries": ["flat"]}),
-    ],
-)
-def test_a_bad_matrix_is_refused(wanted: list[str], ratios: list[float], options: Any) -> None:
-    with pytest.raises(InvalidInputError):
-        matrix(wanted, ratios, **options)
-
-
-def test_geometries_multiply_the_selectors_that_have_them() -> None:
-    ways = matrix(["attention-norm", "epic"], [0.1], geometries=["global", "hl-tp"])
-    assert [way.name for way in ways] == [
-        "stitch only",
-        "attention-norm",
-        "attention-norm:geometry=hl-tp",
-        "epic",
-    ]
-
-
 def test_other_budgets_run_resume_and_are_summarised_apart(bench: Bench, tmp_path: Path) -> None:
     text = ".2+sentences,.2+window=3,number=4,mass=.5+cap=.4,.1"
     ways = matrix(["attention-norm"], [0.2], budgets=parse_budgets(text))
@@ -340,27 +303,6 @@ def test_a_budget_of_a_run_is_what_a_session_recomputes(bench: Bench) -> None:
         )
         assert result.rows == len(ready.slots) > 0
         assert result.answer == session.complete(ready, max_new_tokens=5).text
-
-
-@given(
-    st.one_of(
-        st.builds(Budget, ratio=SHARES, window=WINDOWS),
-        st.builds(Budget, ratio=SHARES, sentences=st.booleans()),
-        st.builds(Budget, number=st.integers(0, 10**9), window=WINDOWS),
-        st.builds(Budget, mass=SHARES, cap=SHARES, sentences=st.booleans()),
-    )
-)
-def test_a_budget_is_read_as_it_is_shown(budget: Budget) -> None:
-    assert parse_budgets(label(budget)) == [budget]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["many", "number=1.5", ".1+", ".1+sentences=1", "cap=.2", ".1+ratio=.2", "2", ".1+cap=.1"],
-)
-def test_a_bad_budget_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInputError):
-        parse_budgets(text)
 
 
 def test_the_command_runs_resumes_and_summarises(tmp_path: Path) -> None:

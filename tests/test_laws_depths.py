@@ -20,11 +20,10 @@ from ifkv.selection import budget
 from ifkv.selectors import Cost, Request, Selection
 from ifkv.testing import assert_bit_equal, assert_close, dense_stitched, shared_tiny_model
 from ifkv.testing.dense import _linear, _mlp, _queries_keys_values, _rms_norm, _rotate, _window
-from ifkv.testing.strategies import Request as Tokens
 from scenario import EXACT, Scenario, keys_of, prepared, scenarios, values_of
+from selecting import TOKENS
 
 LAYERS = 3
-TOKENS = Tokens([1, 2], [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [13] * 4], [20, 21], [19, 20, 21])
 
 
 def by_depth(

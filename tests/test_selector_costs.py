@@ -11,25 +11,13 @@ import torch
 
 import ifkv
 from counting import operations
-from ifkv import selectors
 from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost
-from ifkv.selectors import Cost, Request, Selection
+from ifkv.selectors import Cost
 from ifkv.testing import shared_tiny_model, tiny_model
 from ifkv.testing.strategies import Request as Tokens
-from scenario import Bench, prepared
-
-ROUNDED = 1e-5
-SPECS = [*selectors.names(), "attention-norm:query=both,layers=-1,geometry=hl-tp"]
-TOKENS = Tokens([1, 2], [[5, 6, 7], [8, 9, 10, 11, 12], [3, 4], [13] * 4], [20, 21], [19, 20, 21])
-
-
-def asked(bench: Bench) -> Request:
-    return Request(bench.request.prompt, bench.request.query, bench.documents)
-
-
-def chosen(spec: str, bench: Bench, cache: ifkv.StitchedCache, amount: Any) -> Selection:
-    return selectors.resolve(spec).select(bench.model, cache, asked(bench), amount)
+from scenario import prepared
+from selecting import SPECS, TOKENS, chosen
 
 
 def counted(run: Callable[[], Any]) -> float:

@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 
 from ifkv.errors import (
@@ -24,18 +22,9 @@ from ifkv.errors import (
 from ifkv.store import DiskStore, RemoteStore, key_of
 from ifkv.store.format import MAX_HEADER_BYTES, _seal
 from ifkv.testing import assert_bit_equal, random_document
+from stored_documents import PREFIX, same
 
-PREFIX = random_document(1000, length=3)
 DOCUMENT = random_document(0, prefix=PREFIX, sensitivity=True)
-
-
-def equal(found: object, wanted: object = DOCUMENT) -> None:
-    for name in ("token_ids", "prefix_ids", "sensitivity", "keys", "values"):
-        got, want = getattr(found, name), getattr(wanted, name)
-        if name == "sensitivity" and want is None:
-            assert got is None
-        else:
-            assert_bit_equal(got, want, what=name)
 
 
 @pytest.fixture
@@ -112,7 +101,7 @@ def test_mutated_files_are_never_served(
             store.close()
             store = DiskStore(store.path)
         try:
-            equal(store.get(key, lazy=number % 2 == 0))
+            same(store.get(key, lazy=number % 2 == 0), DOCUMENT)
             harmless += 1  # padding was hit, or bytes were replaced by equal ones
         except (StoreCorruptionError, DocumentNotFoundError):
             refused += 1
@@ -120,7 +109,7 @@ def test_mutated_files_are_never_served(
             store.put(DOCUMENT)
     assert refused > 0.9 * rounds
     assert refused + harmless == rounds
-    equal(store.get(key))
+    same(store.get(key), DOCUMENT)
     assert len(store.folder.quarantine_files()) == 32  # evidence, within bounds
 
 
@@ -141,7 +130,7 @@ def test_corruption_is_named_set_aside_and_repaired_by_a_put(store: DiskStore, f
     with pytest.raises(DocumentNotFoundError):
         store.get(key)
     store.put(DOCUMENT)
-    equal(store.get(key))
+    same(store.get(key), DOCUMENT)
 
 
 def test_when_rows_are_checked(tmp_path: Path) -> None:
@@ -341,7 +330,7 @@ def test_a_lost_or_damaged_index_is_made_anew(store: DiskStore) -> None:
         damage()
         with DiskStore(store.path) as again:
             assert len(again) == 2
-            equal(again.get(key_of(DOCUMENT)))
+            same(again.get(key_of(DOCUMENT)), DOCUMENT)
 
 
 def test_a_database_that_fails_later_says_so(store: DiskStore) -> None:
@@ -363,7 +352,7 @@ def test_a_lazy_document_outlives_its_eviction(store: DiskStore) -> None:
     document = store.get(key_of(DOCUMENT), lazy=True)
     store.delete(key_of(PREFIX))
     assert key_of(DOCUMENT) not in store
-    equal(document)
+    same(document, DOCUMENT)
 
 
 def test_a_lazy_document_that_is_cut_short_is_an_error(store: DiskStore, file: Path) -> None:
@@ -404,9 +393,9 @@ def test_a_full_disk_leaves_the_store_usable(
     assert key_of(other) not in store
     assert sorted(path.name for path in store.path.rglob("*.safetensors")) == before
     assert list(store.folder.temporary.iterdir()) == []
-    equal(store.get(key_of(DOCUMENT)))
+    same(store.get(key_of(DOCUMENT)), DOCUMENT)
     store.put(other)
-    equal(store.get(key_of(other)), other)
+    same(store.get(key_of(other)), other)
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
@@ -428,46 +417,5 @@ def test_remote_objects_are_checked(tmp_path: Path, lazy: bool) -> None:
             _ = store.get(key, lazy=lazy).keys
         assert key not in store
         store.put(DOCUMENT)
-        equal(store.get(key, lazy=lazy))
+        same(store.get(key, lazy=lazy), DOCUMENT)
     assert store.stats().corrupt == 3
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("codec", "bound"), [("fp8", 2**-4), ("int8", 1 / 254)])
-def test_eight_bit_storage(tmp_path: Path, dtype: torch.dtype, codec: str, bound: float) -> None:
-    """fp8 rounds relative to the value, int8 relative to the head's peak."""
-    document = random_document(0, dtype=dtype, head_dim=64, length=32)
-    with DiskStore(tmp_path, codec=codec) as store:
-        key = store.put(document)
-        found = store.get(key)
-        assert found.keys.dtype == dtype
-        size = store.folder.file_of(key).stat().st_size
-        assert size < document.nbytes / dtype.itemsize + 3000
-        for got, wanted in ((found.keys, document.keys), (found.values, document.values)):
-            error = (got.double() - wanted.double()).abs()
-            peak = wanted.double().abs().amax(dim=(2, 3), keepdim=True)
-            slack = peak * (2**-9 if dtype == torch.bfloat16 else 2**-12)
-            tiny = peak / 448 * 2**-9  # the smallest fp8 step
-            limit = bound * (peak if codec == "int8" else wanted.double().abs()) + slack + tiny
-            assert bool((error <= limit).all())
-        lazily = store.get(key, lazy=True)
-        assert_bit_equal(lazily.keys, found.keys, what="keys")
-    with DiskStore(tmp_path) as exact:  # asked for exact rows: what is there does not count
-        assert key not in exact
-        exact.put(document)
-        equal(exact.get(key), document)
-    with DiskStore(tmp_path, codec=codec) as store:
-        equal(store.get(key), document)
-
-
-def test_eight_bits_cannot_hold_everything(tmp_path: Path) -> None:
-    document = random_document(0)
-    document.keys[0, 0, 0, 0] = torch.inf
-    with pytest.raises(InvalidInputError, match="infinities"):
-        DiskStore(tmp_path, codec="int8").put(document)
-    with pytest.raises(InvalidInputError, match="choose one of exact, fp8, int8"):
-        DiskStore(tmp_path, codec="int4")
-    zeros = random_document(1)
-    zeros.values.zero_()
-    store = DiskStore(tmp_path, codec="int8")
-    assert np.all(store.get(store.put(zeros)).values.numpy() == 0)
