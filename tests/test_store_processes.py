@@ -141,7 +141,8 @@ def test_eight_processes_hammer_one_folder(tmp_path: Path, pytestconfig: pytest.
         served = 0
         with DiskStore(tmp_path, max_bytes=budget, verify="always") as store:
             held = []
-            while time.monotonic() < deadline:
+            # On a busy machine a process may need longer to find a document that is there.
+            while time.monotonic() < deadline + (0 if served else 60):
                 document = source.choice(DOCUMENTS)
                 key, kind = key_of(document), source.random()
                 with contextlib.suppress(DocumentNotFoundError, StoreFullError):
