@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 import ifkv
+from flashinfer_standin import FlashInferStandIn
+from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.plans import KVScales
+from ifkv.float8 import FLOAT8
 from ifkv.stitched_layer import StitchedLayer
+from ifkv.testing import assert_bit_equal
 
 
 def on_grid(x: Tensor, scale: float) -> Tensor:
@@ -51,3 +55,33 @@ def rounded_by_hand(plain: ifkv.StitchedCache, like: ifkv.StitchedCache) -> ifkv
         layers.append(twin)
     plain.layers = layers
     return plain
+
+
+BACKENDS = {
+    "reference": "reference",
+    **{
+        mask: FlashInferBackend(FlashInferStandIn(relaxed=True), mask=mask, workspace_bytes=2**20)
+        for mask in ("split", "positions")
+    },
+}
+AXES = ("a", "b", "c", "d")
+PREFIX = [1, 2]
+DOCUMENTS = [[3 + (7 * i) % 90 for i in range(40)], [5, 6, 7], [9, 4] * 15]
+PROMPT = [11, 12, 13, 14, 15]
+
+
+def both(model, documents, **kwargs):
+    """A rounded cache and its obvious form."""
+    cache = ifkv.stitch(model, documents, kv_dtype=FLOAT8, **kwargs)
+    return cache, rounded_by_hand(ifkv.stitch(model, documents, **kwargs), cache)
+
+
+def assert_same_rows(cache, twin, what="rows"):
+    for layer, by_hand in zip(cache.layers, twin.layers, strict=True):
+        for name, got, want in zip(
+            ("keys", "values"),
+            layer.rows(slice(0, layer.length)),
+            (by_hand.keys, by_hand.values),
+            strict=True,
+        ):
+            assert_bit_equal(got, want, what=f"{name}: {what}", axes=AXES)

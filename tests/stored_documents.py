@@ -4,6 +4,7 @@ import ifkv
 from ifkv.testing import assert_bit_equal, random_document
 
 PREFIX = random_document(1000, length=3)
+DOCUMENT = random_document(0, prefix=PREFIX, sensitivity=True)
 
 
 def same(found: ifkv.DocumentCache, wanted: ifkv.DocumentCache) -> None:
