@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import platform
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ import transformers
 from torch import Tensor
 
 import ifkv
+from gpu_ttft_report import STEPS, with_shares, write
 from ifkv.cost import ModelShape, mean_position, speedup_bound
 from ifkv.selectors import DEFAULT_SELECTOR, Request, Selector, resolve
 
@@ -45,9 +45,7 @@ DOCUMENT = 512
 PREFIX = 16
 PROMPT = 64
 QUESTION = 48  # tokens of the prompt that are the bare question
-STEPS = ("stitch", "select", "recompute")
 NEW_TOKENS = 32
-TARGET = 0.85  # of S(r), at 32k tokens
 
 _COMMON = {
     "hidden_size": 4096,
@@ -293,61 +291,6 @@ def record(
             run["decode_tokens_per_second"] for run in runs
         ),
     }
-
-
-def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each record its speed-up over the better baseline, and the share of S(r)."""
-    done = []
-    for row in rows:
-        speedup = min(row["full_prefill_seconds"].values()) / row["ttft_seconds"]
-        done.append(row | {"speedup": speedup, "share_of_bound": speedup / row["bound"]})
-    return done
-
-
-def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table, with what it was measured on above it."""
-    lines = [
-        "# Time to first token on a card",
-        "",
-        "Made by `python benchmarks/gpu_ttft.py`: random weights in real shapes, bfloat16, medians "
-        f"of {about['repeats']} after one that is not counted.",
-        "",
-        *(f"- {key}: {value}" for key, value in about.items()),
-        "",
-        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select "
-        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory | decode |",
-        "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        steps = [f"{row['steps'][step] * 1e3:.1f}" for step in STEPS]
-        full = row["full_prefill_seconds"]
-        peak = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f} GB"
-        lines.append(
-            f"| {row['model']} | {row['length']} | {row['ratio']:.2f} "
-            f"| {full['sdpa'] * 1e3:.0f} / {full['flashinfer'] * 1e3:.0f} ms "
-            f"| {' | '.join(f'{s} ms' for s in steps)} | {row['ttft_seconds'] * 1e3:.0f} ms "
-            f"| {row['speedup']:.2f}× | {row['bound']:.2f}× | {row['share_of_bound']:.0%} "
-            f"| {peak} | {row['decode_tokens_per_second']:.1f} tokens/s |"
-        )
-    judged = [row for row in rows if row["length"] == 32768]
-    if judged:
-        reached = sum(row["share_of_bound"] >= TARGET for row in judged)
-        lines += [
-            "",
-            f"Target: at least {TARGET:.0%} of S(r) at 32768 tokens; reached in {reached} of "
-            f"{len(judged)} settings.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def write(folder: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Write both files; returns the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"about": about, "rows": rows}, indent=1)
-    (folder / "gpu_ttft.json").write_text(text + "\n")
-    table = as_markdown(about, rows)
-    (folder / "gpu_ttft.md").write_text(table)
-    return table
 
 
 def describe(repeats: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import gpu_ttft
+import gpu_ttft_report
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.selectors import DEFAULT_SELECTOR, resolve
@@ -49,7 +50,7 @@ def test_it_measures_a_tiny_model_from_end_to_end(monkeypatch, tmp_path):
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
     model = tiny_model("qwen3")
     rule = resolve(DEFAULT_SELECTOR)
-    rows = gpu_ttft.with_shares(
+    rows = gpu_ttft_report.with_shares(
         list(gpu_ttft.measure(model, backend, "tiny", 100, 2, rule, lambda: False))
     )
     assert [row["ratio"] for row in rows] == list(gpu_ttft.RATIOS)
@@ -57,7 +58,7 @@ def test_it_measures_a_tiny_model_from_end_to_end(monkeypatch, tmp_path):
     assert rows[0]["selector"] == DEFAULT_SELECTOR
     assert rows[0]["rows"] == 13
     assert set(rows[0]["full_prefill_seconds"]) == {"sdpa", "flashinfer"}
-    table = gpu_ttft.write(tmp_path, {"card": "none", "repeats": 2}, rows)
+    table = gpu_ttft_report.write(tmp_path, {"card": "none", "repeats": 2}, rows)
     assert json.loads((tmp_path / "gpu_ttft.json").read_text())["rows"][0]["rows"] == 13
     assert (tmp_path / "gpu_ttft.md").read_text() == table
     assert table.count("\n| tiny | 100 |") == 3
@@ -87,7 +88,7 @@ def test_shares_are_of_the_better_baseline():
         "ttft_seconds": 0.5,
         "bound": 5.0,
     }
-    (done,) = gpu_ttft.with_shares([row])
+    (done,) = gpu_ttft_report.with_shares([row])
     assert done["speedup"] == 4.0
     assert done["share_of_bound"] == 0.8
 
@@ -106,6 +107,6 @@ def test_the_table_says_whether_the_target_is_reached():
         "bound": 5.0,
         "share_of_bound": 0.95,
     }
-    table = gpu_ttft.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
+    table = gpu_ttft_report.as_markdown({"repeats": 5}, [row, row | {"share_of_bound": 0.5}])
     assert "reached in 1 of 2 settings" in table
     assert "| 3000 / 2000 ms | 1.0 ms | 20.0 ms | 400.0 ms | 420 ms |" in table
