@@ -1,8 +1,8 @@
 """Write what `ifkv eval` found into docs/arena.md: `python tools/arena_tables.py`.
 
 On the page a table stands between `<!-- arena: KIND FILE RATIO -->` and `<!-- /arena -->`; FILE
-stands for `benchmarks/results/arena-FILE.csv`. `--take FOLDER FILE` first makes such files of a
-folder that `ifkv eval` wrote.
+stands for `benchmarks/results/arena-FILE.csv`, and in an overview over all of them for a selector.
+`--take FOLDER FILE` first makes such files of a folder that `ifkv eval` wrote.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ PAGE = ROOT / "docs" / "arena.md"
 BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /arena -->)", re.DOTALL)
 DEFAULT, PAPER = "sink-aware", "attention-norm"
 MIDDLE = "sensitivity-aware:layers=0.2-0.7"
+PUBLISHED = (PAPER, "prophetkv", "cacheblend", "epic")
 # Which ways are compared with which.
 PAIRS = {
-    "sensitivity-aware": (DEFAULT, PAPER, MIDDLE, "prophetkv", "cacheblend", "epic"),
-    DEFAULT: (PAPER, "prophetkv", "cacheblend", "epic"),
-    "deviation-aware": (PAPER, "prophetkv", "cacheblend", "epic"),
-    PAPER: ("prophetkv", "cacheblend", "epic"),
+    "sensitivity-aware": (DEFAULT, MIDDLE, *PUBLISHED),
+    DEFAULT: PUBLISHED,
+    "deviation-aware": PUBLISHED,
+    PAPER: PUBLISHED[1:],
+}
+# Files of the overviews, and what each is about.
+SETTINGS = {
+    "135m-hotpotqa-float32": "135M, HotpotQA",
+    "135m-squad-float32": "135M, SQuAD",
+    "500m-hotpotqa-float32": "0.5B, HotpotQA",
+    "500m-squad-float32": "0.5B, SQuAD",
 }
 # Selectors that know what a request cannot.
 REFERENCE_POINTS = ("full prefill", "stitch only", "oracle")
@@ -71,6 +79,23 @@ def pairs(file: str, ratio: float) -> str:
     return as_table(head, rows, 2)
 
 
+def overview(way: str, ratio: float) -> str:
+    """A way in every setting: what it recovers, and by how much more than published rules."""
+    rows = []
+    for file, setting in SETTINGS.items():
+        [own] = [row for row in rows_of(file) if row["way"] == way and float(row["ratio"]) == ratio]
+        ahead = {
+            row["second"]: _points(row, clear_bold=True)
+            for row in _read(f"arena-{file}-differences.csv")
+            if (row["questions"], row["at"], row["first"]) == ("all", "equal cost", way)
+            and float(row["ratio"] or -1) == ratio
+        }
+        cells = [ahead.get(rule, "–") for rule in PUBLISHED]
+        rows.append([setting, own["count"], _percent(own, "gap"), *cells])
+    head = ["model, data", "questions", "gap recovered", *(f"over `{rule}`" for rule in PUBLISHED)]
+    return as_table(" | ".join(head), rows, 1)
+
+
 def ratios(file: str, _: float) -> str:
     """The gap over ratios, of every way that was asked at more than one."""
     ways: dict[str, dict[float, Row]] = {}
@@ -112,6 +137,7 @@ def halves(file: str, ratio: float) -> str:
 
 
 TABLES: dict[str, Callable[[str, float], str]] = {
+    "overview": overview,
     "quality": quality,
     "pairs": pairs,
     "ratios": ratios,
@@ -175,9 +201,11 @@ def _percent(row: Row, name: str) -> str:
     return f"{value} % [{low}, {high}]"
 
 
-def _points(row: Row) -> str:
+def _points(row: Row, *, clear_bold: bool = False) -> str:
     value, low, high = (round(100 * float(row["gap" + end])) for end in ("", "_low", "_high"))
-    return f"{value:+d} [{low:+d}, {high:+d}]".replace("-", "−").replace("+0", "0")
+    text = f"{value:+d} [{low:+d}, {high:+d}]".replace("-", "−").replace("+0", "0")
+    clear = float(row["gap_low"]) > 0 or float(row["gap_high"]) < 0
+    return f"**{text}**" if clear_bold and clear else text
 
 
 def _factor(row: Row) -> str:

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-from arena_tables import rows_of
+from arena_tables import SETTINGS, rows_of
 
 from figures.canvas import Canvas
 
-# Results files beside each other, as arena-NAME.csv.
-PANELS = {
-    "135m-hotpotqa-float32": "135M, HotpotQA",
-    "135m-squad-float32": "135M, SQuAD",
-    "500m-hotpotqa-float32": "0.5B, HotpotQA",
-    "500m-squad-float32": "0.5B, SQuAD",
-}
 # Colour and width: our own stand out.
 LINES = {
     "sensitivity-aware": ("mark", 2.6),
@@ -36,7 +29,7 @@ def draw() -> str:
     """One panel per model and data set: a line per selector over its ratios."""
     canvas = Canvas(
         LEFT + COLUMNS * (WIDE + NAMES) - 20,
-        TOP + -(-len(PANELS) // COLUMNS) * (HIGH + BELOW) - 16,
+        TOP + -(-len(SETTINGS) // COLUMNS) * (HIGH + BELOW) - 16,
         "Share of the gap between stitching alone and full prefill that each selector recovers, "
         "over its operations to the first token as a share of full prefill's.",
     )
@@ -44,7 +37,7 @@ def draw() -> str:
     canvas.text(
         20, 48, "up: nearer to full prefill; left: sooner; markers: ratios", size=12, fill="soft"
     )
-    for number, (name, title) in enumerate(PANELS.items()):
+    for number, (name, title) in enumerate(SETTINGS.items()):
         row, column = divmod(number, COLUMNS)
         left, top = LEFT + column * (WIDE + NAMES), TOP + row * (HIGH + BELOW)
         _panel(canvas, left, top, title, points_of(name))
