@@ -30,11 +30,13 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
         "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select "
-        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory | decode |",
+        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory "
+        "| decoding (transformers / ifkv) |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         steps = [f"{row['steps'][step] * 1e3:.1f}" for step in STEPS]
+        decode = row["decode_tokens_per_second"]
         full = row["full_prefill_seconds"]
         peak = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f} GB"
         lines.append(
@@ -42,7 +44,7 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"| {full['sdpa'] * 1e3:.0f} / {full['flashinfer'] * 1e3:.0f} ms "
             f"| {' | '.join(f'{s} ms' for s in steps)} | {row['ttft_seconds'] * 1e3:.0f} ms "
             f"| {row['speedup']:.2f}× | {row['bound']:.2f}× | {row['share_of_bound']:.0%} "
-            f"| {peak} | {row['decode_tokens_per_second']:.1f} tokens/s |"
+            f"| {peak} | {decode['full prefill']:.0f} / {decode['ifkv']:.0f} tokens/s |"
         )
     judged = [row for row in rows if row["length"] == 32768]
     if judged:

@@ -308,6 +308,15 @@ def check_joined_documents(engine: Engine) -> None:
     check_documents(engine, window=4)
 
 
+def check_many_rows(engine: Engine) -> None:
+    """Enough of them, and of documents, for fa3; the rows read most keys without a mask."""
+    slots = [*range(1, 800, 2), *range(810, 1000), *range(1003, 1100, 3)]
+    for mask in ("split", "positions"):
+        check_rows(engine, [slots], [1100], (32, 8), capacity=1152, mask=mask)
+    check_documents(engine, [200, 128, 300], 5, (32, 8))
+    check_query(engine, 700, 300, (32, 8), capacity=320)
+
+
 def check_scattered_rows(engine: Engine) -> None:
     check_rows(engine)
     check_rows(engine, window=6)
@@ -338,4 +347,5 @@ BACKEND_CHECKS: dict[str, Callable[[Engine], None]] = {
     "reuse": check_wrappers_are_reused,
     "threads": check_threads,
     "eight_bit": check_eight_bit_values,
+    "many_rows": check_many_rows,
 }

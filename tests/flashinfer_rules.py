@@ -176,11 +176,11 @@ def rule_auto_sticks(engine: Engine) -> None:
         pytest.skip("only a Hopper card has fa3")
     mask = torch.ones(33, dtype=torch.bool, device=engine.device)
     wrapper = paged(engine, backend="auto", module=engine.strict)
-    strict = {"head_dim_qk": 64, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    strict = {"head_dim_qk": 128, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
     plan_paged(engine, wrapper, **strict)
     assert wrapper._backend == "fa3"
-    query = torch.zeros(3, 4, 64, dtype=torch.bfloat16, device=engine.device)
-    pages = torch.zeros(5, 2, 4, 64, dtype=torch.bfloat16, device=engine.device)
+    query = torch.zeros(3, 4, 128, dtype=torch.bfloat16, device=engine.device)
+    pages = torch.zeros(5, 2, 4, 128, dtype=torch.bfloat16, device=engine.device)
 
     def plan_and_run() -> None:
         plan_paged(engine, wrapper, custom_mask=mask, **strict)
@@ -193,7 +193,7 @@ def rule_auto_takes_fa2_for_eight_bit_keys(engine: Engine) -> None:
     """fa3 wants queries of 8 bits beside such keys; "auto" knows, and takes the other kernels."""
     wrapper = paged(engine, backend="auto", module=engine.strict)
     kinds = {"q_data_type": torch.bfloat16, "kv_data_type": torch.float8_e4m3fn}
-    plan_paged(engine, wrapper, head_dim_qk=64, **kinds)
+    plan_paged(engine, wrapper, head_dim_qk=128, **kinds)
     assert wrapper._backend == "fa2"
 
 
@@ -205,7 +205,7 @@ def must_fail(call: Callable[[], None]) -> None:
 
 def refused(engine: Engine, *, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> None:
     """A plan and run that must fail; `dtype` is that of the tensors."""
-    known = {"head_dim_qk": 64, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
+    known = {"head_dim_qk": 128, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
     changes = known | changes
     head_dim = changes["head_dim_qk"]
     query = torch.zeros(3, 4, head_dim, dtype=dtype, device=engine.device)
@@ -229,11 +229,11 @@ def rule_dtype_must_match_the_plan(engine: Engine) -> None:
 
 def rule_q_data_type_defaults_to_float16(engine: Engine) -> None:
     wrapper = paged(engine, module=engine.strict)
-    query = torch.zeros(3, 4, 64, dtype=torch.bfloat16, device=engine.device)
-    pages = torch.zeros(5, 2, 4, 64, dtype=torch.bfloat16, device=engine.device)
+    query = torch.zeros(3, 4, 128, dtype=torch.bfloat16, device=engine.device)
+    pages = torch.zeros(5, 2, 4, 128, dtype=torch.bfloat16, device=engine.device)
     wrapper.plan(
         ints([0, 3]), ints([0, 3]), ints([4, 0, 2]), ints([3]), 4, 2, page_size=4,
-        head_dim_qk=64,
+        head_dim_qk=128,
     )  # fmt: skip
     wrapper.run(query.half(), (pages.half(), pages.half()))
     with pytest.raises(ValueError, match="float16"):
@@ -258,7 +258,7 @@ def rule_workspace_is_limited(engine: Engine) -> None:
             wrapper,
             paged_kv_indices=pages,
             paged_kv_indptr=ints([0, len(pages)]),
-            head_dim_qk=64,
+            head_dim_qk=128,
             q_data_type=torch.bfloat16,
             kv_data_type=torch.bfloat16,
         )

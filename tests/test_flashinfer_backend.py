@@ -25,6 +25,7 @@ from flashinfer_engine import Engine, causal, dense
 from flashinfer_rules import RULE_CHECKS, STANDIN_CHECKS
 from flashinfer_standin import RULES, FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.backends.flashinfer.calls import kernels
 from ifkv.backends.flashinfer.tiles import parts_of_rows
 from ifkv.backends.plans import UNSCALED
 
@@ -46,7 +47,7 @@ def real_engine() -> Engine:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     flashinfer = pytest.importorskip("flashinfer")
-    return Engine(flashinfer, flashinfer, torch.device("cuda"), torch.bfloat16, 64, HALF)
+    return Engine(flashinfer, flashinfer, torch.device("cuda"), torch.bfloat16, 128, HALF)
 
 
 @pytest.fixture(
@@ -139,7 +140,7 @@ def test_the_backend_depends_on_every_rule_of_the_arithmetic(rule):
     pytest.fail(f"the backend's results do not depend on the rule that {rule}")
 
 
-@pytest.mark.parametrize(("form", "mask_entries"), [("split", 2e6), ("tiles", 82e6)])
+@pytest.mark.parametrize(("form", "mask_entries"), [("split", 3e6), ("tiles", 82e6)])
 def test_tiles_read_little_more_than_their_rows_see(form, mask_entries):
     """15 % of 32k slots and a prompt, four query heads to a key head."""
     length = 32768
@@ -151,6 +152,23 @@ def test_tiles_read_little_more_than_their_rows_see(form, mask_entries):
     read = {k: sum((p.stop - p.start) * (p.end - p.begin) for p in v) for k, v in parts.items()}
     assert sum(read.values()) < 1.01 * int((slots + 1).sum())
     assert read["masked"] < mask_entries
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "masked", "expected"),
+    [
+        ([128] * 4, 32, False, "auto"),
+        ([128] * 4, 32, True, "fa2"),
+        ([128] * 3, 32, False, "fa2"),  # most multiprocessors would be idle
+        ([32] * 100, 32, False, "fa2"),  # tiles of one head would be three quarters empty
+        ([1], 64, False, "fa2"),
+        ([64] * 4, 32, False, "auto"),
+        ([32768], 8, False, "auto"),
+        ([], 8, False, "fa2"),
+    ],
+)
+def test_which_kernels_run_a_call(rows, heads, masked, expected):
+    assert kernels(rows, heads, masked=masked) == expected
 
 
 def test_eight_bit_values_in_our_own_kernel():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifkv.backends.flashinfer.calls import Geometry
+from ifkv.backends.flashinfer.calls import Geometry, kernels
 from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
 
 
@@ -39,7 +39,7 @@ class DocumentCall:
     ):
         kind = WrapperKind(
             paged=False,
-            backend="auto",
+            backend=kernels(lengths, geometry.heads),
             q_dtype=geometry.q_dtype,
             kv_dtype=geometry.kv_dtype,
             head_dim=geometry.head_dim,

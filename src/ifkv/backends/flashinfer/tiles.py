@@ -1,54 +1,33 @@
 """Rows sorted by slot, cut into tiles, and what each tile has to read.
 
-FlashInfer packs the query heads that share a key head with the rows of a request into tiles of 128.
-Rows of one tile read the same keys, so a tile should hold neighbours: sorted rows are cut every
-``128 / group`` rows, and each tile reads keys only up to its last row. Rows without a gap between
-them are a request whose causal mask FlashInfer knows by itself, since it is right-aligned: rows a
-to b are the last of b + 1. Other tiles are read in two parts, merged by their log-sum-exps: whole
-pages before the tile's first row, which all its rows see, without a mask; and the fringe around the
-rows themselves with one. For 15 % of 32k rows that reads 1.006 times the keys the rows see,
-99 % of them without a mask; masks over all of a tile's keys would take 80 MB and slow it all down.
+FlashInfer gives rows of a request to its multiprocessors in tiles of 128: fa3 rows of one head, fa2
+rows times the query heads that share a key head. Rows of one tile read the same keys, so a tile
+should hold neighbours. Rows without a gap between them are a request whose causal mask FlashInfer
+knows by itself, since it is right-aligned: rows a to b are the last of b + 1. All others are read
+in two parts, merged by their log-sum-exps: whole pages before the first of 128 rows, which all of
+them see, without a mask; and the fringe around the rows themselves with one, in tiles of
+``128 / group``. For 15 % of 32k rows that reads 1.02 times the keys the rows see, 96 % of them
+without a mask; masks over all of a tile's keys would take 80 MB and slow it all down.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-# Packed rows (rows times query heads per key head) of FlashInfer's largest query tile.
-PACKED_ROWS = 128
+# Rows of FlashInfer's largest query tile: of one head in fa3, of all that share a key head in fa2.
+TILE_ROWS = 128
+# Rows that share one span of keys read without a mask.
+SPLIT_ROWS = 128
 
 # What a call asks of FlashInfer: nothing hidden, right-aligned causal, or a mask given.
 CallKind = Literal["full", "causal", "masked"]
 MaskForm = Literal["split", "tiles", "positions"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Rows ``start`` to ``stop`` of a forward; they belong to one sequence.
-
-    Attributes:
-        sequence: Whose cache the rows read.
-        start: First row.
-        stop: End of the rows.
-        first: Slot of the first row.
-        last: Slot of the last row.
-    """
-
-    sequence: int
-    start: int
-    stop: int
-    first: int
-    last: int
-
-    @property
-    def adjacent(self) -> bool:
-        """Whether the rows' slots follow one another without a gap."""
-        return self.last - self.first == self.stop - self.start - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +39,44 @@ class Part:
     stop: int
     begin: int
     end: int
+
+
+class Tile:
+    """Rows of a forward that follow one another and belong to one sequence.
+
+    Attributes:
+        sequence: Whose cache the rows read.
+        start: First row.
+        stop: End of the rows.
+        first: Slot of the first row.
+        last: Slot of the last row.
+
+    Args:
+        sequence: As the attribute.
+        start: As the attribute.
+        slots: Of the rows, long on the CPU, ascending.
+    """
+
+    def __init__(self, sequence: int, start: int, slots: Tensor):
+        self.sequence = sequence
+        self.start = start
+        self.stop = start + len(slots)
+        self.first, self.last = int(slots[0]), int(slots[-1])
+        self._slots = slots
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether the rows' slots follow one another without a gap."""
+        return self.last - self.first == self.stop - self.start - 1
+
+    def pieces(self, rows: int) -> Iterator[Tile]:
+        """The tile in tiles of so many rows."""
+        for at, slots in enumerate(self._slots.split(rows)):
+            yield Tile(self.sequence, self.start + at * rows, slots)
+
+    def part(self, begin: int) -> Part:
+        """What the rows read from a slot on up to the last row's own."""
+        return Part(self.sequence, self.start, self.stop, begin, self.last + 1)
 
 
 def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> list[Tile]:
@@ -75,8 +92,7 @@ def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> li
     offset = 0
     for sequence, own in enumerate(slots):
         for start, stop in _ranges(own, tile_rows, whole_runs):
-            ends = int(own[start]), int(own[stop - 1])
-            tiles.append(Tile(sequence, offset + start, offset + stop, *ends))
+            tiles.append(Tile(sequence, offset + start, own[start:stop]))
         offset += len(own)
     return tiles
 
@@ -116,26 +132,27 @@ def parts_of_rows(
         page_size: Slots of a page; parts begin at whole pages.
         window: Slots that a row sees, its own included; None sees all. FlashInfer's own window
             takes rows for adjacent, so windows go into the mask.
-        form: ``"split"`` as in the module's docstring; ``"tiles"`` and ``"positions"`` read all of
-            a tile's keys in its masked part.
+        form: ``"tiles"`` reads all of a tile's keys in its masked part, the others as in the
+            module's docstring.
     """
-    tile_rows = max(1, PACKED_ROWS // group)
     last = max((int(own[-1]) for own in slots if len(own)), default=0)
     if window is not None and last < window:
         window = None  # reaches back beyond slot 0 from every row
     parts: dict[CallKind, list[Part]] = {"full": [], "causal": [], "masked": []}
-    for tile in cut_rows(slots, tile_rows, whole_runs=window is None):
-        rows, end = (tile.sequence, tile.start, tile.stop), tile.last + 1
-        if window is not None:
-            begin = max(0, tile.first - window + 1) // page_size * page_size
-            parts["masked"].append(Part(*rows, begin, end))
-        elif tile.adjacent:
-            parts["causal"].append(Part(*rows, 0, end))
-        else:
-            begin = tile.first // page_size * page_size if form == "split" else 0
-            parts["masked"].append(Part(*rows, begin, end))
-            if begin:
-                parts["full"].append(Part(*rows, 0, begin))
+    small = max(1, TILE_ROWS // group)
+    split = window is None and form != "tiles"
+    for tile in cut_rows(slots, SPLIT_ROWS if split else small, whole_runs=window is None):
+        if window is None and tile.adjacent:
+            parts["causal"].append(tile.part(0))
+            continue
+        seen_by_all = tile.first // page_size * page_size if split else 0
+        if seen_by_all:
+            rows = tile.sequence, tile.start, tile.stop
+            parts["full"].append(Part(*rows, 0, seen_by_all))
+        for piece in tile.pieces(small):
+            out_of_sight = 0 if window is None else max(0, piece.first - window + 1)
+            begin = max(seen_by_all, out_of_sight // page_size * page_size)
+            parts["masked"].append(piece.part(begin))
     return parts
 
 
@@ -156,19 +173,26 @@ def mask_of_parts(
     Returns:
         Bool ``[sum of rows times keys]``.
     """
+    # All at once, as a loop over hundreds of requests costs milliseconds of launches.
     device = row_positions.device
-    total = sum((part.stop - part.start) * (part.end - part.begin) for part in parts)
-    mask = torch.empty(total, dtype=torch.bool, device=device)
-    slots = torch.arange(max(part.end for part in parts), device=device)
-    done = 0
-    for part in parts:
-        rows = row_positions[part.start : part.stop, None]
-        positions = slots if key_positions is None else key_positions[part.sequence]
-        keys = positions[None, part.begin : part.end]
-        size = rows.shape[0] * keys.shape[1]
-        block = mask[done : done + size].view(rows.shape[0], keys.shape[1])
-        torch.le(keys, rows, out=block)
-        if window is not None:
-            block &= keys > rows - window
-        done += size
-    return mask
+    rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    heights = torch.tensor([part.stop - part.start for part in parts])
+    widths = torch.tensor([part.end - part.begin for part in parts]).repeat_interleave(heights)
+    ends = widths.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    starts = [0] * len(parts)
+    if key_positions is not None:
+        offsets = [0, *itertools.accumulate(map(len, key_positions))]
+        starts = [offsets[part.sequence] for part in parts]
+    # A row's entry e stands for the key at e + first.
+    begins = torch.tensor([part.begin + at for part, at in zip(parts, starts, strict=True)])
+    firsts = begins.repeat_interleave(heights) - (ends - widths)
+    of_row = torch.stack((rows, widths, firsts)).to(device)
+    positions, widths = row_positions[of_row[0]], of_row[1]
+    entries = torch.arange(total, device=device)
+    keys = entries + of_row[2].repeat_interleave(widths, output_size=total)
+    if key_positions is not None:
+        keys = torch.cat(list(key_positions))[keys]
+    distance = positions.repeat_interleave(widths, output_size=total) - keys
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)

@@ -1,0 +1,352 @@
+"""Which kernels, masks and layouts are fastest on a card: the choices of ifkv's FlashInfer backend.
+
+    python benchmarks/gpu_kernels.py [--length 32768] [--repeats 10]
+
+One layer in the shape of Llama-3.1-8B and Qwen3-8B (32 query heads, 8 key heads of 128), bfloat16.
+Every choice stands beside the others it was made against. Times are between CUDA events, medians
+after three runs that are not counted; planning, which happens once per forward and not per layer,
+is timed by itself, on the processor's clock. Writes gpu_kernels.json and gpu_kernels.md into
+benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from gpu_ttft import RESULTS, describe
+from ifkv.backends.flashinfer import FlashInferBackend, calls, tiles
+from ifkv.backends.norms import attention_norm, blocked_attention_norm
+from ifkv.backends.plans import QueryPlan
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+SCALING = DIM**-0.5
+PROMPT = 64
+QUESTION = 48
+DOCUMENT = 512
+Make = Callable[[], Callable[[], Any]]
+
+
+class Bench:
+    """Keys and values of one layer, and a clock.
+
+    Args:
+        length: Slots of the context.
+        repeats: Runs that count.
+        device: The compute device.
+        module: FlashInfer.
+    """
+
+    def __init__(self, length: int, repeats: int, device: torch.device, module: Any = None):
+        self.length, self.repeats, self.device, self.module = length, repeats, device, module
+        self.capacity = -(-(length + PROMPT + 1) // 64) * 64
+        self.keys = self.random(1, KV_HEADS, self.capacity, DIM)
+        self.values = self.random(1, KV_HEADS, self.capacity, DIM)
+        self._backends: dict[str, FlashInferBackend] = {}
+
+    def random(self, *shape: int) -> Tensor:
+        """Normally distributed numbers."""
+        return torch.randn(*shape, dtype=torch.bfloat16, device=self.device)
+
+    def backend(self, mask: str = "split") -> FlashInferBackend:
+        """One for each form of the mask."""
+        if mask not in self._backends:
+            self._backends[mask] = FlashInferBackend(self.module, mask=mask)
+        return self._backends[mask]
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Median of a run, between events."""
+        for _ in range(3):
+            run()
+        found = []
+        for _ in range(self.repeats):
+            if self.device.type != "cuda":
+                start = time.perf_counter()
+                run()
+                found.append((time.perf_counter() - start) * 1e3)
+                continue
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            run()
+            last.record()
+            torch.cuda.synchronize()
+            found.append(first.elapsed_time(last))
+        return statistics.median(found)
+
+    def row(self, what: str, how: str, make: Make, flops: float = 0.0) -> dict[str, Any]:
+        """A record; ``make`` plans and returns the run of one layer."""
+        run = make()
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run = make()
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        first = (time.perf_counter() - start) * 1e3
+        layer = self.milliseconds(run)
+        return {
+            "what": what,
+            "how": how,
+            "plan_ms": max(0.0, first - layer),
+            "layer_ms": layer,
+            "tflops": flops / layer / 1e9,
+        }
+
+
+def with_kernels(kernels: str | None, make: Make) -> Make:
+    """``make`` while the choice of kernels is taken away; as ifkv chooses if None."""
+    if kernels is None:
+        return make
+
+    def choose(rows: Any, heads: int, *, masked: bool = False) -> str:
+        return "fa2" if masked else kernels
+
+    def made() -> Callable[[], Any]:
+        with mock.patch.object(calls, "kernels", choose):
+            run = make()
+            run()  # planned by the first run
+        return run
+
+    return made
+
+
+def attention_flops(rows_times_keys: float) -> float:
+    return 4.0 * HEADS * DIM * rows_times_keys
+
+
+def attend(bench: Bench, slots: Tensor, mask: str = "split", tile: int = tiles.SPLIT_ROWS) -> Make:
+    """Rows at these slots over the context."""
+    query = bench.random(1, HEADS, len(slots), DIM)
+    length = int(slots[-1]) + 1
+
+    def make() -> Callable[[], Any]:
+        backend = bench.backend(mask)
+        plan = backend.plan_rows(slots, length, bench.device)
+
+        def run() -> Tensor:
+            return backend.attend_rows(
+                query, bench.keys, bench.values, plan, scaling=SCALING, window=None
+            )
+
+        with mock.patch.object(tiles, "SPLIT_ROWS", tile):
+            run()  # planned by the first run
+        return run
+
+    return make
+
+
+def flops_of(slots: Tensor) -> float:
+    """Operations of causal rows."""
+    return attention_flops(float((slots + 1).sum()))
+
+
+def full_prefill(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What plain attention takes, for scale."""
+    slots = torch.arange(bench.length)
+    query = bench.random(1, HEADS, bench.length, DIM)
+    keys, values = (x[:, :, : bench.length] for x in (bench.keys, bench.values))
+
+    def sdpa() -> Callable[[], Any]:
+        return lambda: scaled_dot_product_attention(
+            query, keys, values, is_causal=True, enable_gqa=True
+        )
+
+    yield bench.row("full prefill", "SDPA of torch", sdpa, flops_of(slots))
+    for kernels in ("auto", "fa2"):
+        make = with_kernels(kernels, attend(bench, slots))
+        yield bench.row("full prefill", kernels, make, flops_of(slots))
+
+
+def selected_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Scattered rows with a prompt behind them, by form of the mask, kernels and tile."""
+    n = bench.length
+    for ratio in (0.05, 0.15, 0.30):
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(n, generator=generator)[: int(n * ratio)].sort().values
+        slots = torch.cat((chosen, torch.arange(n, n + PROMPT)))
+        for mask, kernels, tile in (
+            ("split", None, 128),
+            ("positions", None, 128),
+            ("tiles", None, 128),
+            ("split", "fa2", 128),
+            ("split", "fa2", 32),
+            ("split", "auto", 32),
+            ("split", None, 64),
+            ("split", None, 256),
+            ("positions", None, 256),
+        ):
+            make = with_kernels(kernels, attend(bench, slots, mask, tile))
+            how = f"{mask}, {kernels or 'as chosen'}, tiles of {tile}"
+            yield bench.row(f"r = {ratio:.2f}", how, make, flops_of(slots))
+
+
+def behind_a_prefix(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Documents: the prefix copied in front of each, or a level of its own merged in."""
+    count = bench.length // DOCUMENT
+    total = DOCUMENT * count
+    for prefix in (16, 128, 512):
+        tensors = (
+            bench.random(1, HEADS, total, DIM),
+            *(x[:, :, :total] for x in (bench.keys, bench.values)),
+            *(bench.random(1, KV_HEADS, prefix, DIM) for _ in range(2)),
+        )
+        flops = attention_flops(total * (prefix + (DOCUMENT + 1) / 2))
+        what = f"documents behind {prefix}"
+        yield bench.row(what, "prefix copied", copied(bench, tensors), flops)
+        yield bench.row(what, "a level of its own", merged(bench, tensors), flops)
+
+
+def copied(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
+    """The backend's way: the prefix in front of each document."""
+    prefix = tensors[3].shape[2]
+
+    def make() -> Callable[[], Any]:
+        backend = bench.backend()
+        lengths = (DOCUMENT,) * (bench.length // DOCUMENT)
+        plan = backend.plan_documents(lengths, prefix, bench.device)
+        return lambda: backend.attend_documents(*tensors, plan, scaling=SCALING, window=None)
+
+    return make
+
+
+def merged(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
+    """The other: documents by themselves, the prefix for all rows, merged by log-sum-exps."""
+    q, k, v, prefix_k, prefix_v = (x[0].transpose(0, 1) for x in tensors)
+    module = bench.backend()._module
+    common: dict[str, Any] = {
+        "num_qo_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim_qk": DIM,
+        "sm_scale": SCALING,
+        "q_data_type": q.dtype,
+        "kv_data_type": q.dtype,
+    }
+
+    def planned(query_ends: list[int], key_ends: list[int], causal: bool) -> Any:
+        room = torch.empty(256 * 2**20, dtype=torch.uint8, device=bench.device)
+        wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(room, kv_layout="NHD")
+        ends = [torch.tensor(x, dtype=torch.int32) for x in (query_ends, key_ends)]
+        wrapper.plan(qo_indptr=ends[0], kv_indptr=ends[1], causal=causal, **common)
+        return wrapper
+
+    def make() -> Callable[[], Any]:
+        ends = list(range(0, len(q) + 1, DOCUMENT))
+        own = planned(ends, ends, causal=True)
+        shared = planned([0, len(q)], [0, len(prefix_k)], causal=False)
+
+        def run() -> Tensor:
+            first = own.run(q, k, v, return_lse=True)
+            second = shared.run(q, prefix_k, prefix_v, return_lse=True)
+            out: Tensor = module.merge_state(*first, *second)[0]
+            return out
+
+        return run
+
+    return make
+
+
+def few_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A decoding step, a prompt, a question over the context: fa2 or fa3."""
+    n = bench.length
+    for what, slots in (
+        ("one row, decoding", torch.tensor([n])),
+        (f"a prompt of {PROMPT} rows", torch.arange(n, n + PROMPT)),
+        ("512 adjacent rows", torch.arange(n - 512, n)),
+    ):
+        for kernels in ("fa2", "auto"):
+            yield bench.row(
+                what, kernels, with_kernels(kernels, attend(bench, slots)), flops_of(slots)
+            )
+    for kernels in ("fa2", "auto"):
+        yield bench.row(
+            f"{QUESTION} question rows",
+            kernels,
+            with_kernels(kernels, lambda: asked(bench)[0]),
+            attention_flops(QUESTION * n),
+        )
+    for how, norm in (("Triton", attention_norm), ("blocked torch", blocked_attention_norm)):
+        yield bench.row("attention norms", how, lambda norm=norm: norms(bench, norm))
+
+
+def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
+    """A question over the context; its query and plan, too."""
+    backend = bench.backend()
+    query = bench.random(1, HEADS, QUESTION, DIM)
+    own = [bench.random(1, KV_HEADS, QUESTION, DIM) for _ in range(2)]
+    context = [x[:, :, : bench.length] for x in (bench.keys, bench.values)]
+    at = torch.arange(bench.length + QUESTION, device=bench.device)
+    plan = backend.plan_query(at[bench.length :], at[: bench.length])
+
+    def run() -> tuple[Tensor, Tensor]:
+        return backend.attend_query(query, *own, *context, plan, scaling=SCALING, window=None)
+
+    return run, query, plan
+
+
+def norms(bench: Bench, norm: Callable[..., Tensor]) -> Callable[[], Any]:
+    """Its attention norms."""
+    run, query, plan = asked(bench)
+    logsumexp = run()[1]
+    keys = bench.keys[:, :, : bench.length]
+    return lambda: norm(query, keys, logsumexp, plan, scaling=SCALING, reduction="l2", window=None)
+
+
+PARTS = (full_prefill, few_rows, selected_rows, behind_a_prefix)
+
+
+def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table, with what it was measured on above it."""
+    lines = [
+        "# Choices of kernels on a card",
+        "",
+        "Made by `python benchmarks/gpu_kernels.py`: one layer, 32 query heads and 8 key heads of "
+        "128, bfloat16, medians.",
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+        "",
+        "| what | how | planned in | a layer | TFLOP/s |",
+        "|:--|:--|--:|--:|--:|",
+    ]
+    for row in rows:
+        rate = f"{row['tflops']:.0f}" if row["tflops"] else "–"
+        lines.append(
+            f"| {row['what']} | {row['how']} | {row['plan_ms']:.1f} ms | {row['layer_ms']:.3f} ms "
+            f"| {rate} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--length", type=int, default=32768, help="slots of the context")
+    parser.add_argument("--repeats", type=int, default=10, help="runs that count")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_kernels.py needs a CUDA device, and torch sees none here.")
+    bench = Bench(arguments.length, arguments.repeats, torch.device("cuda"))
+    about = describe(arguments.repeats) | {"tokens": arguments.length}
+    rows: list[dict[str, Any]] = []
+    for part in PARTS:
+        for row in part(bench):
+            rows.append(row)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"about": about, "rows": rows}, indent=1)
+            (RESULTS / "gpu_kernels.json").write_text(text + "\n")
+            (RESULTS / "gpu_kernels.md").write_text(as_markdown(about, rows))
+    print(as_markdown(about, rows))
+
+
+if __name__ == "__main__":
+    main()
