@@ -58,7 +58,7 @@ class Bench:
         """Normally distributed numbers."""
         return torch.randn(*shape, dtype=torch.bfloat16, device=self.device)
 
-    def backend(self, mask: str = "split") -> FlashInferBackend:
+    def backend(self, mask: str = "positions") -> FlashInferBackend:
         """One for each form of the mask."""
         if mask not in self._backends:
             self._backends[mask] = FlashInferBackend(self.module, mask=mask)
@@ -126,7 +126,9 @@ def attention_flops(rows_times_keys: float) -> float:
     return 4.0 * HEADS * DIM * rows_times_keys
 
 
-def attend(bench: Bench, slots: Tensor, mask: str = "split", tile: int = tiles.SPLIT_ROWS) -> Make:
+def attend(
+    bench: Bench, slots: Tensor, mask: str = "positions", tile: int = tiles.SPLIT_ROWS
+) -> Make:
     """Rows at these slots over the context."""
     query = bench.random(1, HEADS, len(slots), DIM)
     length = int(slots[-1]) + 1
@@ -177,14 +179,12 @@ def selected_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         chosen = torch.randperm(n, generator=generator)[: int(n * ratio)].sort().values
         slots = torch.cat((chosen, torch.arange(n, n + PROMPT)))
         for mask, kernels, tile in (
-            ("split", None, 128),
             ("positions", None, 128),
-            ("tiles", None, 128),
-            ("split", "fa2", 128),
-            ("split", "fa2", 32),
-            ("split", "auto", 32),
-            ("split", None, 64),
-            ("split", None, 256),
+            ("split", None, 128),
+            ("positions", "fa2", 128),
+            ("positions", "fa2", 32),
+            ("positions", "auto", 32),
+            ("positions", None, 64),
             ("positions", None, 256),
         ):
             make = with_kernels(kernels, attend(bench, slots, mask, tile))

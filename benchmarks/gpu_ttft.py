@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--selector", default=DEFAULT_SELECTOR)
-    parser.add_argument("--mask", default="split", choices=("split", "tiles", "positions"))
+    parser.add_argument("--mask", default="positions", choices=("positions", "split"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(

@@ -57,7 +57,7 @@ def check_rows(
     heads: tuple[int, int] = (4, 2),
     window: int | None = None,
     capacity: int = 128,
-    mask: str = "split",
+    mask: str = "positions",
     backend: FlashInferBackend | None = None,
 ) -> None:
     """Rows of several requests in one buffer, poisoned behind the rows' reach."""
@@ -278,7 +278,7 @@ def check_threads(engine: Engine) -> None:
 
 def check_eight_bit_values(engine: Engine) -> None:
     """Keys and values in e4m3 with a scale each; the oracle is given what they stand for."""
-    for mask in ("split", "tiles"):
+    for mask in ("split", "positions"):
         eight_bit(engine, mask)
     check_query(engine, rounded=True)
     check_query(engine, rounded=True, window=9)
@@ -320,7 +320,7 @@ def check_many_rows(engine: Engine) -> None:
 def check_scattered_rows(engine: Engine) -> None:
     check_rows(engine)
     check_rows(engine, window=6)
-    check_rows(engine, mask="tiles")
+    check_rows(engine, mask="split")
 
 
 def check_query_rows(engine: Engine) -> None:

@@ -35,7 +35,7 @@ class Engine:
     head_dim: int
     tolerance: float
 
-    def backend(self, mask: str = "split") -> FlashInferBackend:
+    def backend(self, mask: str = "positions") -> FlashInferBackend:
         return FlashInferBackend(self.module, mask=mask, workspace_bytes=WORKSPACE)
 
     def random(self, *shape: int, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ def standin_backend(mask="split"):
     return FlashInferBackend(FlashInferStandIn(relaxed=True), mask=mask, workspace_bytes=2**20)
 
 
-BACKENDS = {mask: standin_backend(mask) for mask in ("split", "tiles", "positions")}
+BACKENDS = {mask: standin_backend(mask) for mask in ("positions", "split")}
 
 
 @given(s=scenarios(), mask=st.sampled_from(list(BACKENDS)))
@@ -170,7 +170,7 @@ def test_several_requests_are_scored_in_the_calls_of_one(geometry):
 
 def test_more_rows_than_a_mask_can_address_are_refused(monkeypatch):
     monkeypatch.setattr("ifkv.backends.flashinfer.calls.MASK_LIMIT", 100)
-    backend = standin_backend("tiles")
+    backend = standin_backend("split")
     slots = torch.tensor([1, 3, 60])
     x = torch.zeros(1, 2, 64, 8, dtype=torch.float64)
     plan = backend.plan_rows(slots, 64, torch.device("cpu"))

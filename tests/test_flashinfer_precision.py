@@ -30,7 +30,7 @@ from scenario import keys_of, values_of
 PREFIX = [1, 2, 3, 4, 5]
 PROMPT = list(range(20, 60))
 FAMILIES = ["llama", "qwen3"]
-FORMS = ("split", "tiles", "positions")
+FORMS = ("positions", "split")
 
 
 def documents() -> list[list[int]]:
@@ -140,7 +140,7 @@ def test_the_method_is_within_the_floor(
 def test_ratio_one_equals_full_prefill(engine: Engine) -> None:
     """By transformers' own forward."""
     model = engine.model("llama")
-    got = outcome(model, engine.backends["split"], range(905))
+    got = outcome(model, engine.backends["positions"], range(905))
     ids = torch.tensor([[*PREFIX, *itertools.chain(*documents()), *PROMPT]])
     with torch.no_grad():
         plain = model(ids.to(engine.device)).logits[0, -1].cpu()
@@ -152,7 +152,7 @@ def test_several_requests_are_those_of_one_by_one(engine: Engine) -> None:
     asked, slots = [PROMPT, PROMPT[:7]], [scattered(905), scattered(575)]
     found = []
     for model, backend in (
-        (engine.model("llama"), engine.backends["split"]),
+        (engine.model("llama"), engine.backends["positions"]),
         (half_model("llama"), "reference"),
         (exact_model("llama"), "reference"),
     ):
@@ -170,7 +170,7 @@ def test_decoding_steps_are_within_the_floor(engine: Engine) -> None:
     steps = torch.tensor([[8, 9], [11, 60], [70, 2]])
     found = []
     for model, backend in (
-        (engine.model("qwen3"), engine.backends["split"]),
+        (engine.model("qwen3"), engine.backends["positions"]),
         (half_model("qwen3"), "reference"),
         (exact_model("qwen3"), "reference"),
     ):
@@ -187,7 +187,7 @@ def test_decoding_steps_are_within_the_floor(engine: Engine) -> None:
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 def test_generate_answers(engine: Engine, how: dict[str, int]) -> None:
     model = engine.model("llama")
-    with ifkv.patch(model, backend=engine.backends["split"]):
+    with ifkv.patch(model, backend=engine.backends["positions"]):
         cache = ifkv.stitch(model, ifkv.prefill_documents(model, documents(), prefix=PREFIX))
         kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         out = ifkv.generate(model, cache, PROMPT, **kwargs, **how)

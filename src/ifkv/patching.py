@@ -154,7 +154,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     Args:
         model: A Llama, Qwen, Mistral or Phi-3 model from transformers, in ``eval()`` mode.
         backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA), or ``"auto"``;
-            or a backend made by hand, such as ``FlashInferBackend(mask="tiles")``.
+            or a backend made by hand, such as ``FlashInferBackend(mask="split")``.
 
     Returns:
         The handle; as a context manager it undoes the patch on exit (of nested blocks over one

@@ -8,6 +8,7 @@ scaling (YaRN, longrope) included, in every dtype.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,3 +169,37 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
     if rotary_dim < x.shape[-1]:
         out[..., rotary_dim:] = x[..., rotary_dim:]
     return out
+
+
+def place(
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys_out: Tensor,
+    values_out: Tensor,
+    slot: int,
+) -> None:
+    """Rotate a document's keys into a cache and copy its values, from a slot on.
+
+    In one pass by a Triton kernel on CUDA, in half precision, wherever Triton is installed (torch
+    brings it); to the bit what :func:`rotate` computes.
+
+    Args:
+        keys: Before the rotation, ``[layers, kv_heads, n, head_dim]``.
+        values: Of the same shape.
+        cos: ``[n, rotary_dim]``, as in :func:`rotate`.
+        sin: ``[n, rotary_dim]``.
+        keys_out: ``[layers, kv_heads, slots, head_dim]``, its last dimension contiguous.
+        values_out: Of the same shape and strides.
+        slot: Where the first row goes.
+    """
+    if keys.device.type == "cuda" and keys.dtype in (torch.float16, torch.bfloat16):
+        with contextlib.suppress(ImportError):
+            from ifkv.rope_triton import place_rotated
+
+            place_rotated(keys, values, cos, sin, keys_out, values_out, slot)
+            return
+    own = slice(slot, slot + keys.shape[2])
+    rotate(keys, cos, sin, out=keys_out[:, :, own])
+    values_out[:, :, own] = values

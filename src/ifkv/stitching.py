@@ -17,7 +17,7 @@ from ifkv.float8 import FLOAT8, check_kv_dtype
 from ifkv.layer_loading import LayerLoader
 from ifkv.memory import empty
 from ifkv.patching import handle_of
-from ifkv.rope import rotate
+from ifkv.rope import place
 from ifkv.rounded_layer import RoundedLayer
 from ifkv.rounding import place_rounded
 from ifkv.stitch_plan import StitchPlan
@@ -174,10 +174,16 @@ def _fill(
         slot = 0
         for part in parts:
             own = slice(slot, slot + len(part))
-            slot += len(part)
-            moved = part.keys.to(device, non_blocking=True)
-            rotate(moved, cos[own], sin[own], out=keys[:, 0, :, own])
-            values[:, 0, :, own] = part.values.to(device, non_blocking=True)
+            place(
+                part.keys.to(device, non_blocking=True),
+                part.values.to(device, non_blocking=True),
+                cos[own],
+                sin[own],
+                keys[:, 0],
+                values[:, 0],
+                slot,
+            )
+            slot = own.stop
     refusal = ""
     if placed.geometry != "global":
         refusal = (

@@ -41,6 +41,7 @@ USED: dict[str, tuple[str, ...]] = {
     "BatchPrefillWithRaggedKVCacheWrapper.plan": (*_PLAN, "kv_indptr", "window_left"),
     "BatchPrefillWithRaggedKVCacheWrapper.run": (),
     "merge_state": (),
+    "merge_state_in_place": (),
 }
 
 

@@ -40,9 +40,9 @@ class FlashInferBackend(QueryAttention):
 
     Args:
         module: FlashInfer; imported if None.
-        mask: How rows without a common causal mask are run: ``"split"`` reads what all rows of a
-            tile see without a mask and masks the rest, ``"tiles"`` masks all of it, and
-            ``"positions"`` compares positions in a kernel of our own, compiled on first use.
+        mask: What hides keys from rows without a common causal mask: ``"positions"``, a kernel of
+            our own that compares them, compiled on first use; or ``"split"``, FlashInfer's stock
+            kernels and a mask, built anew for every forward.
         workspace_bytes: FlashInfer's scratch memory, one per device and stream.
 
     Raises:
@@ -56,7 +56,7 @@ class FlashInferBackend(QueryAttention):
         self,
         module: Any = None,
         *,
-        mask: MaskForm = "split",
+        mask: MaskForm = "positions",
         workspace_bytes: int = WORKSPACE_BYTES,
     ):
         self._module = load() if module is None else module

@@ -121,6 +121,11 @@ class Rows:
         else:
             self.index = torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
 
+    @property
+    def adjacent(self) -> bool:
+        """Whether they follow one another, so that :meth:`take` returns a view."""
+        return isinstance(self.index, slice)
+
     def take(self, x: Tensor) -> Tensor:
         """These rows of ``x``."""
         return x[self.index]

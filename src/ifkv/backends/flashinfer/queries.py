@@ -51,7 +51,7 @@ class QueryAttention(Backend):
         """See :meth:`Backend.attend_query`."""
         plans, planned = (plan,), plan.detail
         how: dict[str, Any] = {"scaling": scaling, "window": window}
-        own_pages = view_as_pages(keys, values, keys.shape[2])
+        own_pages = view_as_slots(keys, values)
         own, own_logsumexp = self._attend_spans(query, own_pages, plans, planned, **how)
         if context_keys.shape[2] > 0:
             pages = view_as_pages(context_keys, context_values, context_keys.shape[2])

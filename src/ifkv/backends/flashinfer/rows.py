@@ -66,9 +66,7 @@ class RowCalls:
     ):
         self._module = module
         tables = detail.pages_of(first_pages, geometry.page_size)
-        parts = parts_of_rows(
-            detail.slots, geometry.group, geometry.page_size, geometry.window, form
-        )
+        parts = parts_of_rows(detail.slots, geometry.group, geometry.page_size, geometry.window)
         self._calls = {
             kind: Call(
                 pool,
@@ -91,22 +89,25 @@ class RowCalls:
             buffers: Keys and values of the layer.
             scales: Of keys and values.
         """
-        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-        causal, masked, full = (self._calls.get(kind) for kind in ("causal", "masked", "full"))
-        if causal is not None:
-            causal.rows.put(out, causal.run(rows, buffers, scales)[0])
-        if masked is None:
-            return out
-        part, logsumexp = masked.run(rows, buffers, scales)
-        masked.rows.put(out, part)
+        states = [
+            (call, *call.run(rows, buffers, scales))
+            for call in (self._calls.get("causal"), self._calls.get("masked"))
+            if call is not None
+        ]
+        if len(states) == 1:
+            [(_, out, logsumexp)] = states
+        else:
+            out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+            logsumexp = states[0][2].new_empty(rows.shape[:2])
+            for call, part, its_logsumexp in states:
+                call.rows.put(out, part)
+                call.rows.put(logsumexp, its_logsumexp)
+        full = self._calls.get("full")
         if full is None:
             return out
-        # What some of the masked rows see besides, merged into what is there already.
-        everywhere = logsumexp.new_empty(len(out), logsumexp.shape[1])
-        masked.rows.put(everywhere, logsumexp)
-        before, its_logsumexp = full.run(rows, buffers, scales)
-        merged, _ = self._module.merge_state(
-            full.rows.take(out), full.rows.take(everywhere), before, its_logsumexp
-        )
-        full.rows.put(out, merged)
+        # What some of the rows see besides, merged into what is there already.
+        own = full.rows.take(out), full.rows.take(logsumexp)
+        self._module.merge_state_in_place(*own, *full.run(rows, buffers, scales))
+        if not full.rows.adjacent:  # then they are no view
+            full.rows.put(out, own[0])
         return out
