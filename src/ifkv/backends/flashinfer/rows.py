@@ -94,6 +94,8 @@ class RowCalls:
             for call in (self._calls.get("causal"), self._calls.get("masked"))
             if call is not None
         ]
+        if not states:
+            return torch.empty_like(rows)
         if len(states) == 1:
             [(_, out, logsumexp)] = states
         else:
