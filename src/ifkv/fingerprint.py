@@ -126,7 +126,7 @@ class FingerprintCache:
             glance: Whether to look at those elements; steps within one request need not do so
                 again.
         """
-        parameters = list(model.base_model.parameters())
+        parameters = _parameters_of(model.base_model)
         counts = tuple(
             # Parameters made under torch.inference_mode() are not counted either.
             (p.data_ptr(), -1 if p.is_inference() else p._version)
@@ -137,6 +137,20 @@ class FingerprintCache:
             self._value = fingerprint(model)
             self._counts, self._seen = counts, seen
         return self._value
+
+
+def _parameters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """All parameters, in some order that stays.
+
+    ``model.parameters()`` also makes their names, which takes milliseconds of a request.
+    """
+    found: list[torch.nn.Parameter] = []
+    left = [model]
+    while left:
+        module = left.pop()
+        found += [each for each in module._parameters.values() if each is not None]
+        left += [each for each in module._modules.values() if each is not None]
+    return found
 
 
 @torch.no_grad()

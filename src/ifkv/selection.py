@@ -67,6 +67,19 @@ def top_slots(
     cache: StitchedCache, scores: Tensor, count: int, *, protect_first: bool = True
 ) -> Tensor:
     """The ``count`` slots with the highest scores; arguments and errors of :func:`select`."""
+    check_scores(cache, scores)
+    if cache.candidates is not None:
+        among = cache.candidates.to(scores.device)
+        ranked = torch.sort(scores[among], descending=True, stable=True).indices
+        return among[ranked[:count]].sort().values
+    start = cache.document_slices[0].stop if protect_first else 0
+    candidates = scores[start:]
+    ranked = torch.sort(candidates, descending=True, stable=True).indices
+    return ranked[:count].sort().values + start
+
+
+def check_scores(cache: StitchedCache, scores: Tensor) -> None:
+    """Refuse scores that are not one finite number per slot; errors of :func:`select`."""
     length = cache.context_length
     if not isinstance(scores, Tensor):
         raise InvalidInputError(
@@ -80,11 +93,3 @@ def top_slots(
         )
     if not bool(torch.isfinite(scores).all()):
         raise InvalidInputError("scores hold NaN or infinity; nothing sensible can be selected.")
-    if cache.candidates is not None:
-        among = cache.candidates.to(scores.device)
-        ranked = torch.sort(scores[among], descending=True, stable=True).indices
-        return among[ranked[:count]].sort().values
-    start = cache.document_slices[0].stop if protect_first else 0
-    candidates = scores[start:]
-    ranked = torch.sort(candidates, descending=True, stable=True).indices
-    return ranked[:count].sort().values + start

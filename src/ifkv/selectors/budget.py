@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ifkv.errors import InvalidInputError
 from ifkv.selection import budget as slots_of_ratio
-from ifkv.selection import top_slots
+from ifkv.selection import check_scores, top_slots
 from ifkv.stitched_cache import check_stitched
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Budget:
                 budget by mass, or no sentences where they are needed.
         """
         check_stitched(cache)
-        top_slots(cache, scores, 0)  # refuse bad scores before they are smoothed
+        check_scores(cache, scores)
         smooth = self.smoothed(cache, scores, groups)
         return top_slots(cache, smooth, self._count(cache, smooth))
 

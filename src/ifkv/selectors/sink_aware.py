@@ -75,15 +75,10 @@ class SinkAware(ValueAware):
 
 def _beginnings(cache: StitchedCache, count: int) -> Tensor:
     """The first tokens of each document but the first, all first ones before all second ones."""
-    return torch.tensor(
-        [
-            rows.start + offset
-            for offset in range(count)
-            for rows in cache.document_slices[1:]
-            if rows.start + offset < rows.stop
-        ],
-        dtype=torch.long,
-    )
+    bounds = [(rows.start, rows.stop) for rows in cache.document_slices[1:]]
+    starts, stops = torch.tensor(bounds, dtype=torch.long).reshape(-1, 2).unbind(1)
+    slots = starts + torch.arange(count)[:, None]
+    return slots[slots < stops]
 
 
 def _raised(scores: Tensor, cache: StitchedCache, queue: Tensor, share: float) -> Tensor:

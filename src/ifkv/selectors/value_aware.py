@@ -50,7 +50,8 @@ class ValueAware(QueryRanked):
         norm = attention_norm(self.reduction)
 
         def measure(view: QueryView) -> Tensor:
-            return norm(view) * value_sizes(view.context_values) * view.value_scale
+            sizes = norm(view) * value_sizes(view.context_values)
+            return sizes if view.value_scale == 1 else sizes * view.value_scale
 
         return measure
 

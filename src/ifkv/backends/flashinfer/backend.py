@@ -120,7 +120,9 @@ class FlashInferBackend(QueryAttention):
         detail = RowDetail(
             tuple(slots), tuple(kv_lengths), None if tables is None else tuple(tables), Planned()
         )
-        return RowPlan(torch.cat(list(slots)).to(device), max(kv_lengths, default=0), detail)
+        # Without waiting: the card may still be busy with the rows before these.
+        rows = torch.cat(list(slots)).to(device, non_blocking=True)
+        return RowPlan(rows, max(kv_lengths, default=0), detail)
 
     def attend_rows(
         self,

@@ -119,7 +119,8 @@ class Rows:
         if joined:
             self.index = slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
         else:
-            self.index = torch.cat([torch.arange(*pair) for pair in ranges]).to(device)
+            index = torch.cat([torch.arange(*pair) for pair in ranges])
+            self.index = index.to(device, non_blocking=True)
 
     @property
     def adjacent(self) -> bool:
@@ -192,7 +193,10 @@ class Call:
             # The kernel has to be told that it masks at all; this byte is never read.
             mask["packed_custom_mask"] = torch.zeros(1, dtype=torch.uint8, device=device)
             begins = torch.tensor([part.begin for part in parts], dtype=torch.int32)
-            self._by_position = (self.rows.take(row_positions).to(torch.int32), begins.to(device))
+            self._by_position = (
+                self.rows.take(row_positions).to(torch.int32),
+                begins.to(device, non_blocking=True),
+            )
         elif kind == "masked":
             size = sum((part.stop - part.start) * (part.end - part.begin) for part in parts)
             if size >= MASK_LIMIT:

@@ -54,14 +54,14 @@ class Tile:
     Args:
         sequence: As the attribute.
         start: As the attribute.
-        slots: Of the rows, long on the CPU, ascending.
+        slots: Of the rows, ascending.
     """
 
-    def __init__(self, sequence: int, start: int, slots: Tensor):
+    def __init__(self, sequence: int, start: int, slots: Sequence[int]):
         self.sequence = sequence
         self.start = start
         self.stop = start + len(slots)
-        self.first, self.last = int(slots[0]), int(slots[-1])
+        self.first, self.last = slots[0], slots[-1]
         self._slots = slots
 
     @property
@@ -71,8 +71,8 @@ class Tile:
 
     def pieces(self, rows: int) -> Iterator[Tile]:
         """The tile in tiles of so many rows."""
-        for at, slots in enumerate(self._slots.split(rows)):
-            yield Tile(self.sequence, self.start + at * rows, slots)
+        for at in range(0, len(self._slots), rows):
+            yield Tile(self.sequence, self.start + at, self._slots[at : at + rows])
 
     def part(self, begin: int) -> Part:
         """What the rows read from a slot on up to the last row's own."""
@@ -91,8 +91,9 @@ def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> li
     tiles: list[Tile] = []
     offset = 0
     for sequence, own in enumerate(slots):
+        every = own.tolist()
         for start, stop in _ranges(own, tile_rows, whole_runs):
-            tiles.append(Tile(sequence, offset + start, own[start:stop]))
+            tiles.append(Tile(sequence, offset + start, every[start:stop]))
         offset += len(own)
     return tiles
 
@@ -187,7 +188,7 @@ def mask_of_parts(
     # A row's entry e stands for the key at e + first.
     begins = torch.tensor([part.begin + at for part, at in zip(parts, starts, strict=True)])
     firsts = begins.repeat_interleave(heights) - (ends - widths)
-    of_row = torch.stack((rows, widths, firsts)).to(device)
+    of_row = torch.stack((rows, widths, firsts)).to(device, non_blocking=True)
     positions, widths = row_positions[of_row[0]], of_row[1]
     entries = torch.arange(total, device=device)
     keys = entries + of_row[2].repeat_interleave(widths, output_size=total)
