@@ -364,13 +364,17 @@ def main() -> None:
                 skipped.append(f"{name} at {length}")
                 continue
             repeats = arguments.repeats if length <= 32768 else 1
-            for row in measure(model, backend, name, length, repeats, rule, out_of_time):
-                rows += with_shares([row])
-                write(RESULTS, about, rows)  # what has been measured is not lost
+            try:
+                for row in measure(model, backend, name, length, repeats, rule, out_of_time):
+                    rows += with_shares([row])
+                    write(RESULTS, about, rows)  # what has been measured is not lost
+            except torch.cuda.OutOfMemoryError as error:
+                skipped.append(f"{name} at {length} ({error})")
+            torch.cuda.empty_cache()
         del model
         torch.cuda.empty_cache()
     if skipped:
-        about["left out for want of time"] = ", ".join(skipped)
+        about["left out for want of time or memory"] = ", ".join(skipped)
     print(write(RESULTS, about, rows))
 
 
