@@ -30,7 +30,7 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
         "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select "
-        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory "
+        "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory (full prefill / ifkv) "
         "| decoding (transformers / ifkv) |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -38,7 +38,8 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         steps = [f"{row['steps'][step] * 1e3:.1f}" for step in STEPS]
         decode = row["decode_tokens_per_second"]
         full = row["full_prefill_seconds"]
-        peak = "–" if row["peak_gb"] is None else f"{row['peak_gb']:.1f} GB"
+        peaks = [row["full_prefill_peak_gb"], row["peak_gb"]]
+        peak = "–" if None in peaks else "{:.1f} / {:.1f} GB".format(*peaks)
         lines.append(
             f"| {row['model']} | {row['length']} | {row['ratio']:.2f} "
             f"| {full['sdpa'] * 1e3:.0f} / {full['flashinfer'] * 1e3:.0f} ms "

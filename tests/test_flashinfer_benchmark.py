@@ -102,6 +102,7 @@ def test_the_table_says_whether_the_target_is_reached():
         "steps": {"stitch": 0.001, "select": 0.02, "recompute": 0.4},
         "ttft_seconds": 0.42,
         "peak_gb": 30.0,
+        "full_prefill_peak_gb": 29.0,
         "decode_tokens_per_second": {"full prefill": 30.0, "ifkv": 40.0},
         "speedup": 4.76,
         "bound": 5.0,
