@@ -373,12 +373,12 @@ def test_what_is_kept_of_every_layer_is_noticed(
 def test_turning_all_documents_at_once_is_noticed(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast, kept = stitching.rotate, []
+    fast, kept = stitching.place, []
 
     def keeping(rows: Any, *args: Any, **kwargs: Any) -> Any:
         kept.append(rows.clone())
         return fast(rows, *args, **kwargs)
 
-    monkeypatch.setattr(stitching, "rotate", keeping)
+    monkeypatch.setattr(stitching, "place", keeping)
     with pytest.raises(AssertionError):
         check_stitch_peak(model, 4096)

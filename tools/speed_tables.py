@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/explanations/speed.md")
+PAGES = ("README.md", "docs/explanations/speed.md", "docs/gpu.md")
 BLOCK = re.compile(r"(<!-- speed: (\w+) -->\n).*?(\n<!-- /speed -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -135,7 +135,74 @@ def milliseconds() -> str:
     return as_table(f"context | step | all | {' | '.join(kinds)}", rows, 2)
 
 
+def gpu_rows() -> list[Row]:
+    """Rows of gpu_ttft.py, short contexts first."""
+    found = json.loads((RESULTS / "gpu_ttft.json").read_text(encoding="utf-8"))["rows"]
+    return sorted(found, key=lambda row: (row["model"], row["length"], row["ratio"]))
+
+
+def gpu() -> str:
+    """Time to first token on a card: every model, length and ratio."""
+    rows = []
+    for row in gpu_rows():
+        part = row["steps"]
+        rows.append(
+            [
+                row["model"],
+                f"{row['length']:,}",
+                f"{row['ratio']:.2f}",
+                f"{min(row['full_prefill_seconds'].values()) * 1e3:,.0f} ms",
+                f"{row['ttft_seconds'] * 1e3:,.0f} ms",
+                f"{row['speedup']:.2f}×",
+                f"{row['bound']:.2f}×",
+                f"{row['share_of_bound']:.0%}",
+                *(f"{part[step] * 1e3:,.0f} ms" for step in ("stitch", "select", "recompute")),
+                f"{row['full_prefill_peak_gb']:.0f} / {row['peak_gb']:.0f} GB",
+            ]
+        )
+    head = (
+        "shape | tokens | r | full prefill | ifkv | speed-up | S(r) | share | stitch | select | "
+        "recompute, prompt | peak memory"
+    )
+    return as_table(head, rows, 1)
+
+
+def gpu_short() -> str:
+    """The same at r = 0.15, for those in a hurry."""
+    rows = [
+        [
+            row["model"],
+            f"{row['length']:,}",
+            f"{min(row['full_prefill_seconds'].values()) * 1e3:,.0f} ms",
+            f"{row['ttft_seconds'] * 1e3:,.0f} ms",
+            f"{row['speedup']:.2f}×",
+            f"{row['share_of_bound']:.0%}",
+        ]
+        for row in gpu_rows()
+        if row["ratio"] == 0.15
+    ]
+    return as_table("shape | context | full prefill | ifkv | speed-up | of S(r)", rows, 1)
+
+
+def gpu_kernels() -> str:
+    """Choices of kernels, one layer."""
+    found = json.loads((RESULTS / "gpu_kernels.json").read_text(encoding="utf-8"))["rows"]
+    rows = [
+        [
+            row["what"],
+            row["how"],
+            f"{row['layer_ms']:.2f} ms",
+            f"{row['tflops']:.0f}" if row["tflops"] else "–",
+        ]
+        for row in found
+    ]
+    return as_table("what | how | a layer | TFLOP/s", rows, 2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu": gpu,
+    "gpu_short": gpu_short,
+    "gpu_kernels": gpu_kernels,
     "small_model": small_model,
     "steps": steps,
     "encoding": encoding,
