@@ -4,9 +4,8 @@
 
 One layer in the shape of Llama-3.1-8B and Qwen3-8B (32 query heads, 8 key heads of 128), bfloat16.
 Every choice stands beside the others it was made against. Times are between CUDA events, medians
-after three runs that are not counted; planning, which happens once per forward and not per layer,
-is timed by itself, on the processor's clock. Writes gpu_kernels.json and gpu_kernels.md into
-benchmarks/results/.
+after three runs that are not counted; planning, once per forward, is not in them. Writes
+gpu_kernels.json and gpu_kernels.md into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -85,21 +84,10 @@ class Bench:
 
     def row(self, what: str, how: str, make: Make, flops: float = 0.0) -> dict[str, Any]:
         """A record; ``make`` plans and returns the run of one layer."""
-        run = make()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run = make()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        first = (time.perf_counter() - start) * 1e3
-        layer = self.milliseconds(run)
+        layer = self.milliseconds(make())
         return {
             "what": what,
             "how": how,
-            "plan_ms": max(0.0, first - layer),
             "layer_ms": layer,
             "tflops": flops / layer / 1e9,
         }
@@ -316,15 +304,12 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "| what | how | planned in | a layer | TFLOP/s |",
-        "|:--|:--|--:|--:|--:|",
+        "| what | how | a layer | TFLOP/s |",
+        "|:--|:--|--:|--:|",
     ]
     for row in rows:
         rate = f"{row['tflops']:.0f}" if row["tflops"] else "–"
-        lines.append(
-            f"| {row['what']} | {row['how']} | {row['plan_ms']:.1f} ms | {row['layer_ms']:.3f} ms "
-            f"| {rate} |"
-        )
+        lines.append(f"| {row['what']} | {row['how']} | {row['layer_ms']:.3f} ms | {rate} |")
     return "\n".join(lines) + "\n"
 
 

@@ -110,11 +110,6 @@ class FlashInferStandIn:
         weight_b = (s_b * factor - merged).exp()[..., None]
         return (v_a * weight_a + v_b * weight_b).to(v_a.dtype), merged / factor
 
-    def merge_state_in_place(self, v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor) -> None:
-        merged = self.merge_state(v, s, v_other, s_other)
-        for state, new in zip((v, s), merged, strict=True):
-            state.copy_(new)
-
 
 class _Wrapper:
     def __init__(

@@ -204,17 +204,20 @@ def test_an_unknown_backend_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dims", "reason"),
+    ("dtype", "head_dims", "heads", "reason"),
     [
-        (torch.float32, {128}, "float32"),
-        (torch.float64, {128}, "float64"),
-        (torch.bfloat16, {64, 96}, "head_dim is 96"),
-        (torch.bfloat16, {128}, None),
-        (torch.float16, {64, 256}, None),
+        (torch.float32, {128}, 32, "float32"),
+        (torch.float64, {128}, 32, "float64"),
+        (torch.bfloat16, {64, 96}, 32, "head_dim is 96"),
+        (torch.bfloat16, {128}, 128, "128 query heads of 128, and FlashInfer merges at most 64"),
+        (torch.bfloat16, {256}, 33, "merges at most 32"),
+        (torch.bfloat16, {128}, 64, None),
+        (torch.float16, {64, 256}, 32, None),
+        (torch.float16, {64}, 128, None),
     ],
 )
-def test_models_without_kernels_are_refused(dtype, head_dims, reason):
-    refusal = availability.refusal_of_model(dtype, head_dims)
+def test_models_without_kernels_are_refused(dtype, head_dims, heads, reason):
+    refusal = availability.refusal_of_model(dtype, head_dims, heads)
     assert (refusal is None) == (reason is None)
     assert reason is None or reason in refusal
 

@@ -135,55 +135,6 @@ def milliseconds() -> str:
     return as_table(f"context | step | all | {' | '.join(kinds)}", rows, 2)
 
 
-def gpu_rows() -> list[Row]:
-    """Rows of gpu_ttft.py, short contexts first."""
-    found = json.loads((RESULTS / "gpu_ttft.json").read_text(encoding="utf-8"))["rows"]
-    return sorted(found, key=lambda row: (row["model"], row["length"], row["ratio"]))
-
-
-def gpu() -> str:
-    """Time to first token on a card: every model, length and ratio."""
-    rows = []
-    for row in gpu_rows():
-        part = row["steps"]
-        rows.append(
-            [
-                row["model"],
-                f"{row['length']:,}",
-                f"{row['ratio']:.2f}",
-                f"{min(row['full_prefill_seconds'].values()) * 1e3:,.0f} ms",
-                f"{row['ttft_seconds'] * 1e3:,.0f} ms",
-                f"{row['speedup']:.2f}×",
-                f"{row['bound']:.2f}×",
-                f"{row['share_of_bound']:.0%}",
-                *(f"{part[step] * 1e3:,.0f} ms" for step in ("stitch", "select", "recompute")),
-                f"{row['full_prefill_peak_gb']:.0f} / {row['peak_gb']:.0f} GB",
-            ]
-        )
-    head = (
-        "shape | tokens | r | full prefill | ifkv | speed-up | S(r) | share | stitch | select | "
-        "recompute, prompt | peak memory"
-    )
-    return as_table(head, rows, 1)
-
-
-def gpu_short() -> str:
-    """The same at r = 0.15, for those in a hurry."""
-    rows = [
-        [
-            row["model"],
-            f"{row['length']:,}",
-            f"{min(row['full_prefill_seconds'].values()) * 1e3:,.0f} ms",
-            f"{row['ttft_seconds'] * 1e3:,.0f} ms",
-            f"{row['speedup']:.2f}×",
-            f"{row['share_of_bound']:.0%}",
-        ]
-        for row in gpu_rows()
-        if row["ratio"] == 0.15
-    ]
-    return as_table("shape | context | full prefill | ifkv | speed-up | of S(r)", rows, 1)
-
-
 def gpu_kernels() -> str:
     """Choices of kernels, one layer."""
     found = json.loads((RESULTS / "gpu_kernels.json").read_text(encoding="utf-8"))["rows"]
@@ -200,8 +151,6 @@ def gpu_kernels() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gpu": gpu,
-    "gpu_short": gpu_short,
     "gpu_kernels": gpu_kernels,
     "small_model": small_model,
     "steps": steps,

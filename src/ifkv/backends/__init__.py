@@ -59,7 +59,7 @@ def _flashinfer(model: PreTrainedModel) -> Backend:
     base: Any = model.base_model
     head_dims = {int(layer.self_attn.head_dim) for layer in base.layers}
     refusal = availability.refusal_of_device(model.device) or availability.refusal_of_model(
-        model.dtype, head_dims
+        model.dtype, head_dims, model.config.num_attention_heads
     )
     if refusal is not None:
         raise BackendUnavailableError(

@@ -16,6 +16,9 @@ INSTALL = "pip install -e '.[flashinfer]' in the clone of ifkv"
 VERSIONS = ((0, 6, 18), (0, 8))
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
+# FlashInfer merges two states of a row in one block of threads, 8 numbers each.
+THREADS = 1024
+MERGED_AT_ONCE = 8
 # Turing: the oldest generation FlashInfer has kernels for.
 CAPABILITY = (7, 5)
 
@@ -41,7 +44,6 @@ USED: dict[str, tuple[str, ...]] = {
     "BatchPrefillWithRaggedKVCacheWrapper.plan": (*_PLAN, "kv_indptr", "window_left"),
     "BatchPrefillWithRaggedKVCacheWrapper.run": (),
     "merge_state": (),
-    "merge_state_in_place": (),
 }
 
 
@@ -100,12 +102,13 @@ def refusal_of_module(module: Any) -> str | None:
     return f"flashinfer {version} has no {', '.join(missing)}, which ifkv calls"
 
 
-def refusal_of_model(dtype: torch.dtype, head_dims: set[int]) -> str | None:
+def refusal_of_model(dtype: torch.dtype, head_dims: set[int], heads: int) -> str | None:
     """Why FlashInfer has no kernel for such a model; None if it has.
 
     Args:
         dtype: The model's dtype.
         head_dims: Head dimensions of its layers.
+        heads: Query heads of a layer.
     """
     if dtype not in DTYPES:
         return f"the model is {dtype}, and FlashInfer computes in float16 or bfloat16 only"
@@ -113,6 +116,12 @@ def refusal_of_model(dtype: torch.dtype, head_dims: set[int]) -> str | None:
     if odd:
         sizes = ", ".join(map(str, HEAD_DIMS))
         return f"head_dim is {odd[0]}, and FlashInfer has kernels for {sizes} only"
+    most = THREADS * MERGED_AT_ONCE // max(head_dims)
+    if heads > most:
+        return (
+            f"the model has {heads} query heads of {max(head_dims)}, and FlashInfer merges at most "
+            f"{most} of them"
+        )
     return None
 
 

@@ -107,9 +107,9 @@ class RowCalls:
         full = self._calls.get("full")
         if full is None:
             return out
-        # What some of the rows see besides, merged into what is there already.
+        # What some of the rows see besides, merged into what is there already; not by FlashInfer's
+        # merge_state_in_place, whose threads read and write one log-sum-exp without a barrier.
         own = full.rows.take(out), full.rows.take(logsumexp)
-        self._module.merge_state_in_place(*own, *full.run(rows, buffers, scales))
-        if not full.rows.adjacent:  # then they are no view
-            full.rows.put(out, own[0])
+        merged, _ = self._module.merge_state(*own, *full.run(rows, buffers, scales))
+        full.rows.put(out, merged)
         return out
