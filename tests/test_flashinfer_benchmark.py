@@ -10,6 +10,7 @@ import transformers
 
 import gpu_ttft
 import gpu_ttft_report
+import gpu_workload
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.selectors import DEFAULT_SELECTOR, resolve
@@ -35,7 +36,7 @@ def test_it_explains_its_options_without_a_card():
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B"])
 def test_shapes_are_eight_billion_parameters_and_reach_128k(name):
-    kind, sizes = gpu_ttft.MODELS[name]
+    kind, sizes = gpu_workload.MODELS[name]
     config = getattr(transformers, kind)(**sizes)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -46,7 +47,7 @@ def test_shapes_are_eight_billion_parameters_and_reach_128k(name):
 def test_it_measures_a_tiny_model_from_end_to_end(monkeypatch, tmp_path):
     sizes = {"DOCUMENT": 20, "PREFIX": 2, "PROMPT": 5, "QUESTION": 3, "NEW_TOKENS": 3}
     for name, value in sizes.items():
-        monkeypatch.setattr(gpu_ttft, name, value)
+        monkeypatch.setattr(gpu_workload, name, value)
     backend = FlashInferBackend(FlashInferStandIn(relaxed=True), workspace_bytes=2**20)
     model = tiny_model("qwen3")
     rule = resolve(DEFAULT_SELECTOR)
