@@ -185,7 +185,7 @@ def test_decoding_steps_are_within_the_floor(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
-def test_generate_answers(engine: Engine, how: dict[str, int]) -> None:
+def test_generate_runs_to_its_end(engine: Engine, how: dict[str, int]) -> None:
     model = engine.model("llama")
     with ifkv.patch(model, backend=engine.backends["positions"]):
         cache = ifkv.stitch(model, ifkv.prefill_documents(model, documents(), prefix=PREFIX))
@@ -241,5 +241,7 @@ def test_no_layer_waits_for_the_host() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("flashinfer")
+    noticed, _ = waits(lambda: torch.ones(1, device="cuda").item())
+    assert noticed, "torch no longer warns of waiting"
     few, many = (waits_of_a_request(num_layers) for num_layers in (2, 6))
     assert few == many, "stitching, scoring and recomputing"

@@ -8,6 +8,7 @@ import torch
 
 import gpu_kernels
 from flashinfer_standin import FlashInferStandIn
+from ifkv.backends.flashinfer import tiles
 from ifkv.testing import assert_close
 
 
@@ -37,7 +38,7 @@ def test_it_measures_every_choice(bench):
 def test_kernels_are_forced_where_a_call_may_choose(bench):
     slots = torch.arange(64)
     gpu_kernels.with_kernels("auto", gpu_kernels.attend(bench, slots))()
-    assert bench.module.wrappers[-1]._backend != "fa2" or bench.module.wrappers[-1].jit_args
+    assert bench.module.wrappers[-1]._backend == "fa3"
     gpu_kernels.with_kernels("fa2", gpu_kernels.attend(bench, slots))()
     assert bench.module.wrappers[-1]._backend == "fa2"
 
@@ -53,11 +54,19 @@ def test_both_ways_with_a_prefix_agree(bench):
     assert_close(other, ours[0], what="documents", tolerance=0.03)
 
 
-def test_the_tile_is_that_of_the_plan(bench):
-    """Forms agree, whatever the tile."""
+def test_the_tile_is_that_of_the_plan(bench, monkeypatch):
+    """And forms agree, whatever it is."""
+    cut, seen = tiles.cut_rows, []
+
+    def listening(slots, tile_rows, **how):
+        seen.append(tile_rows)
+        return cut(slots, tile_rows, **how)
+
+    monkeypatch.setattr(tiles, "cut_rows", listening)
     slots = torch.arange(1, 60, 3)
     torch.manual_seed(0)
     want = gpu_kernels.attend(bench, slots, "split", 16)()()
     torch.manual_seed(0)
     got = gpu_kernels.attend(bench, slots, "positions", 4)()()
     assert_close(got, want, what="rows", tolerance=0.03, axes=("a", "b", "c", "d"))
+    assert seen == [16, 4]

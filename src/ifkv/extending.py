@@ -9,7 +9,7 @@ import torch
 
 from ifkv.documents import DocumentCache
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
-from ifkv.rope import rotate
+from ifkv.rope import place, rotate
 from ifkv.stitch_plan import check_documents
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 
@@ -91,8 +91,15 @@ def extend(
                 turned = rotate(moved[0].to(turning), cos[own], sin[own])
                 layer.write(slots[own], turned[None], moved[1][None])
                 continue
-            rotate(moved[0], cos[own], sin[own], out=layer.key_buffer[0, :, rows])
-            layer.value_buffer[0, :, rows] = moved[1]
+            place(
+                moved[0][None],
+                moved[1][None],
+                cos[own],
+                sin[own],
+                layer.key_buffer,
+                layer.value_buffer,
+                rows.start,
+            )
     cache.take_documents(documents)
     return slots
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ifkv.backends.plans import KVScales
 from ifkv.documents import DocumentCache
 from ifkv.float8 import FLOAT8
-from ifkv.rope import rotate
+from ifkv.rope import place
 from ifkv.rounding import place_rounded
 
 # Threads that read: enough for a disk's queue, few beside those that compute.
@@ -132,9 +132,9 @@ class LayerLoader:
         slot = 0
         for part in arriving:
             own = slice(slot, slot + part.shape[-2])
+            turn = self._cos[own], self._sin[own]
+            place(part[0][None], part[1][None], *turn, keys[None], values[None], slot)
             slot = own.stop
-            rotate(part[0], self._cos[own], self._sin[own], out=keys[:, own])
-            values[:, own] = part[1]
 
     def _arrived(
         self, part: DocumentCache, read: Future[tuple[Tensor, Any]] | None, layer: int

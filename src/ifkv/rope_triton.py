@@ -80,17 +80,7 @@ def place_rotated(
     values_out: Tensor,
     slot: int,
 ) -> None:
-    """Rotate keys into ``keys_out`` and copy values into ``values_out``, from a slot on.
-
-    Args:
-        keys: Before the rotation, ``[layers, kv_heads, n, head_dim]``, float16 or bfloat16.
-        values: Of the same shape.
-        cos: ``[n, rotary_dim]``, both halves equal; of the keys' dtype.
-        sin: Of the same shape and strides.
-        keys_out: ``[layers, kv_heads, slots, head_dim]``, its last dimension contiguous.
-        values_out: Of the same shape and strides.
-        slot: Where the first row goes.
-    """
+    """See :func:`ifkv.rope.place`; float16 or bfloat16."""
     layers, heads, rows, head_dim = keys.shape
     half = cos.shape[1] // 2
     if rows == 0:

@@ -50,8 +50,7 @@ class ValueAware(QueryRanked):
         norm = attention_norm(self.reduction)
 
         def measure(view: QueryView) -> Tensor:
-            sizes = norm(view) * value_sizes(view.context_values)
-            return sizes if view.value_scale == 1 else sizes * view.value_scale
+            return norm(view) * value_sizes(view.context_values) * view.value_scale
 
         return measure
 

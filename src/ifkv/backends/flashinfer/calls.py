@@ -163,11 +163,7 @@ class Call:
         lease = pool.lease(
             WrapperKind(
                 paged=True,
-                backend=kernels(
-                    [part.stop - part.start for part in parts],
-                    geometry.heads,
-                    masked=kind == "masked",
-                ),
+                backend=kernels(sizes, geometry.heads, masked=kind == "masked"),
                 q_dtype=geometry.q_dtype,
                 kv_dtype=geometry.kv_dtype,
                 head_dim=geometry.head_dim,

@@ -188,12 +188,13 @@ def mask_of_parts(
     # A row's entry e stands for the key at e + first.
     begins = torch.tensor([part.begin + at for part, at in zip(parts, starts, strict=True)])
     firsts = begins.repeat_interleave(heights) - (ends - widths)
-    of_row = torch.stack((rows, widths, firsts)).to(device, non_blocking=True)
-    positions, widths = row_positions[of_row[0]], of_row[1]
-    entries = torch.arange(total, device=device)
-    keys = entries + of_row[2].repeat_interleave(widths, output_size=total)
+    of_row = torch.stack((rows, widths, firsts)).to(torch.int32).to(device, non_blocking=True)
+    positions, widths = row_positions[of_row[0]].to(torch.int32), of_row[1]
+    # 32 bits and in place: these are the only large tensors beside the mask.
+    keys = torch.arange(total, dtype=torch.int32, device=device)
+    keys += of_row[2].repeat_interleave(widths, output_size=total)
     if key_positions is not None:
-        keys = torch.cat(list(key_positions))[keys]
-    distance = positions.repeat_interleave(widths, output_size=total) - keys
+        keys = torch.cat(list(key_positions)).to(torch.int32)[keys]
+    distance = keys.neg_().add_(positions.repeat_interleave(widths, output_size=total))
     mask = distance >= 0
     return mask if window is None else mask & (distance < window)
