@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
     "layers of truth values": (INPUT, r"layers holds True", lambda b: b.score(layers=[True])),
     "layers of strings": (INPUT, r"layers holds 'all'", lambda b: b.score(layers=["all"])),
     "reduction": (INPUT, r"'max' is unknown.*l2, sum", lambda b: b.score(reduction="max")),
-    "ratio 1.01": (INPUT, r"ratio is 1\.01.*between 0.*and 1", lambda b: b.select(ratio=1.01)),
+    "ratio 1.01": (INPUT, r"ratio is 1\.01.*number from 0.*to 1", lambda b: b.select(ratio=1.01)),
     "ratio negative": (INPUT, r"ratio is -0\.1", lambda b: b.select(ratio=-0.1)),
     "ratio nan": (INPUT, r"ratio is nan", lambda b: b.select(ratio=float("nan"))),
     "ratio infinite": (INPUT, r"ratio is inf", lambda b: b.select(ratio=float("inf"))),
@@ -339,6 +339,11 @@ CASES: dict[str, Case] = {
         INPUT,
         r"prompt_lookup_num_tokens.*leave it out",
         lambda b: b.generate(generation_config=GenerationConfig(prompt_lookup_num_tokens=3)),
+    ),
+    "a cache of another kind in a config": (
+        INPUT,
+        r"cache_implementation is 'static' in the generation config.*to None",
+        lambda b: b.generate(generation_config=GenerationConfig(cache_implementation="static")),
     ),
     "token healing": (
         INPUT,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,47 @@ def config_of(**options: Any) -> Any:
     return tiny_model("llama", num_layers=1, **options).config
 
 
+class Wrapper(torch.nn.Module):
+    """A model inside another module, as adapters and data parallelism have it."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.inner = model
+        self.config = model.config
+
+
+class Adapted(Wrapper):
+    """One that passes for the model, whose decoder stack it nests one level deeper."""
+
+    @property
+    def base_model(self) -> Any:
+        return Wrapper(self.inner)
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+
+def offloaded() -> Any:
+    model = tiny_model("llama", num_layers=2)
+    model.base_model.layers[1].to("meta")
+    return model
+
+
+def marked(name: str, value: object, *, known: bool = True) -> Any:
+    """A model with a mark set that transformers knows, or one that peft sets."""
+    model = tiny_model("llama", num_layers=1)
+    assert hasattr(model, name) is known
+    setattr(model, name, value)
+    return model
+
+
+def spread() -> Any:
+    model = tiny_model("llama", num_layers=1)
+    places = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
+    model.parameters = lambda *_: iter(places)  # there need not be two cards here
+    return model
+
+
 UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "model type": (
         UnsupportedModelError,
@@ -70,6 +112,38 @@ UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         UnsupportedModelError,
         r"training mode.*eval\(\)",
         lambda: tiny_model("llama", num_layers=1).train(),
+    ),
+    "a wrapper": (
+        UnsupportedModelError,
+        r"Wrapper is no model of transformers itself; patch the one that it wraps",
+        lambda: Wrapper(tiny_model("llama", num_layers=1)).eval(),
+    ),
+    "a wrapper that looks like a model": (
+        UnsupportedModelError,
+        r"has no 'embed_tokens'.*If Adapted wraps a model, patch that one",
+        lambda: Adapted(tiny_model("llama", num_layers=1)).eval(),
+    ),
+    "a layer offloaded": (UnsupportedModelError, r"not in memory.*device_map", offloaded),
+    "weights never loaded": (
+        UnsupportedModelError,
+        r"not in memory.*device_map",
+        lambda: tiny_model("llama", num_layers=1).to("meta"),
+    ),
+    "two devices": (UnsupportedModelError, r"spread over cuda:0, cuda:1.*device_map", spread),
+    "split between processes": (
+        UnsupportedModelError,
+        r"split between 2 processes.*tp_plan",
+        lambda: marked("_tp_size", 2),
+    ),
+    "adapters": (
+        UnsupportedModelError,
+        r"carries adapters.*merge_and_unload",
+        lambda: marked("_hf_peft_config_loaded", True),
+    ),
+    "adapters by peft": (
+        UnsupportedModelError,
+        r"carries adapters.*merge_and_unload",
+        lambda: marked("peft_config", {}, known=False),
     ),
     "dynamic rope": (
         UnsupportedRopeError,
@@ -96,6 +170,39 @@ def test_unsupported_models_are_refused_and_left_alone(name: str) -> None:
         assert vars(config) == before
         parts = [m for m in model.modules() if hasattr(m, "config")]
         assert all(type(part.config) is type(config) for part in parts)
+
+
+def test_autocast_to_another_dtype_is_refused_before_anything_changes() -> None:
+    with ifkv.patch(model := tiny_model("llama", dtype=torch.float32, num_layers=2)):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        cache = ifkv.stitch(model, documents)
+        expected = copy.deepcopy(cache)
+        calls: list[Callable[[], Any]] = [
+            lambda: ifkv.patch(model),
+            lambda: ifkv.prefill_documents(model, DOCUMENTS),
+            lambda: ifkv.stitch(model, documents),
+            lambda: ifkv.score(model, cache, PROMPT),
+            lambda: ifkv.recompute(model, cache, [8]),
+            lambda: ifkv.generate(model, cache, PROMPT),
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for call in calls:
+                with pytest.raises(UnsupportedModelError, match=r"autocast to torch\.bfloat16"):
+                    call()
+        for layer, before in zip(cache.layers, expected.layers, strict=True):
+            assert_bit_equal(layer.keys, before.keys, what="keys after refusals")
+
+
+def test_autocast_to_the_model_s_own_dtype_changes_nothing() -> None:
+    with ifkv.patch(model := tiny_model("llama", dtype=torch.bfloat16, num_layers=2)):
+        caches = []
+        for on in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+                documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+                caches.append(ifkv.stitch(model, documents))
+                ifkv.recompute(model, caches[-1], [8, 9])
+        for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert_bit_equal(other.keys, layer.keys, what="keys under autocast")
 
 
 def test_a_layer_the_family_does_not_know_is_refused() -> None:

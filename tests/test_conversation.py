@@ -286,6 +286,17 @@ def test_within_inference_mode(session: ifkv.Session) -> None:
         assert len(chat.answers) == 2
 
 
+def test_begun_within_inference_mode_and_continued_outside(session: ifkv.Session) -> None:
+    keys, expected = session.add(TEXTS[:2]), None
+    for inside in (False, True):
+        with torch.inference_mode(inside):
+            chat = session.conversation(keys)
+            chat.ask("Red?", max_new_tokens=2)
+        last = chat.ask("Old?", max_new_tokens=2).first_logits
+        expected = last if expected is None else expected
+    assert_bit_equal(last, expected, what="logits of the second turn")
+
+
 def test_the_cache_is_seldom_copied(session: ifkv.Session) -> None:
     chat = session.conversation(session.add(TEXTS[:1]))
     places = set()

@@ -359,3 +359,32 @@ def test_importing_ifkv_is_light_and_registers_nothing() -> None:
     code = f"import sys; sys.path.insert(0, {source!r})\n{script}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+COMPILED: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "wrapped": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: (model.compile(backend="eager"), model)[1],
+}
+
+
+def answer(model: Any) -> torch.Tensor:
+    """Tokens that a patched model answers with."""
+    documents = ifkv.prefill_documents(model, [[5, 9, 33], [2, 71]], prefix=[1])
+    cache = ifkv.stitch(model, documents)
+    ifkv.recompute(model, cache, [4], prompt_ids=[7, 8])
+    return ifkv.generate(model, cache, [7, 8], max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("first", ["patch", "compile"])
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_compiled_model_answers_alike(way: str, first: str) -> None:
+    model = tiny_model("llama", num_layers=2)
+    with ifkv.patch(model):
+        expected = answer(model)
+    if first == "patch":
+        ifkv.patch(model)
+    compiled = COMPILED[way](model)
+    compiled(IDS)  # traced before the patch, if the patch comes second
+    with ifkv.patch(compiled):
+        assert torch.equal(answer(compiled), expected)
+    ifkv.unpatch(model)

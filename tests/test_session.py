@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import ifkv
 import ifkv.selectors
@@ -214,6 +215,17 @@ def test_nothing_to_answer_from_and_blank_texts_are_refused() -> None:
         session.add("a text")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="document"):
         session.add(["  \n"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_generation_config_that_asks_for_more_than_tokens(
+    session: ifkv.Session, given: bool
+) -> None:
+    expected = session.ask(QUESTION, max_new_tokens=4)
+    config: Any = GenerationConfig() if given else session.model.generation_config
+    config.return_dict_in_generate, config.output_scores = True, True
+    kwargs = {"generation_config": config} if given else {}
+    assert session.ask(QUESTION, max_new_tokens=4, **kwargs).text == expected.text
 
 
 def test_a_generate_that_fails_half_way_leaves_the_cache_whole() -> None:

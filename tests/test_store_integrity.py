@@ -283,6 +283,21 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
         DiskStore(tmp_path / "file" / "store")
 
 
+def test_a_folder_that_may_only_be_read(
+    store: DiskStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs the tests may write anywhere, so the system's answer is made up here."""
+    store.close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(StoreError, match=rf"Permission denied.*RemoteStore\('{tmp_path.as_uri()}"):
+        DiskStore(tmp_path)
+    for lazy in (False, True):
+        same(RemoteStore(tmp_path.as_uri()).get(key_of(DOCUMENT), lazy=lazy), DOCUMENT)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_remote_objects_are_checked(tmp_path: Path, lazy: bool) -> None:
     store = RemoteStore(tmp_path.as_uri())

@@ -51,6 +51,7 @@ def complete(
     settings = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer), "tokenizer": tokenizer}
     settings |= generate_kwargs
     settings |= {"max_new_tokens": max_new_tokens, "streamer": text_streamer(tokenizer, stream)}
+    settings["return_dict_in_generate"] = False  # whatever a generation config says
     sequence = run_generate(model, ready.cache, ready.prompt_ids, settings, keep=keep)
     token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
     return answer_of(tokenizer, ready, token_ids, time.perf_counter() - decoding)

@@ -168,6 +168,12 @@ def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> Non
                 f"{key} asks for assisted decoding, which runs the whole context again behind a "
                 "cache that holds it already; leave it out."
             )
+    kind = setting(model, kwargs, "cache_implementation")
+    if kind is not None:
+        raise InvalidInputError(
+            f"cache_implementation is {kind!r} in the generation config, but the stitched cache is "
+            "the cache. Set it to None there (model.generation_config, or the one given)."
+        )
     if setting(model, kwargs, "token_healing"):
         raise InvalidInputError(
             "token_healing changes the prompt's last tokens after the cache was made for them; "

@@ -31,7 +31,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     Returns:
         A contiguous tensor, not initialised.
     """
-    made = torch.empty(tuple(shape), dtype=dtype, device=device)
+    # Memory first written under inference_mode could not be written outside of it later on.
+    with torch.inference_mode(False):
+        made = torch.empty(tuple(shape), dtype=dtype, device=device)
     advise = _madvise() if device.type == "cpu" and made.nbytes >= SMALLEST else None
     if advise is not None:
         start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

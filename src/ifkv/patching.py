@@ -22,9 +22,10 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from ifkv.errors import NotPatchedError, UnsupportedModelError
+from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
 from ifkv.fingerprint import FingerprintCache
+from ifkv.supported import check_mode, check_structure, check_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,8 +162,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         model, the outermost does).
 
     Raises:
-        UnsupportedModelError: No family covers the model, it breaks a rule of its family, or it is
-            in training mode.
+        UnsupportedModelError: No family covers the model, it breaks a rule of its family, its
+            weights are not all on one device, it carries adapters, or it is in training mode.
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
         BackendUnavailableError: The backend asked for cannot run here.
 
@@ -179,8 +180,9 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
 
     with _lock:
         family = resolve_family(model)
-        _check_structure(model, family)
-        _check_mode(model)
+        check_structure(model, family)
+        check_weights(model)
+        check_mode(model)
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)
         if existing is not None:
@@ -212,7 +214,7 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
 
     Raises:
         NotPatchedError: The model is not patched.
-        UnsupportedModelError: The model is in training mode.
+        UnsupportedModelError: The model is in training mode, or runs under ``torch.autocast``.
     """
     handle = None
     with contextlib.suppress(TypeError):  # of what is no model and cannot be referred to weakly
@@ -221,37 +223,5 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
         raise NotPatchedError(
             f"this {type(model).__name__} is not patched; call ifkv.patch(model) first."
         )
-    _check_mode(model)
+    check_mode(model)
     return handle
-
-
-def _check_mode(model: PreTrainedModel) -> None:
-    if model.training:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is in training mode, in which dropout and gradient "
-            "checkpointing change what a cache holds; call model.eval() first."
-        )
-
-
-def _check_structure(model: PreTrainedModel, family: Family) -> None:
-    """Refuse a model whose modules are not what its family file says."""
-    if model.get_output_embeddings() is None or model.base_model is model:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head; patch the causal language model "
-            "(…ForCausalLM) that holds it."
-        )
-    base: Any = model.base_model
-    attention = family.attention_class.rpartition(".")[2]
-    for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
-        if not hasattr(base, part):
-            raise UnsupportedModelError(
-                f"{type(base).__name__} has no {part!r}, which family {family.name!r} expects "
-                f"of {family.model_class}; this transformers release may have moved it."
-            )
-    for index, layer in enumerate(base.layers):
-        found = type(getattr(layer, "self_attn", None)).__name__
-        if found != attention:
-            raise UnsupportedModelError(
-                f"layer {index} has attention {found}, but family {family.name!r} expects "
-                f"{attention}; ifkv does not approximate an architecture it does not know."
-            )

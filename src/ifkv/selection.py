@@ -32,7 +32,8 @@ def budget(length: int, ratio: float) -> int:
     given: Any = ratio  # what callers hand over need not be what was asked for
     if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1:
         raise InvalidInputError(
-            f"ratio is {ratio!r}, but must lie between 0 (recompute nothing) and 1 (everything)."
+            f"ratio is {ratio!r}, but must be a number from 0 (recompute nothing) to 1 "
+            "(everything)."
         )
     if ratio == 0:
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,12 +145,13 @@ class Session:
 
         Raises:
             InvalidInputError: A document is blank or longer than the model's positions, or
-                ``texts`` is a single string.
+                ``texts`` is no list of texts.
             StoreFullError: The store or its disk has no room.
         """
-        if isinstance(texts, str):
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            found = "one string" if isinstance(texts, str) else f"{texts!r}"
             raise InvalidInputError(
-                "texts is one string; give a list of documents, for example [text]."
+                f"texts is {found}; give a list of documents, for example [text]."
             )
         ids = [self.format.document_ids(text) for text in texts]
         if split is not None:

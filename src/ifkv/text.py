@@ -94,7 +94,20 @@ class PromptFormat:
         return opening
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a part; nothing is added to it."""
+        """Token ids of a part; nothing is added to it.
+
+        Raises:
+            InvalidInputError: The text holds half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise InvalidInputError(
+                f"a text holds {half!r}, half of a surrogate pair, which stands for no character: "
+                "it was decoded wrongly. Read it again, or replace it: "
+                "text.encode('utf-8', 'replace').decode()."
+            ) from error
         # Not verbose: what is too long is refused by us, and a text may yet be cut into pieces.
         made = self._tokenizer(text, add_special_tokens=False, verbose=False)
         ids: list[int] = made["input_ids"]

@@ -45,10 +45,13 @@ class Folder:
         try:
             for folder in (self.documents, self.temporary, self.quarantined):
                 folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise StoreError(
                 f"the store's folder {path} cannot be used: {error.strerror}. Give a folder that "
-                "can be written."
+                "can be written; documents that others keep in a folder are read, without writing "
+                f"to it, by RemoteStore({path.as_uri()!r})."
             ) from error
 
     def file_of(self, key: str) -> Path:

@@ -1,0 +1,103 @@
+"""Refuse models in a state that ifkv's own passes cannot stand in for, before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.families import Family
+
+
+def check_structure(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a model whose modules are not what its family file says.
+
+    Raises:
+        UnsupportedModelError: It has no language-model head, wraps another model, or its decoder
+            stack lacks a part or has another attention.
+    """
+    name = type(model).__name__
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
+        raise UnsupportedModelError(
+            f"{name} is no model of transformers itself; patch the one that it wraps."
+        )
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise UnsupportedModelError(
+            f"{name} has no language-model head; patch the causal language model "
+            "(…ForCausalLM) that holds it."
+        )
+    base: Any = model.base_model
+    attention = family.attention_class.rpartition(".")[2]
+    for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
+        if not hasattr(base, part):
+            raise UnsupportedModelError(
+                f"{type(base).__name__} has no {part!r}, which family {family.name!r} expects "
+                f"of {family.model_class}. If {name} wraps a model, patch that one, with adapters "
+                "merged into it; otherwise this transformers release may have moved it."
+            )
+    for index, layer in enumerate(base.layers):
+        found = type(getattr(layer, "self_attn", None)).__name__
+        if found != attention:
+            raise UnsupportedModelError(
+                f"layer {index} has attention {found}, but family {family.name!r} expects "
+                f"{attention}; ifkv does not approximate an architecture it does not know."
+            )
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Refuse weights that are not all here, or that do not alone decide what the model computes.
+
+    Raises:
+        UnsupportedModelError: They are on several devices, offloaded, split between processes, or
+            there are adapters beside them.
+    """
+    name = type(model).__name__
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if "meta" in devices:
+        raise UnsupportedModelError(
+            f"some weights of this {name} are not in memory (device 'meta'): offloaded, or never "
+            "loaded. Load all of it onto one device: from_pretrained(..., device_map={'': 0})."
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"this {name} is spread over {', '.join(devices)}, but a request's cache lies on one "
+            "device. Load all of it onto one: from_pretrained(..., device_map={'': 0})."
+        )
+    processes = getattr(model, "_tp_size", None) or 1
+    if processes > 1:
+        raise UnsupportedModelError(
+            f"this {name} is split between {processes} processes, each of which would choose "
+            "tokens by its own heads alone. Load it without tp_plan or tp_size."
+        )
+    # The first is set by peft, and gone once adapters are merged; the second by transformers.
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"this {name} carries adapters, which can be switched without a weight changing, so "
+            "stored documents could not be told apart. Merge them into the weights (peft: "
+            "merge_and_unload()) and patch the merged model."
+        )
+
+
+def check_mode(model: PreTrainedModel) -> None:
+    """Refuse a model that computes otherwise just now than it does at rest; checked at every call.
+
+    Raises:
+        UnsupportedModelError: It is in training mode, or runs under ``torch.autocast``.
+    """
+    if model.training:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} is in training mode, in which dropout and gradient "
+            "checkpointing change what a cache holds; call model.eval() first."
+        )
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
+        raise UnsupportedModelError(
+            f"torch.autocast to {torch.get_autocast_dtype(kind)} is on, but this "
+            f"{type(model).__name__} and its caches are {model.dtype}; leave the autocast block, "
+            "or load the model in that dtype."
+        )
