@@ -45,14 +45,16 @@ class Folder:
         try:
             for folder in (self.documents, self.temporary, self.quarantined):
                 folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise StoreError(
                 f"the store's folder {path} cannot be used: {error.strerror}. Give a folder that "
-                "can be written; documents that others keep in a folder are read, without writing "
-                f"to it, by RemoteStore({path.as_uri()!r})."
+                "can be written."
             ) from error
+        if not os.access(path, os.W_OK):
+            raise StoreError(
+                f"the store's folder {path} may only be read. Open it by its URL, which writes "
+                f"nothing when it reads: {path.as_uri()}; or give a folder that can be written."
+            )
 
     def file_of(self, key: str) -> Path:
         """The file of a key, which must have been checked."""
