@@ -123,13 +123,13 @@ UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         r"has no 'embed_tokens'.*If Adapted wraps a model, patch that one",
         lambda: Adapted(tiny_model("llama", num_layers=1)).eval(),
     ),
-    "a layer offloaded": (UnsupportedModelError, r"not in memory.*device_map", offloaded),
+    "a layer offloaded": (UnsupportedModelError, r"not in memory.*from_pretrained", offloaded),
     "weights never loaded": (
         UnsupportedModelError,
-        r"not in memory.*device_map",
+        r"not in memory.*from_pretrained",
         lambda: tiny_model("llama", num_layers=1).to("meta"),
     ),
-    "two devices": (UnsupportedModelError, r"spread over cuda:0, cuda:1.*device_map", spread),
+    "two devices": (UnsupportedModelError, r"spread over cuda:0, cuda:1.*from_pretrained", spread),
     "split between processes": (
         UnsupportedModelError,
         r"split between 2 processes.*tp_plan",

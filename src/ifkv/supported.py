@@ -61,12 +61,12 @@ def check_weights(model: PreTrainedModel) -> None:
     if "meta" in devices:
         raise UnsupportedModelError(
             f"some weights of this {name} are not in memory (device 'meta'): offloaded, or never "
-            "loaded. Load all of it onto one device: from_pretrained(..., device_map={'': 0})."
+            "loaded. Load all of it onto one device: from_pretrained(...).to('cuda'), for example."
         )
     if len(devices) > 1:
         raise UnsupportedModelError(
             f"this {name} is spread over {', '.join(devices)}, but a request's cache lies on one "
-            "device. Load all of it onto one: from_pretrained(..., device_map={'': 0})."
+            "device. Load all of it onto one: from_pretrained(...).to('cuda'), for example."
         )
     processes = getattr(model, "_tp_size", None) or 1
     if processes > 1:
