@@ -132,7 +132,7 @@ UNSUPPORTED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "two devices": (UnsupportedModelError, r"spread over cuda:0, cuda:1.*from_pretrained", spread),
     "split between processes": (
         UnsupportedModelError,
-        r"split between 2 processes.*tp_plan",
+        r"split between processes.*tp_plan",
         lambda: marked("_tp_size", 2),
     ),
     "adapters": (

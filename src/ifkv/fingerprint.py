@@ -75,7 +75,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest.update(repr(getattr(rotary, "attention_scaling", 1.0)).encode())
     samples: list[Tensor] = []
     places: dict[tuple[int, torch.device], Tensor] = {}
-    weights = [*base.named_parameters(), *base.named_buffers()]
+    named = [*base.named_parameters(), *base.named_buffers()]
+    weights = [
+        (f"{name} {index}" if index else name, part)
+        for name, tensor in named
+        for index, part in enumerate(_plain(tensor))
+    ]
     for name, tensor in weights:
         if "rotary_emb" in name:
             continue  # told above, and what a module keeps beside them changes with use
@@ -92,6 +97,17 @@ def fingerprint(model: PreTrainedModel) -> str:
         held = [sample for sample in samples if sample.device == device]
         digest.update(torch.cat(held).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a weight consists of: itself, unless it wraps others.
+
+    Quantized weights, such as torchao's, are often one tensor to look at and several to keep.
+    """
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _plain(getattr(tensor, name))]
 
 
 def _places(numel: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -139,22 +155,26 @@ class FingerprintCache:
         return self._value
 
 
-def _parameters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """All parameters, in some order that stays.
+def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
+    """All parameters, or what they consist of, in some order that stays.
 
     ``model.parameters()`` also makes their names, which takes milliseconds of a request.
     """
-    found: list[torch.nn.Parameter] = []
+    found: list[Tensor] = []
     left = [model]
     while left:
         module = left.pop()
-        found += [each for each in module._parameters.values() if each is not None]
+        for each in module._parameters.values():
+            if type(each) is torch.nn.Parameter:
+                found.append(each)
+            elif each is not None:
+                found += _plain(each)
         left += [each for each in module._modules.values() if each is not None]
     return found
 
 
 @torch.no_grad()
-def _glance(parameters: list[torch.nn.Parameter]) -> bytes:
+def _glance(parameters: list[Tensor]) -> bytes:
     """A few elements of every parameter, without a copy of any: views, and one transfer."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:

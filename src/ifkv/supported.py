@@ -68,12 +68,19 @@ def check_weights(model: PreTrainedModel) -> None:
             f"this {name} is spread over {', '.join(devices)}, but a request's cache lies on one "
             "device. Load all of it onto one: from_pretrained(...).to('cuda'), for example."
         )
-    processes = getattr(model, "_tp_size", None) or 1
-    if processes > 1:
+    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if sharded or (getattr(model, "_tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
-            f"this {name} is split between {processes} processes, each of which would choose "
-            "tokens by its own heads alone. Load it without tp_plan or tp_size."
+            f"this {name} is split between processes, each of which would choose tokens by its own "
+            "heads alone. Load it without tp_plan, tp_size or another way of sharding."
         )
+    for path, module in model.base_model.named_modules():
+        if hasattr(module, "out_features") and not [*module.parameters(), *module.buffers()]:
+            raise UnsupportedModelError(
+                f"{path} of this {name} is a {type(module).__name__} whose weights cannot be read, "
+                "so stored documents could not be told from another model's. Quantize its weights "
+                "in another way."
+            )
     # The first is set by peft, and gone once adapters are merged; the second by transformers.
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(

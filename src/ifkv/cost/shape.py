@@ -38,7 +38,7 @@ NO_COST = Cost()
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one decoder layer, read from its weights.
+    """Sizes of one decoder layer, read from its modules.
 
     Attributes:
         layer_parameters: Elements of the layer's weight matrices.
@@ -46,7 +46,8 @@ class ModelShape:
         num_layers: Decoder layers.
         attention_parameters: Elements of the matrices of its attention block.
         kv_width: Key heads times head_dim: elements of one row's keys.
-        element_size: Bytes of an element.
+        element_size: Bytes of an element in the model's dtype, which is that of keys and values.
+            Quantized weights are counted as if they had it, too.
         hidden_size: Width of the hidden states.
         head_dim: Elements of one head.
         vocabulary: Rows of the output embedding.
@@ -75,24 +76,21 @@ class ModelShape:
         """
         base: Any = model.base_model
         layer = base.layers[0]
-        matrices = sum(p.numel() for p in layer.parameters() if p.ndim == 2)
-        attention = sum(p.numel() for p in layer.self_attn.parameters() if p.ndim == 2)
+        matrices, attention = _elements(layer), _elements(layer.self_attn)
         # o_proj takes all heads' outputs side by side, whatever the projections before it; what
         # those give beside the queries is keys and values.
-        weight = layer.self_attn.o_proj.weight
-        hidden, width = weight.shape
+        hidden, width = _sizes(layer.self_attn.o_proj)
         kv_width = (attention // hidden - 2 * width) // 2
-        head: Any = model.get_output_embeddings()
         return cls(
             layer_parameters=matrices,
             attention_width=width,
             num_layers=len(base.layers),
             attention_parameters=attention,
             kv_width=kv_width,
-            element_size=weight.element_size(),
+            element_size=model.dtype.itemsize,
             hidden_size=hidden,
             head_dim=layer.self_attn.head_dim,
-            vocabulary=head.weight.shape[0],
+            vocabulary=_sizes(model.get_output_embeddings())[0],
         )
 
     @property
@@ -130,3 +128,26 @@ class ModelShape:
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers: what a store holds of it."""
         return 2 * self.num_layers * self.row_bytes
+
+
+def _elements(module: Any) -> int:
+    """Elements of the weight matrices of a module and all within it."""
+    total = 0
+    for part in module.modules():
+        if hasattr(part, "out_features"):
+            out, width = _sizes(part)
+            total += out * width
+        else:
+            total += sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 2)
+    return total
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Outputs and inputs of a projection.
+
+    Quantized ones say how large they are, but keep their weights in other shapes, or elsewhere.
+    """
+    if hasattr(linear, "out_features"):
+        return linear.out_features, linear.in_features
+    out, width = linear.weight.shape
+    return out, width
