@@ -54,7 +54,7 @@ def check_weights(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: They are on several devices, offloaded, split between processes, or
-            there are adapters beside them.
+            kept where they cannot be read; or there are adapters beside them.
     """
     name = type(model).__name__
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
