@@ -172,6 +172,18 @@ def test_unsupported_models_are_refused_and_left_alone(name: str) -> None:
         assert all(type(part.config) is type(config) for part in parts)
 
 
+def test_adapters_that_come_after_the_patch_are_refused() -> None:
+    model: Any = tiny_model("llama", num_layers=1)
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS)
+        model.peft_config = {}
+        for call in (ifkv.prefill_documents, ifkv.stitch):
+            with pytest.raises(UnsupportedModelError, match="carries adapters"):
+                call(model, documents if call is ifkv.stitch else DOCUMENTS)
+        del model.peft_config
+        assert len(ifkv.stitch(model, documents).token_ids) == 10
+
+
 def test_autocast_to_another_dtype_is_refused_before_anything_changes() -> None:
     with ifkv.patch(model := tiny_model("llama", dtype=torch.float32, num_layers=2)):
         documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)

@@ -214,7 +214,8 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
 
     Raises:
         NotPatchedError: The model is not patched.
-        UnsupportedModelError: The model is in training mode, or runs under ``torch.autocast``.
+        UnsupportedModelError: The model is in training mode, carries adapters, or runs under
+            ``torch.autocast``.
     """
     handle = None
     with contextlib.suppress(TypeError):  # of what is no model and cannot be referred to weakly

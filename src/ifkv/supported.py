@@ -50,11 +50,11 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Refuse weights that are not all here, or that do not alone decide what the model computes.
+    """Refuse weights that are not all here, or cannot be read.
 
     Raises:
         UnsupportedModelError: They are on several devices, offloaded, split between processes, or
-            kept where they cannot be read; or there are adapters beside them.
+            kept where nothing names them.
     """
     name = type(model).__name__
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -81,25 +81,26 @@ def check_weights(model: PreTrainedModel) -> None:
                 "so stored documents could not be told from another model's. Quantize its weights "
                 "in another way."
             )
-    # The first is set by peft, and gone once adapters are merged; the second by transformers.
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            f"this {name} carries adapters, which can be switched without a weight changing, so "
-            "stored documents could not be told apart. Merge them into the weights (peft: "
-            "merge_and_unload()) and patch the merged model."
-        )
 
 
 def check_mode(model: PreTrainedModel) -> None:
-    """Refuse a model that computes otherwise just now than it does at rest; checked at every call.
+    """Refuse a model whose weights do not alone decide what it computes; checked at every call.
 
     Raises:
-        UnsupportedModelError: It is in training mode, or runs under ``torch.autocast``.
+        UnsupportedModelError: It is in training mode, carries adapters, or runs under
+            ``torch.autocast``.
     """
     if model.training:
         raise UnsupportedModelError(
             f"this {type(model).__name__} is in training mode, in which dropout and gradient "
             "checkpointing change what a cache holds; call model.eval() first."
+        )
+    # The first is set by peft, and gone once adapters are merged; the second by transformers.
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} carries adapters, which can be switched without a weight "
+            "changing, so stored documents could not be told apart. Merge them into the weights "
+            "(peft: merge_and_unload()) and patch the merged model."
         )
     kind = model.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
