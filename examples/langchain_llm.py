@@ -7,14 +7,10 @@ they are first seen, and found again by content ever after.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 from langchain_core.language_models.llms import LLM
 from langchain_core.outputs import GenerationChunk
-
-import ifkv
 
 
 class IfkvLLM(LLM):
@@ -39,14 +35,14 @@ class IfkvLLM(LLM):
         name = getattr(self.session.model, "name_or_path", "")
         return {"model": name, "ratio": self.ratio, "max_new_tokens": self.max_new_tokens}
 
-    def _ask(self, prompt: str, documents: list[str], **options: Any) -> ifkv.Answer:
+    def _options(self, documents: Any = (), **options: Any) -> dict[str, Any]:
+        """What a session is asked with; documents that it does not know are encoded."""
         keys = self.session.add(list(documents))
-        options.setdefault("ratio", self.ratio)
-        options.setdefault("max_new_tokens", self.max_new_tokens)
-        return self.session.ask(prompt, documents=keys, **options)
+        own = {"ratio": self.ratio, "max_new_tokens": self.max_new_tokens}
+        return {**own, **options, "documents": keys}
 
     def _call(self, prompt: str, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> str:
-        text = self._ask(prompt, kwargs.pop("documents", []), **kwargs).text
+        text: str = self.session.ask(prompt, **self._options(**kwargs)).text
         for word in stop or []:
             text = text.split(word, 1)[0]
         return text
@@ -56,19 +52,5 @@ class IfkvLLM(LLM):
     ) -> Iterator[GenerationChunk]:
         if stop:
             raise ValueError("stop words are not supported when streaming; use invoke().")
-        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-
-        def work() -> None:
-            try:
-                self._ask(prompt, kwargs.pop("documents", []), stream=pieces.put, **kwargs)
-                pieces.put(None)
-            except BaseException as error:  # raised again where the caller reads
-                pieces.put(error)
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        while (piece := pieces.get()) is not None:
-            if isinstance(piece, BaseException):
-                raise piece
+        for piece in self.session.stream(prompt, **self._options(**kwargs)):
             yield GenerationChunk(text=piece)
-        thread.join()

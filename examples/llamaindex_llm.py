@@ -44,5 +44,11 @@ class IfkvLLM(CustomLLM):
     def stream_complete(
         self, prompt: str, formatted: bool = False, *, documents: Any = (), **kwargs: Any
     ) -> Any:
-        """The whole answer as one piece."""
-        yield self.complete(prompt, formatted, documents=documents)
+        """Answer over documents, piece by piece."""
+        keys = self.session.add(list(documents))
+        text = ""
+        for piece in self.session.stream(
+            prompt, documents=keys, ratio=self.ratio, max_new_tokens=self.max_new_tokens
+        ):
+            text += piece
+            yield CompletionResponse(text=text, delta=piece)

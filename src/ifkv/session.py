@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ifkv.conversation import Conversation
     from ifkv.planning import Planner
     from ifkv.store import DocumentStore
+    from ifkv.streaming import AnswerStream
 
 
 class Session:
@@ -222,6 +223,42 @@ class Session:
             layers=layers,
         )
         return self.complete(ready, max_new_tokens=max_new_tokens, stream=stream, **generate_kwargs)
+
+    def stream(self, question: str, **options: Any) -> AnswerStream:
+        """The answer to a question, piece by piece as it is generated.
+
+        Work begins with the first piece. To leave the loop, or to close the stream, stops the
+        answer there.
+
+        Args:
+            question: The question.
+            **options: As of :meth:`ask`.
+
+        Returns:
+            An iterator over the pieces, whose ``answer`` is the :class:`Answer` at the end.
+
+        Raises:
+            InvalidInputError: As of :meth:`ask`, with the first piece.
+
+        Examples:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> keys = session.add(["The lamp is red.", "The door is green."])
+            >>> stream = session.stream("Which colour is the door?", max_new_tokens=4)
+            >>> text = "".join(stream)
+            >>> stream.answer.text == text.strip()
+            True
+        """
+        from ifkv.streaming import AnswerStream
+
+        def run(emit: Callable[[str], None], stopping: Callable[..., Tensor]) -> Answer:
+            criteria = [*(options.get("stopping_criteria") or ()), stopping]
+            given = {**options, "stopping_criteria": criteria}
+            return self.ask(question, stream=emit, **given)
+
+        return AnswerStream(run)
 
     def ask_many(
         self,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ifkv.answer import Answer
+
 
 def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
     """A streamer for ``model.generate()``.
@@ -89,3 +91,32 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
         worker.join()
         if failures:
             raise failures[0]
+
+
+class AnswerStream(Iterator[str]):
+    """An answer, piece by piece as it is generated; then the answer itself.
+
+    Work begins with the first piece. To close the stream, or to drop it, stops the answer there.
+    """
+
+    def __init__(self, run: Callable[..., Answer]):
+        found: list[Answer] = []  # not self, which would only be dropped by the garbage collector
+
+        def work(emit: Callable[[str], None], stopping: Callable[..., torch.Tensor]) -> None:
+            found.append(run(emit, stopping))
+
+        self._found = found
+        self._pieces: Any = pieces_of(work)
+
+    def __next__(self) -> str:
+        piece: str = next(self._pieces)
+        return piece
+
+    def close(self) -> None:
+        """Stop the answer where it is."""
+        self._pieces.close()
+
+    @property
+    def answer(self) -> Answer | None:
+        """The answer, as far as it came; None until the stream is at its end, or closed."""
+        return self._found[0] if self._found else None
