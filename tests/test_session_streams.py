@@ -29,9 +29,15 @@ def session() -> ifkv.Session:
 
 
 def long_answer(session: ifkv.Session) -> dict[str, Any]:
-    """Options that make the model say one word again and again."""
-    (word,) = session.tokenizer.encode("a", add_special_tokens=False)
-    return {"max_new_tokens": 400, "prefix_allowed_tokens_fn": lambda batch, ids: [word]}
+    """Options that make the model say one word again and again.
+
+    Some releases of transformers hand over whole words only, so there has to be an end to them.
+    """
+    word = session.tokenizer.encode("a ", add_special_tokens=False)
+    return {
+        "max_new_tokens": 400,
+        "prefix_allowed_tokens_fn": lambda batch, ids: [word[len(ids) % len(word)]],
+    }
 
 
 def workers() -> list[threading.Thread]:
@@ -91,7 +97,9 @@ def test_one_s_own_criteria_stop_it_too(session: ifkv.Session) -> None:
 
     seen: list[int] = []
     stream = session.stream(QUESTION, stopping_criteria=[three], **long_answer(session))
-    assert "".join(stream).count("a") == 3
+    assert "".join(stream).count("a") <= 3
+    assert stream.answer is not None
+    assert len(stream.answer.token_ids) == 3
 
 
 def test_nothing_happens_before_the_first_piece(session: ifkv.Session) -> None:
