@@ -22,6 +22,7 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from ifkv.cuda_graphs import Captures
 from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
 from ifkv.fingerprint import FingerprintCache
@@ -48,6 +49,8 @@ class PatchHandle:
         rope: The model's rotary geometry.
         name: The name that this model's attention is registered under.
         fingerprints: The model's fingerprint, kept until its weights change.
+        captures: On a CUDA card, the CUDA graphs that questions run in (:mod:`ifkv.cuda_graphs`);
+            set it to None to have every kernel launched by itself.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, backend: Backend, rope: Rope):
@@ -56,6 +59,7 @@ class PatchHandle:
         self.rope = rope
         self.name = f"ifkv-{next(_names)}"
         self.fingerprints = FingerprintCache()
+        self.captures = Captures(model.device) if model.device.type == "cuda" else None
         self._model = weakref.ref(model)
         self._entered = 0
         self._covered: list[tuple[nn.Module, PreTrainedConfig]] = []

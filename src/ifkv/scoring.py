@@ -206,8 +206,10 @@ def run_scorings(
         hidden = torch.cat((carrying.hidden, hidden), dim=1)
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
     rotation = (cos[None], sin[None])
-    hidden = run_layers(model, hidden, positions, rotation, run, deepest)
-    run_attention(model, hidden, positions, rotation, run, deepest)
+    graphs = handle.captures if carrying is None else None
+    if graphs is None or not graphs.run(model, hidden, positions, rotation, run, deepest):
+        hidden = run_layers(model, hidden, positions, rotation, run, deepest)
+        run_attention(model, hidden, positions, rotation, run, deepest)
     if carrying is not None:
         carrying.carried(hidden, deepest)
     return scoring.measured
