@@ -173,6 +173,18 @@ def check_query(
             query, context[0], lse, plan, scaling=scaling, reduction=reduction, window=window
         )
         engine.equal(got, norm, f"attention norm {reduction}")
+        weighed = backend.attention_norm(
+            query,
+            context[0],
+            lse,
+            plan,
+            scaling=scaling,
+            reduction=reduction,
+            window=window,
+            values=context[1],
+        )
+        sizes = meant[1][0].cpu().double().abs().sum(-1).mean(0)
+        engine.equal(weighed * scales.values, norm * sizes, f"{reduction} norm times values")
 
 
 def check_queries(

@@ -75,18 +75,22 @@ def test_query_attention_and_norms_equal_a_dense_mask(
     assert_close(logsumexp, want_logsumexp, what="log-sum-exp", tolerance=tolerance(dtype))
 
     mean = attention[0, :, :, :context].mean(0)
+    context_values = values[:, :, :context]
+    sizes = context_values[0].abs().sum(dim=-1).mean(dim=0)
     for reduction, expected in (("l2", mean.norm(dim=0)), ("sum", mean.sum(dim=0))):
-        with patch.object(norms, "NORM_BLOCK", block):
-            got = backend.attention_norm(
-                query,
-                context_keys,
-                logsumexp,
-                plan,
-                scaling=0.4,
-                reduction=reduction,
-                window=window,
-            )
-        assert_close(got, expected, what=f"{reduction} norms", tolerance=tolerance(dtype))
+        for weights, weighed in ((None, expected), (context_values, expected * sizes)):
+            with patch.object(norms, "NORM_BLOCK", block):
+                got = backend.attention_norm(
+                    query,
+                    context_keys,
+                    logsumexp,
+                    plan,
+                    scaling=0.4,
+                    reduction=reduction,
+                    window=window,
+                    values=weights,
+                )
+            assert_close(got, weighed, what=f"{reduction} norms", tolerance=tolerance(dtype))
 
 
 def test_norms_of_no_context_are_none() -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is tested in an environment of its 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0):
+def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0, weigh=False):
     from ifkv.backends.norms_triton import triton_attention_norm
 
     generator = torch.Generator().manual_seed(rows * 1000 + length)
@@ -39,8 +39,11 @@ def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0
         None,
     )
     arguments = {"scaling": 0.3, "reduction": reduction, "window": window}
-    got = triton_attention_norm(query, keys, lse, plan, **arguments)
-    want = blocked_attention_norm(query.float(), keys.float(), lse, plan, **arguments)
+    # Not strided as the keys are.
+    values = random(1, heads[1], length, head_dim) if weigh else None
+    got = triton_attention_norm(query, keys, lse, plan, values=values, **arguments)
+    wide = values.float() if weigh else None
+    want = blocked_attention_norm(query.float(), keys.float(), lse, plan, values=wide, **arguments)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-3
     assert_close(got, want, what=f"{reduction} norm", tolerance=tolerance)
 
@@ -54,12 +57,13 @@ def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0
     window=st.sampled_from([None, None, 5, 60]),
     reduction=st.sampled_from(["l2", "sum"]),
     gap=st.integers(0, 9),
+    weigh=st.booleans(),
 )
 @settings(max_examples=25)
 def test_the_interpreted_kernel_equals_the_blocked_form(
-    rows, length, heads, head_dim, window, reduction, gap
+    rows, length, heads, head_dim, window, reduction, gap, weigh
 ):
-    check(rows, length, heads, head_dim, window, reduction, "cpu", torch.float32, gap)
+    check(rows, length, heads, head_dim, window, reduction, "cpu", torch.float32, gap, weigh)
 
 
 @pytest.mark.gpu
@@ -71,4 +75,5 @@ def test_the_compiled_kernel_equals_the_blocked_form(dtype, head_dim, window, re
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for rows, length in ((1, 1), (37, 4099), (130, 1000)):
-        check(rows, length, (8, 2), head_dim, window, reduction, "cuda", dtype)
+        for weigh in (False, True):
+            check(rows, length, (8, 2), head_dim, window, reduction, "cuda", dtype, weigh=weigh)

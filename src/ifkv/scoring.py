@@ -99,8 +99,13 @@ def mean_over_layers(norms: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(norms)).mean(dim=0).to(torch.float32)
 
 
-def attention_norm(reduction: Reduction) -> Measure:
+def attention_norm(reduction: Reduction, *, by_values: bool = False) -> Measure:
     """The measure of :func:`score`: the attention norm of each slot in one layer, ``[T]``.
+
+    Args:
+        reduction: Over query tokens.
+        by_values: Multiply it by the size of the slot's values, as
+            :meth:`ifkv.backends.Backend.attention_norm` does.
 
     Raises:
         InvalidInputError: There is no such reduction.
@@ -111,7 +116,7 @@ def attention_norm(reduction: Reduction) -> Measure:
         )
 
     def measure(view: QueryView) -> Tensor:
-        return view.backend.attention_norm(
+        norms = view.backend.attention_norm(
             view.query,
             view.context_keys,
             view.logsumexp,
@@ -119,7 +124,10 @@ def attention_norm(reduction: Reduction) -> Measure:
             scaling=view.scaling,
             reduction=reduction,
             window=view.window,
+            values=view.context_values if by_values else None,
         )
+        rescaled = by_values and view.value_scale != 1
+        return norms * view.value_scale if rescaled else norms
 
     return measure
 

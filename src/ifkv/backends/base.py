@@ -312,6 +312,7 @@ class Backend(ABC):
         scaling: float,
         reduction: Reduction,
         window: int | None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Norm over query tokens of the head-mean attention to each context slot (2603.05353).
 
@@ -326,6 +327,8 @@ class Backend(ABC):
             scaling: Factor on the logits, the scale of 8-bit context keys included.
             reduction: ``"l2"`` or ``"sum"``.
             window: As in :meth:`attend_query`.
+            values: Of the context, ``[1, kv_heads, T, head_dim]``: each slot's norm is multiplied
+                by the L1 norm of its values, averaged over heads (2406.12335). Not if None.
 
         Returns:
             ``[T]``, float32, or float64 if the query is.

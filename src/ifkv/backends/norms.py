@@ -28,6 +28,7 @@ def blocked_attention_norm(
     scaling: float,
     reduction: Reduction,
     window: int | None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`ifkv.backends.base.Backend.attention_norm`."""
     norms = []
@@ -37,7 +38,22 @@ def blocked_attention_norm(
         logits = explicit_logits(query, context_keys[:, :, block], scaling, mask)
         attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
         norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
-    return torch.cat(norms) if norms else logsumexp.new_zeros(0)
+    found = torch.cat(norms) if norms else logsumexp.new_zeros(0)
+    return found if values is None else found * value_sizes(values)
+
+
+def value_sizes(values: Tensor) -> Tensor:
+    """The L1 norm of each slot's values, averaged over heads.
+
+    Args:
+        values: ``[1, kv_heads, T, head_dim]``.
+
+    Returns:
+        ``[T]``, float32, or float64 if the values are.
+    """
+    # Conversions of whole tensors cost most, and 16-bit absolute values are exact as they are.
+    own = values[0].float() if values.itemsize == 1 else values[0]
+    return own.abs().sum(dim=-1, dtype=torch.promote_types(own.dtype, torch.float32)).mean(dim=0)
 
 
 def attention_norm(
@@ -49,6 +65,7 @@ def attention_norm(
     scaling: float,
     reduction: Reduction,
     window: int | None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """The same, by the Triton kernel on CUDA wherever Triton is installed (torch brings it)."""
     compute = blocked_attention_norm
@@ -65,6 +82,7 @@ def attention_norm(
         scaling=scaling,
         reduction=reduction,
         window=window,
+        values=values,
     )
 
 

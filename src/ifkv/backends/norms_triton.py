@@ -2,7 +2,7 @@
 
 A program owns a block of keys and walks over rows and heads, so that the mean over all heads of a
 row is there before it is squared, and nothing of the attention is ever stored. Up to 64 rows every
-key is read once.
+key is read once, and so are its values where their size counts.
 
 Loops count by ``while``: Triton's interpreter, which runs the kernel on the CPU in the tests, has
 no ``range`` over run-time numbers with numpy 2.4 and newer.
@@ -26,6 +26,7 @@ KEYS = 64
 def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as its own
     query,
     keys,
+    values,
     logsumexp,
     row_positions,
     key_positions,
@@ -40,6 +41,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
     query_row_stride,
     key_head_stride,
     key_stride,
+    value_head_stride,
+    value_stride,
     lse_head_stride,
     lse_row_stride,
     head_dim: tl.constexpr,
@@ -48,6 +51,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
     key_block: tl.constexpr,
     squared: tl.constexpr,
     windowed: tl.constexpr,
+    weighed: tl.constexpr,
 ):
     key = tl.program_id(0) * key_block + tl.arange(0, key_block)
     dim = tl.arange(0, dim_block)
@@ -90,7 +94,24 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
         mean = tl.where(seen, attention / heads, 0.0)
         total += tl.sum(mean * mean if squared else mean, axis=0)
         start += row_block
-    tl.store(out + key, tl.sqrt(total) if squared else total, mask=key_used)
+    if squared:
+        total = tl.sqrt(total)
+    if weighed:
+        sizes = tl.zeros((key_block,), dtype=tl.float32)
+        head = 0
+        while head * group < heads:
+            v = tl.load(
+                values
+                + head * value_head_stride
+                + key[:, None].to(tl.int64) * value_stride
+                + dim[None, :],
+                mask=key_mask,
+                other=0.0,
+            )
+            sizes += tl.sum(tl.abs(v.to(tl.float32)), axis=1)
+            head += 1
+        total *= sizes / head
+    tl.store(out + key, total, mask=key_used)
 
 
 _compiled = triton.jit(_norm_kernel)
@@ -105,6 +126,7 @@ def triton_attention_norm(
     scaling: float,
     reduction: Reduction,
     window: int | None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`ifkv.backends.base.Backend.attention_norm`; float16, bfloat16 or float32."""
     _, heads, rows, head_dim = query.shape
@@ -116,9 +138,15 @@ def triton_attention_norm(
         query = query.contiguous()
     if context_keys.stride(-1) != 1:
         context_keys = context_keys.contiguous()
+    weighed = values is not None
+    if values is None:
+        values = context_keys  # which is not read
+    elif values.stride(-1) != 1:
+        values = values.contiguous()
     _compiled[(triton.cdiv(length, KEYS),)](
         query,
         context_keys,
+        values,
         logsumexp,
         plan.query_positions,
         plan.context_positions,
@@ -133,6 +161,8 @@ def triton_attention_norm(
         query.stride(2),
         context_keys.stride(1),
         context_keys.stride(2),
+        values.stride(1),
+        values.stride(2),
         logsumexp.stride(1),
         logsumexp.stride(2),
         head_dim=head_dim,
@@ -141,5 +171,6 @@ def triton_attention_norm(
         key_block=KEYS,
         squared=reduction == "l2",
         windowed=window is not None,
+        weighed=weighed,
     )
     return out

@@ -243,6 +243,7 @@ class ReferenceBackend(Backend):
         scaling: float,
         reduction: Reduction,
         window: int | None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`."""
         return blocked_attention_norm(
@@ -253,6 +254,7 @@ class ReferenceBackend(Backend):
             scaling=scaling,
             reduction=reduction,
             window=window,
+            values=values,
         )
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.backends.norms import value_sizes
 from ifkv.cost import ModelShape
 from ifkv.documents import DocumentCache
 from ifkv.forward import run_layers
 from ifkv.patching import handle_of
-from ifkv.selectors.value_aware import value_sizes
 from ifkv.stitching import stitch
 
 if TYPE_CHECKING:

@@ -6,12 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost, ModelShape
-from ifkv.scoring import QueryView, attention_norm
+from ifkv.scoring import attention_norm
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
@@ -47,29 +44,10 @@ class ValueAware(QueryRanked):
 
     def measure(self) -> Measure:
         """Attention norm times the size of the values."""
-        norm = attention_norm(self.reduction)
-
-        def measure(view: QueryView) -> Tensor:
-            return norm(view) * value_sizes(view.context_values) * view.value_scale
-
-        return measure
+        return attention_norm(self.reduction, by_values=True)
 
     def further_cost(
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
         """The values, read once more."""
         return Cost(bytes=float(context_length * len(layers) * shape.row_bytes))
-
-
-def value_sizes(values: Tensor) -> Tensor:
-    """The L1 norm of each slot's values, averaged over heads.
-
-    Args:
-        values: ``[1, kv_heads, T, head_dim]``.
-
-    Returns:
-        Float32 ``[T]``.
-    """
-    # Conversions of whole tensors cost most, and 16-bit absolute values are exact as they are.
-    own = values[0].float() if values.itemsize == 1 else values[0]
-    return own.abs().sum(dim=-1, dtype=torch.float32).mean(dim=0)

@@ -132,6 +132,7 @@ class QueryAttention(Backend):
         scaling: float,
         reduction: Reduction,
         window: int | None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
         return attention_norm(
@@ -142,6 +143,7 @@ class QueryAttention(Backend):
             scaling=scaling,
             reduction=reduction,
             window=window,
+            values=values,
         )
 
 
