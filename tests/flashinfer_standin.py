@@ -346,9 +346,16 @@ class _PagedWrapper(_Wrapper):
         *args: Any,
         k_scale: float | None = None,
         v_scale: float | None = None,
+        out: Tensor | None = None,
         return_lse: bool = False,
     ) -> Any:
         k, v = paged_kv_cache
+        if out is not None:
+            if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+                raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}")
+            if self.state is None or min(self.state["kv_lengths"]) == 0:
+                raise ValueError("rows of requests without keys are not written to out")
+            out.fill_(torch.nan)
         self._check_tensors(q, k, v)
         assert self.state is not None
         holds, state = self.standin.holds, self.state
@@ -372,7 +379,12 @@ class _PagedWrapper(_Wrapper):
             if not holds("page indices count"):
                 pages = torch.arange(len(pages))
             sequences.append((k[pages].flatten(0, 1)[:length], v[pages].flatten(0, 1)[:length]))
-        return self._attend(q, sequences, return_lse, args)
+        found = self._attend(q, sequences, return_lse, args)
+        if out is None:
+            return found
+        if not return_lse:
+            return out.copy_(found)
+        return out.copy_(found[0]), found[1]
 
 
 class _RaggedWrapper(_Wrapper):

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifkv.module_tree import tree_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -156,20 +158,14 @@ class FingerprintCache:
 
 
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
-    """All parameters, or what they consist of, in some order that stays.
-
-    ``model.parameters()`` also makes their names, which takes milliseconds of a request.
-    """
+    """All parameters, or what they consist of, in some order that stays."""
     found: list[Tensor] = []
-    left = [model]
-    while left:
-        module = left.pop()
-        for each in module._parameters.values():
+    for held in tree_of(model).parameters:
+        for each in held.values():
             if type(each) is torch.nn.Parameter:
                 found.append(each)
             elif each is not None:
                 found += _plain(each)
-        left += [each for each in module._modules.values() if each is not None]
     return found
 
 

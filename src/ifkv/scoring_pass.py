@@ -112,8 +112,10 @@ class ScoringPass:
         )
         if layer_idx not in self._layers:
             return out
-        queries = query.split(self._plan.counts, dim=2)
-        logsumexps = logsumexp.split(self._plan.counts, dim=2)
+        counts = self._plan.counts
+        queries, logsumexps = [query], [logsumexp]
+        if len(counts) > 1:
+            queries, logsumexps = query.split(counts, dim=2), logsumexp.split(counts, dim=2)
         for index, layer in enumerate(layers):
             view = QueryView(
                 backend=self._backend,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -290,14 +291,13 @@ class Backend(ABC):
         Returns:
             As :meth:`attend_query`, the requests' tokens one after the other.
         """
-        own = (x.split(plan.counts, dim=2) for x in (query, keys, values))
-        requests = zip(*own, context_keys, context_values, plan.parts, scales, strict=True)
-        found = [
-            self.attend_query(*tensors, scaling=scaling, window=window, scales=its)
-            for *tensors, its in requests
-        ]
-        if len(found) == 1:
-            return found[0]
+        how: dict[str, Any] = {"scaling": scaling, "window": window}
+        if len(plan.parts) == 1:
+            own, context = (query, keys, values), (context_keys[0], context_values[0])
+            return self.attend_query(*own, *context, plan.parts[0], scales=scales[0], **how)
+        split = (x.split(plan.counts, dim=2) for x in (query, keys, values))
+        requests = zip(*split, context_keys, context_values, plan.parts, scales, strict=True)
+        found = [self.attend_query(*tensors, scales=its, **how) for *tensors, its in requests]
         outs, logsumexps = zip(*found, strict=True)
         return torch.cat(outs, dim=1), torch.cat(logsumexps, dim=2)
 

@@ -39,7 +39,7 @@ _MASKS = ("custom_mask", "packed_custom_mask")
 USED: dict[str, tuple[str, ...]] = {
     "BatchPrefillWithPagedKVCacheWrapper": ("kv_layout", "backend", "jit_args"),
     "BatchPrefillWithPagedKVCacheWrapper.plan": (*_PLAN, *_PAGES, *_MASKS),
-    "BatchPrefillWithPagedKVCacheWrapper.run": ("return_lse", "k_scale", "v_scale"),
+    "BatchPrefillWithPagedKVCacheWrapper.run": ("out", "return_lse", "k_scale", "v_scale"),
     "BatchPrefillWithRaggedKVCacheWrapper": ("kv_layout", "backend"),
     "BatchPrefillWithRaggedKVCacheWrapper.plan": (*_PLAN, "kv_indptr", "window_left"),
     "BatchPrefillWithRaggedKVCacheWrapper.run": (),

@@ -230,10 +230,13 @@ class Call:
             extra = (*self._by_position, scaling, -1 if window is None else window)
         # Plain rows are run without: one comparison less that a release might change.
         rescaled = {} if scales == UNSCALED else {"k_scale": scales.keys, "v_scale": scales.values}
+        rows = self.rows.take(query)
         out, logsumexp = self._wrapper.run(
-            self.rows.take(query),
+            rows,
             (buffers.keys, buffers.values),
             *extra,
+            # FlashInfer's own would be set to zero first, for requests without keys: here are none.
+            out=torch.empty(rows.shape, dtype=rows.dtype, device=rows.device),
             return_lse=True,
             **rescaled,
         )
