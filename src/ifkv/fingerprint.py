@@ -133,6 +133,7 @@ class FingerprintCache:
 
     def __init__(self) -> None:
         self._counts: tuple[tuple[int, int], ...] | None = None
+        self._looks: list[_Look] = []
         self._seen = b""
         self._value = ""
 
@@ -150,10 +151,11 @@ class FingerprintCache:
             (p.data_ptr(), -1 if p.is_inference() else p._version)
             for p in parameters
         )
-        seen = _glance(parameters) if glance or counts != self._counts else self._seen
+        looks = self._looks if counts == self._counts else _looks(parameters)
+        seen = _glance(parameters, looks) if glance or looks is not self._looks else self._seen
         if (counts, seen) != (self._counts, self._seen):
             self._value = fingerprint(model)
-            self._counts, self._seen = counts, seen
+            self._counts, self._looks, self._seen = counts, looks, seen
         return self._value
 
 
@@ -169,19 +171,30 @@ def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
-def _glance(parameters: list[Tensor]) -> bytes:
-    """A few elements of every parameter, without a copy of any: views, and one transfer."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+# Where a parameter is looked at: size, step and start of a view, or None for all of it.
+_Look = tuple[tuple[int], tuple[int], int] | None
+
+
+def _looks(parameters: list[Tensor]) -> list[_Look]:
+    """Where to glance at each parameter."""
+    looks: list[_Look] = []
     for parameter in parameters:
         numel = parameter.numel()
         step = numel // GLANCE - 1 | 1  # odd: not all in one column
         if numel < 2 * GLANCE or not parameter.is_contiguous():
-            view = parameter.reshape(-1)
+            looks.append(None)
         else:
-            start = parameter.storage_offset() + step // 2
-            view = parameter.as_strided((GLANCE,), (step,), start)
-        by_kind.setdefault((parameter.device, parameter.dtype), []).append(view)
+            looks.append(((GLANCE,), (step,), int(parameter.storage_offset()) + step // 2))
+    return looks
+
+
+@torch.no_grad()
+def _glance(parameters: list[Tensor], looks: list[_Look]) -> bytes:
+    """A few elements of every parameter, without a copy of any: views, and one transfer."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter, look in zip(parameters, looks, strict=True):
+        view = parameter.reshape(-1) if look is None else parameter.as_strided(*look)
+        by_kind.setdefault((view.device, view.dtype), []).append(view)
     return b"".join(
         torch.cat(views).to(torch.float64).cpu().numpy().tobytes() for views in by_kind.values()
     )

@@ -28,7 +28,8 @@ struct IfkvPositionCausal : AttentionVariantBase {
   uint32_t qo_len, kv_len, window_left;
   float sm_scale_log2;
   const int32_t* slots_of_rows;
-  int32_t first_slot, window;
+  int32_t first_slot;
+  uint32_t window;
 
   template <typename Params>
   __device__ __host__ IfkvPositionCausal(const Params& params, uint32_t batch_idx,
@@ -39,14 +40,16 @@ struct IfkvPositionCausal : AttentionVariantBase {
     sm_scale_log2 = float(params.sm_scale) * math::log2e;
     slots_of_rows = params.row_slots + params.q_indptr[batch_idx];
     first_slot = params.first_slots[batch_idx];
-    window = int32_t(params.row_window);
+    window = params.row_window < 0 ? 0x80000000u : uint32_t(params.row_window);
   }
 
+  // Asked of every logit: a branch here takes longer than the matrix products around it. Rows past
+  // the request's last are never written, keys past its last never asked about, and a key behind
+  // its row is a distance below 0, which is a large one without its sign.
+
   REGISTER_LOGITS_MASK(params, batch_idx, qo_idx, kv_idx, qo_head_idx, kv_head_idx, {
-    if (qo_idx >= qo_len || kv_idx >= kv_len) return false;
-    const int32_t row = slots_of_rows[qo_idx];
-    const int32_t key = first_slot + int32_t(kv_idx);
-    return key <= row && (window < 0 || row - key < window);
+    const int32_t row = slots_of_rows[min(qo_idx, qo_len - 1)] - first_slot;
+    return uint32_t(row - int32_t(kv_idx)) < window;
   })
 };
 """
