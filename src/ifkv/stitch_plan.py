@@ -40,16 +40,25 @@ class StitchPlan:
         documents: Sequence[DocumentCache],
         order: Sequence[int] | None,
         geometry: str,
+        *,
+        glance: bool = True,
     ) -> StitchPlan:
-        """From the arguments of :func:`ifkv.stitch`; raises its errors."""
+        """From the arguments of :func:`ifkv.stitch`; raises its errors.
+
+        Without a ``glance`` at the weights, :meth:`check_weights` has to follow.
+        """
         handle = handle_of(model)
         handle.rope.check_frequencies()
-        check_documents(model, handle, documents)
+        check_documents(model, handle, documents, glance=glance)
         arranged = _arrange(documents, order)
         ordered = [documents[i] for i in arranged]
         placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
         handle.rope.check_length(len(placed.positions), "the stitched context")
         return cls(ordered, arranged, placed)
+
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Refuse documents if the weights' numbers are no longer those that made them."""
+        _check_made_by(handle_of(model).fingerprints.of(model), self.first, "document 0")
 
     @property
     def first(self) -> DocumentCache:
@@ -78,8 +87,20 @@ def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) ->
     return arranged
 
 
+def _check_made_by(identity: str, document: DocumentCache, what: str) -> None:
+    if document.fingerprint != identity:
+        raise FingerprintMismatchError(
+            f"{what} was made by model {document.fingerprint[:8]}, this one is {identity[:8]}: "
+            "other weights, dtype or rope configuration. Prefill it again."
+        )
+
+
 def check_documents(
-    model: PreTrainedModel, handle: PatchHandle, documents: Sequence[DocumentCache]
+    model: PreTrainedModel,
+    handle: PatchHandle,
+    documents: Sequence[DocumentCache],
+    *,
+    glance: bool = True,
 ) -> None:
     """Refuse documents that do not belong to the model or to one another."""
     if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
@@ -89,18 +110,14 @@ def check_documents(
         )
     if not documents:
         raise InvalidInputError("no documents to stitch; give at least one.")
-    identity = handle.fingerprints.of(model)
+    identity = handle.fingerprints.of(model, glance=glance)
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
             raise InvalidInputError(
                 f"document {index} is of type {type(document).__name__}; stitch takes what "
                 "prefill_documents returned."
             )
-        if document.fingerprint != identity:
-            raise FingerprintMismatchError(
-                f"document {index} was made by model {document.fingerprint[:8]}, this one is "
-                f"{identity[:8]}: other weights, dtype or rope configuration. Prefill it again."
-            )
+        _check_made_by(identity, document, f"document {index}")
         if not torch.equal(document.prefix_ids, documents[0].prefix_ids):
             raise FingerprintMismatchError(
                 f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "

@@ -66,9 +66,12 @@ def stitch(
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
-    planned = StitchPlan.checked(model, documents, order, geometry)
+    planned = StitchPlan.checked(model, documents, order, geometry, glance=False)
     check_kv_dtype(kv_dtype, model.device)
-    return _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
+    cache = _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
+    # Reading weights means waiting for a card, which has rows to place meanwhile.
+    planned.check_weights(model)
+    return cache
 
 
 @torch.no_grad()

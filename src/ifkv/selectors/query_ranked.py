@@ -15,7 +15,7 @@ from ifkv.scoring import Scoring, default_layers, run_scorings
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers
 from ifkv.selectors.protocol import Ranked, Request, Selection, without_scores
-from ifkv.stitched_cache import check_cache
+from ifkv.stitched_cache import check_stitched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -125,7 +125,7 @@ class QueryRanked(Ranked):
         budget: Budget | float,
     ) -> Selection:
         """See :meth:`Ranked.select`."""
-        check_cache(model, cache)
+        check_stitched(cache)  # and whether it is the model's before it is run over
         allowed = Budget.of(budget)
         if type(self).rank is not QueryRanked.rank or without_scores(cache, allowed) is not None:
             return super().select(model, cache, request, allowed)

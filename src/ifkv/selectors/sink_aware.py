@@ -70,34 +70,37 @@ class SinkAware(ValueAware):
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """Beginnings raised until they get their share."""
-        return _raised(scores, cache, _beginnings(cache, self.sinks), self.share)
+        if len(cache.document_slices) == 1 or self.sinks == 0:
+            return scores
+        return _raised(scores, cache, self.sinks, self.share)
 
 
-def _beginnings(cache: StitchedCache, count: int) -> Tensor:
-    """The first tokens of each document but the first, all first ones before all second ones."""
-    bounds = [(rows.start, rows.stop) for rows in cache.document_slices[1:]]
-    starts, stops = torch.tensor(bounds, dtype=torch.long).reshape(-1, 2).unbind(1)
-    slots = starts + torch.arange(count)[:, None]
-    return slots[slots < stops]
+# Everything here is queued on the card without waiting for it: no result decides a shape.
+def _raised(scores: Tensor, cache: StitchedCache, sinks: int, share: float) -> Tensor:
+    """Scores in which documents' beginnings are raised until they get a share of any budget.
 
-
-def _raised(scores: Tensor, cache: StitchedCache, queue: Tensor, share: float) -> Tensor:
-    """Scores in which slots that queue up are raised until they get a share of any budget.
-
+    The first tokens of all documents but the first queue up, all first ones before all second ones.
     Number i of the queue (from 0) is scored just above number ``floor(i / share) - i`` of all slots
     by their own scores, unless it stands higher already. As i of the queue come before it, it is
     then among the first ``floor(i / share) + 1``. A share of at most one half gives each a place of
     its own.
     """
-    candidates = cache.candidate_slots.to(scores.device)
-    ranked = scores[candidates].sort(descending=True).values
-    queue = queue.to(scores.device)
-    queue = queue[torch.isin(queue, candidates)]
+    device = scores.device
+    bounds = torch.tensor([(rows.start, rows.stop) for rows in cache.document_slices[1:]])
+    starts, stops = bounds.to(device, non_blocking=True).unbind(1)
+    queue = starts + torch.arange(sinks, device=device)[:, None]
+    there = queue < stops
+    queue = torch.where(there, queue, 0).flatten()
+    candidates = cache.candidate_slots.to(device, non_blocking=True)
+    chosen_from = torch.zeros_like(scores, dtype=torch.bool)
+    chosen_from[candidates] = True
+    queues = there.flatten() & chosen_from[queue]
     every = 1 / Fraction(str(share))  # exact in the number that was written
-    number = torch.arange(len(queue), device=queue.device)
+    number = queues.cumsum(0) - 1
     places = number * every.numerator // every.denominator - number
-    queue, places = queue[places < len(ranked)], places[places < len(ranked)]
-    above = torch.nextafter(ranked[places], torch.full_like(ranked[places], torch.inf))
-    raised = scores.clone()
-    raised[queue] = torch.maximum(scores[queue], above)
-    return raised
+    ranked = scores[candidates].sort(descending=True).values
+    counts = queues & (places < len(ranked))
+    at = ranked[places.clamp(0, max(0, len(ranked) - 1))] if len(ranked) else scores[queue]
+    above = torch.nextafter(at, torch.full_like(at, torch.inf))
+    raised = torch.where(counts, torch.maximum(scores[queue], above), -torch.inf)
+    return scores.scatter_reduce(0, queue, raised.to(scores.dtype), "amax")

@@ -193,15 +193,16 @@ def page_table(
     Raises:
         InvalidInputError: A span reaches behind its sequence's pages.
     """
+    held = [len(table) for table in tables]
     for sequence, _, stop in spans:
-        if -(-stop // page_size) > len(tables[sequence]):
+        if -(-stop // page_size) > held[sequence]:
             raise InvalidInputError(
-                f"request {sequence} has {stop} slots in use but {len(tables[sequence])} pages of "
+                f"request {sequence} has {stop} slots in use but {held[sequence]} pages of "
                 f"{page_size}; give it a page for every slot."
             )
     # All spans at once: one by one, hundreds of them take longer than planning the call.
     sequences, starts, stops = torch.tensor(spans, dtype=torch.long).reshape(-1, 3).unbind(1)
-    begins = torch.tensor([0, *itertools.accumulate(map(len, tables))])[sequences]
+    begins = torch.tensor([0, *itertools.accumulate(held)])[sequences]
     firsts = starts // page_size
     counts = (stops + page_size - 1) // page_size - firsts
     ends = counts.cumsum(0)

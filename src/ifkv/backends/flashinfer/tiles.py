@@ -12,10 +12,9 @@ without a mask; with one over all of a tile's keys it took more than four times 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ CallKind = Literal["full", "causal", "masked"]
 MaskForm = Literal["positions", "split"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Keys that some rows read in one request: slots ``begin`` to ``end`` of a sequence."""
 
     sequence: int
