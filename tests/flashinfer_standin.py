@@ -310,7 +310,10 @@ class _PagedWrapper(_Wrapper):
         window_left: int = -1,
         q_data_type: torch.dtype | None = None,
         kv_data_type: torch.dtype | None = None,
+        max_token_per_sequence: int | None = None,
     ) -> None:
+        if max_token_per_sequence not in (None, int(qo_indptr.diff().max())):
+            raise ValueError(f"max_token_per_sequence is {max_token_per_sequence}")
         self._check_indptr(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         if len(qo_indptr) != len(paged_kv_indptr):
             raise ValueError("The length of qo_indptr and paged_kv_indptr should be the same.")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifkv.glance import Glance
 from ifkv.module_tree import tree_of
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 VERSION = 2
 SAMPLES = 1024
-# Elements of every parameter that are looked at again before a fingerprint is reused.
-GLANCE = 4
-
 # What a config says beyond the computation of keys and values.
 _IRRELEVANT = {
     "_name_or_path",
@@ -133,7 +131,7 @@ class FingerprintCache:
 
     def __init__(self) -> None:
         self._counts: tuple[tuple[int, int], ...] | None = None
-        self._looks: list[_Look] = []
+        self._glance: Glance | None = None
         self._seen = b""
         self._value = ""
 
@@ -151,11 +149,14 @@ class FingerprintCache:
             (p.data_ptr(), -1 if p.is_inference() else p._version)
             for p in parameters
         )
-        looks = self._looks if counts == self._counts else _looks(parameters)
-        seen = _glance(parameters, looks) if glance or looks is not self._looks else self._seen
-        if (counts, seen) != (self._counts, self._seen):
+        known = counts == self._counts
+        if known and not glance:
+            return self._value
+        look = self._glance if known and self._glance is not None else Glance(parameters)
+        seen = look.at(parameters)
+        if not known or seen != self._seen:
             self._value = fingerprint(model)
-            self._counts, self._looks, self._seen = counts, looks, seen
+            self._counts, self._glance, self._seen = counts, look, seen
         return self._value
 
 
@@ -169,32 +170,3 @@ def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
             elif each is not None:
                 found += _plain(each)
     return found
-
-
-# Where a parameter is looked at: size, step and start of a view, or None for all of it.
-_Look = tuple[tuple[int], tuple[int], int] | None
-
-
-def _looks(parameters: list[Tensor]) -> list[_Look]:
-    """Where to glance at each parameter."""
-    looks: list[_Look] = []
-    for parameter in parameters:
-        numel = parameter.numel()
-        step = numel // GLANCE - 1 | 1  # odd: not all in one column
-        if numel < 2 * GLANCE or not parameter.is_contiguous():
-            looks.append(None)
-        else:
-            looks.append(((GLANCE,), (step,), int(parameter.storage_offset()) + step // 2))
-    return looks
-
-
-@torch.no_grad()
-def _glance(parameters: list[Tensor], looks: list[_Look]) -> bytes:
-    """A few elements of every parameter, without a copy of any: views, and one transfer."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter, look in zip(parameters, looks, strict=True):
-        view = parameter.reshape(-1) if look is None else parameter.as_strided(*look)
-        by_kind.setdefault((view.device, view.dtype), []).append(view)
-    return b"".join(
-        torch.cat(views).to(torch.float64).cpu().numpy().tobytes() for views in by_kind.values()
-    )

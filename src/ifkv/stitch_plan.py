@@ -118,35 +118,46 @@ def check_documents(
                 "prefill_documents returned."
             )
         _check_made_by(identity, document, f"document {index}")
-        if not torch.equal(document.prefix_ids, documents[0].prefix_ids):
-            raise FingerprintMismatchError(
-                f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
-                f"document 0 behind {documents[0].prefix_ids.tolist()}; a request has one prefix. "
-                "Prefill them behind the same."
-            )
-        held = document.prefix
-        if (held is None) != (len(document.prefix_ids) == 0) or (
-            held is not None and not torch.equal(held.token_ids, document.prefix_ids)
-        ):
-            raise InvalidInputError(
-                f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
-                f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
-                "prefill_documents made it."
-            )
-        check_rows(document, f"document {index}")
-        if held is not None and (index == 0 or held is not documents[0].prefix):
-            check_rows(held, f"the prefix of document {index}")
-            if held.fingerprint != identity:
-                raise FingerprintMismatchError(
-                    f"the prefix of document {index} was made by model {held.fingerprint[:8]}, "
-                    f"this one is {identity[:8]}. Prefill the documents again."
-                )
         first = documents[0]
-        for part in [document] if held is None else [document, held]:
-            if part.dtype != first.dtype or part.shape[:2] != first.shape[:2]:
-                raise InvalidInputError(
-                    f"document {index} or its prefix holds {part.dtype} "
-                    f"{part.shape}, document 0 {first.dtype} {first.shape}; "
-                    "those of one request have the same layers, heads and dtype. Use documents as "
-                    "prefill_documents made them."
-                )
+        known = document.prefix is first.prefix and document.prefix_ids is first.prefix_ids
+        if index == 0 or not known:
+            _check_prefix(identity, document, first, index)
+        check_rows(document, f"document {index}")
+        _check_alike(document, first, index)
+
+
+def _check_prefix(identity: str, document: DocumentCache, first: DocumentCache, index: int) -> None:
+    """Refuse a document whose prefix is not the first document's, or is not what it carries."""
+    if not torch.equal(document.prefix_ids, first.prefix_ids):
+        raise FingerprintMismatchError(
+            f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
+            f"document 0 behind {first.prefix_ids.tolist()}; a request has one prefix. Prefill "
+            "them behind the same."
+        )
+    held = document.prefix
+    if (held is None) != (len(document.prefix_ids) == 0) or (
+        held is not None and not torch.equal(held.token_ids, document.prefix_ids)
+    ):
+        raise InvalidInputError(
+            f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
+            f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
+            "prefill_documents made it."
+        )
+    if held is None:
+        return
+    check_rows(held, f"the prefix of document {index}")
+    if held.fingerprint != identity:
+        raise FingerprintMismatchError(
+            f"the prefix of document {index} was made by model {held.fingerprint[:8]}, this one is "
+            f"{identity[:8]}. Prefill the documents again."
+        )
+    _check_alike(held, first, index)
+
+
+def _check_alike(part: DocumentCache, first: DocumentCache, index: int) -> None:
+    if part.dtype != first.dtype or part.shape[:2] != first.shape[:2]:
+        raise InvalidInputError(
+            f"document {index} or its prefix holds {part.dtype} {part.shape}, document 0 "
+            f"{first.dtype} {first.shape}; those of one request have the same layers, heads and "
+            "dtype. Use documents as prefill_documents made them."
+        )

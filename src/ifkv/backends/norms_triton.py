@@ -34,7 +34,6 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
     rows,
     length,
     heads,
-    group,
     scaling,
     window,
     query_head_stride,
@@ -45,6 +44,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
     value_stride,
     lse_head_stride,
     lse_row_stride,
+    group: tl.constexpr,
     head_dim: tl.constexpr,
     dim_block: tl.constexpr,
     row_block: tl.constexpr,
@@ -54,37 +54,38 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
     weighed: tl.constexpr,
 ):
     key = tl.program_id(0) * key_block + tl.arange(0, key_block)
-    dim = tl.arange(0, dim_block)
+    dim = tl.arange(0, dim_block)[None, :]
     key_used = key < length
-    key_mask = key_used[:, None] & (dim < head_dim)[None, :]
+    key_mask = key_used[:, None] & (dim < head_dim)
     total = tl.zeros((key_block,), dtype=tl.float32)
     start = 0
     while start < rows:
         row = start + tl.arange(0, row_block)
         row_used = row < rows
-        row_mask = row_used[:, None] & (dim < head_dim)[None, :]
+        row_mask = row_used[:, None] & (dim < head_dim)
         attention = tl.zeros((row_block, key_block), dtype=tl.float32)
-        head = 0
-        while head < heads:
-            q = tl.load(
-                query + head * query_head_stride + row[:, None] * query_row_stride + dim[None, :],
-                mask=row_mask,
-                other=0.0,
-            )
+        kv_head = 0
+        while kv_head * group < heads:
             k = tl.load(
-                keys
-                + (head // group) * key_head_stride
-                + key[:, None].to(tl.int64) * key_stride
-                + dim[None, :],
+                keys + kv_head * key_head_stride + key[:, None].to(tl.int64) * key_stride + dim,
                 mask=key_mask,
                 other=0.0,
             )
-            lse = tl.load(
-                logsumexp + head * lse_head_stride + row * lse_row_stride, mask=row_used, other=0.0
-            )
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-            attention += tl.exp(logits - lse[:, None])
-            head += 1
+            for member in tl.static_range(group):
+                head = kv_head * group + member
+                q = tl.load(
+                    query + head * query_head_stride + row[:, None] * query_row_stride + dim,
+                    mask=row_mask,
+                    other=0.0,
+                )
+                lse = tl.load(
+                    logsumexp + head * lse_head_stride + row * lse_row_stride,
+                    mask=row_used,
+                    other=0.0,
+                )
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+                attention += tl.exp(logits - lse[:, None])
+            kv_head += 1
         seen = row_used[:, None] & key_used[None, :]
         if windowed:
             at = tl.load(row_positions + row, mask=row_used, other=0)
@@ -98,19 +99,19 @@ def _norm_kernel(  # type: ignore[no-untyped-def]  # Triton would read a type as
         total = tl.sqrt(total)
     if weighed:
         sizes = tl.zeros((key_block,), dtype=tl.float32)
-        head = 0
-        while head * group < heads:
+        kv_head = 0
+        while kv_head * group < heads:
             v = tl.load(
                 values
-                + head * value_head_stride
+                + kv_head * value_head_stride
                 + key[:, None].to(tl.int64) * value_stride
-                + dim[None, :],
+                + dim,
                 mask=key_mask,
                 other=0.0,
             )
             sizes += tl.sum(tl.abs(v.to(tl.float32)), axis=1)
-            head += 1
-        total *= sizes / head
+            kv_head += 1
+        total *= sizes / kv_head
     tl.store(out + key, total, mask=key_used)
 
 
@@ -154,7 +155,6 @@ def triton_attention_norm(
         rows,
         length,
         heads,
-        heads // context_keys.shape[1],
         scaling,
         0 if window is None else window,
         query.stride(1),
@@ -165,6 +165,7 @@ def triton_attention_norm(
         values.stride(2),
         logsumexp.stride(1),
         logsumexp.stride(2),
+        group=heads // context_keys.shape[1],
         head_dim=head_dim,
         dim_block=max(16, triton.next_power_of_2(head_dim)),
         row_block=ROWS,

@@ -34,7 +34,13 @@ _PLAN = (
     "q_data_type",
     "kv_data_type",
 )
-_PAGES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len", "page_size")
+_PAGES = (
+    "paged_kv_indptr",
+    "paged_kv_indices",
+    "paged_kv_last_page_len",
+    "page_size",
+    "max_token_per_sequence",
+)
 _MASKS = ("custom_mask", "packed_custom_mask")
 USED: dict[str, tuple[str, ...]] = {
     "BatchPrefillWithPagedKVCacheWrapper": ("kv_layout", "backend", "jit_args"),

@@ -205,6 +205,8 @@ class Call:
             paged_kv_last_page_len=table.last_page_len,
             page_size=geometry.page_size,
             causal=kind == "causal",
+            # FlashInfer would find it out itself, one request after the other.
+            max_token_per_sequence=max(sizes),
             **geometry.plan_arguments,
             **mask,
         )
