@@ -266,6 +266,9 @@ def few_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         )
     for how, norm in (("Triton", attention_norm), ("blocked torch", blocked_attention_norm)):
         yield bench.row("attention norms", how, lambda norm=norm: norms(bench, norm))
+        yield bench.row(
+            "attention norms times values", how, lambda norm=norm: norms(bench, norm, weigh=True)
+        )
 
 
 def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
@@ -283,12 +286,13 @@ def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
     return run, query, plan
 
 
-def norms(bench: Bench, norm: Callable[..., Tensor]) -> Callable[[], Any]:
-    """Its attention norms."""
+def norms(bench: Bench, norm: Callable[..., Tensor], *, weigh: bool = False) -> Callable[[], Any]:
+    """Its attention norms, times the sizes of the values or not."""
     run, query, plan = asked(bench)
     logsumexp = run()[1]
-    keys = bench.keys[:, :, : bench.length]
-    return lambda: norm(query, keys, logsumexp, plan, scaling=SCALING, reduction="l2", window=None)
+    keys, values = (x[:, :, : bench.length] for x in (bench.keys, bench.values))
+    how: dict[str, Any] = {"scaling": SCALING, "reduction": "l2", "window": None}
+    return lambda: norm(query, keys, logsumexp, plan, values=values if weigh else None, **how)
 
 
 PARTS = (full_prefill, few_rows, selected_rows, behind_a_prefix)

@@ -7,8 +7,9 @@ Shapes are those of Llama-3.1-8B and Qwen3-8B, in bfloat16. Weights are random: 
 depend on them, answers are meaningless. The baseline is the faster of two full prefills by
 transformers itself, one with SDPA and one with FlashInfer attention, on the unpatched model. Ours
 is everything from the question's arrival: stitch, select (with the scoring that it takes), and the
-fused forward of selected rows and prompt; documents lie in the card's memory. Times are between
-CUDA events, so waiting for the host counts; medians of repeats after one that is not counted.
+fused forward of selected rows and prompt; documents lie in the card's memory. Choosing is measured
+without CUDA graphs, too. Times are between CUDA events, so waiting for the host counts; medians of
+repeats after one that is not counted.
 
 Settings run in order of importance and none begins after the minutes given. Kernels that FlashInfer
 has never compiled on this machine are compiled in the uncounted round. Writes gpu_ttft.json and
@@ -118,8 +119,15 @@ def measure(
     full_memory = peak_memory(device)
     decoding["full prefill"] = work.decode(work.full_prefill()[1])
     shape = ModelShape.of(model)
-    with ifkv.patch(model, backend=backend):
+    with ifkv.patch(model, backend=backend) as handle:
         caches = ifkv.prefill_documents(model, work.documents, prefix=work.prefix)
+        if out_of_time():
+            return
+        # Choosing does not depend on the ratio: once without CUDA graphs, to compare.
+        graphs, handle.captures = handle.captures, None
+        runs = after_first(lambda: work.request(caches, RATIOS[0], rule), repeats)
+        launched = statistics.median(run["steps"]["select"] for run in runs)
+        handle.captures = graphs
         peak_memory(device)
         for ratio in RATIOS:
             if out_of_time():
@@ -133,6 +141,7 @@ def measure(
             yield record(name, work, ratio, baselines, runs) | {
                 "selector": str(rule),
                 "rows": len(slots),
+                "select_launched_seconds": launched,
                 "bound": speedup_bound(
                     shape,
                     context_length=work.context,

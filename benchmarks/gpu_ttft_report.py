@@ -29,13 +29,16 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select "
+        "Select, in parentheses: without CUDA graphs, every kernel launched by itself.",
+        "",
+        "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select (launched) "
         "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory (full prefill / ifkv) "
         "| decoding (transformers / ifkv) |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        steps = [f"{row['steps'][step] * 1e3:.1f}" for step in STEPS]
+        steps = [f"{row['steps'][step] * 1e3:.1f} ms" for step in STEPS]
+        steps[1] += f" ({row['select_launched_seconds'] * 1e3:.1f})"
         decode = row["decode_tokens_per_second"]
         full = row["full_prefill_seconds"]
         peaks = [row["full_prefill_peak_gb"], row["peak_gb"]]
@@ -43,7 +46,7 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['model']} | {row['length']} | {row['ratio']:.2f} "
             f"| {full['sdpa'] * 1e3:.0f} / {full['flashinfer'] * 1e3:.0f} ms "
-            f"| {' | '.join(f'{s} ms' for s in steps)} | {row['ttft_seconds'] * 1e3:.0f} ms "
+            f"| {' | '.join(steps)} | {row['ttft_seconds'] * 1e3:.0f} ms "
             f"| {row['speedup']:.2f}× | {row['bound']:.2f}× | {row['share_of_bound']:.0%} "
             f"| {peak} | {decode['full prefill']:.0f} / {decode['ifkv']:.0f} tokens/s |"
         )
