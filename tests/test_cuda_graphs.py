@@ -313,6 +313,12 @@ def test_so_many_captures_are_kept(bench: Bench) -> None:
     assert len(bench.graphs._captured) == KEPT
 
 
+def test_their_memory_goes_with_the_patch(bench: Bench) -> None:
+    bench.handle.captures = bench.graphs
+    bench.handle.unpatch()
+    assert bench.handle.captures is None
+
+
 def test_only_on_a_card() -> None:
     with ifkv.patch(shared_tiny_model("llama")) as handle:
         assert handle.captures is None

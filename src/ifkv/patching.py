@@ -83,6 +83,7 @@ class PatchHandle:
         """Restore the model; does nothing if that has been done already."""
         with _lock:
             self._restore()
+            self.captures = None
             model = self._model()
             if model is not None and _handles.get(model) is self:
                 del _handles[model]
