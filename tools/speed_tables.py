@@ -150,8 +150,34 @@ def gpu_kernels() -> str:
     return as_table("what | how | a layer | TFLOP/s", rows, 2)
 
 
+def gpu_ttft() -> str:
+    """Time to first token on a card: every shape, length and ratio."""
+    found = json.loads((RESULTS / "gpu_ttft.json").read_text(encoding="utf-8"))["rows"]
+    rows = [
+        [
+            row["model"],
+            f"{row['length']:,}",
+            f"{row['ratio']:.2f}",
+            f"{1e3 * min(row['full_prefill_seconds'].values()):,.0f} ms",
+            f"{1e3 * row['ttft_seconds']:,.0f} ms",
+            f"{row['speedup']:.2f}×",
+            f"{row['bound']:.2f}×",
+            f"{row['share_of_bound']:.0%}",
+            *(f"{1e3 * row['steps'][step]:,.0f} ms" for step in ("stitch", "select", "recompute")),
+            f"{row['full_prefill_peak_gb']:.0f} / {row['peak_gb']:.0f} GB",
+        ]
+        for row in sorted(found, key=lambda row: (row["model"], row["length"], row["ratio"]))
+    ]
+    head = (
+        "shape | tokens | r | full prefill | ifkv | speed-up | bound S(r) | share | stitch | "
+        "select | recompute, prompt | peak memory"
+    )
+    return as_table(head, rows, 1)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_kernels": gpu_kernels,
+    "gpu_ttft": gpu_ttft,
     "small_model": small_model,
     "steps": steps,
     "encoding": encoding,

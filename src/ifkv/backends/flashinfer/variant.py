@@ -4,7 +4,8 @@ A mask holds one bit per row and key and is rebuilt for every forward. Here the 
 slot of each row and the first slot of each request's keys, and compares: 4 bytes a row. FlashInfer
 compiles the source below on first use (nvcc, about two minutes on two cores) and keeps it.
 
-On an H100, with FlashInfer 0.6.18.post1, it is 4 to 6 % faster than a mask, and nothing is built.
+On an H100, with FlashInfer 0.6.18.post1, 5 % of 32k rows take a layer 1.44 ms by it and 1.82 by a
+mask, 15 % 2.88 and 3.04; and nothing is built.
 """
 
 from __future__ import annotations
