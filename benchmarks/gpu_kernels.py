@@ -33,8 +33,8 @@ SCALING = DIM**-0.5
 PROMPT = 64
 QUESTION = 48
 DOCUMENT = 512
-# Clock cycles, about a millisecond, that keep the card busy while a run is launched: short runs would
-# otherwise be as long as the processor takes for that.
+# Clock cycles, about a millisecond, that keep the card busy while a run is launched: short runs
+# would otherwise be as long as the processor takes for that.
 HEAD_START = 2_000_000
 Make = Callable[[], Callable[[], Any]]
 
