@@ -45,7 +45,7 @@ class _Noting(TorchDispatchMode):
 
 
 class RecorderStandIn:
-    """A :class:`ifkv.cuda_graphs.Recorder`."""
+    """A :class:`ifkv.graph_recorder.Recorder`."""
 
     def __init__(self, device: torch.device):
         self.graphs: list[GraphStandIn] = []

@@ -92,11 +92,11 @@ def test_bad_arguments_are_refused_before_any_work(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a forward was run")
 
+    import ifkv.cuda_graphs
     import ifkv.recomputation
-    import ifkv.scoring
 
     monkeypatch.setattr(ifkv.recomputation, "run_layers", refuse)
-    monkeypatch.setattr(ifkv.scoring, "run_layers", refuse)
+    monkeypatch.setattr(ifkv.cuda_graphs, "run_layers", refuse)
     bad: list[tuple[str, dict[str, Any]]] = [
         ("max_new_tokens", {"max_new_tokens": 0}),
         ("ratio", {"ratio": 2}),

@@ -1,4 +1,4 @@
-"""Questions that run in CUDA graphs: as without them, or not in them at all.
+"""Few rows that run in CUDA graphs: as without them, or not in them at all.
 
 On the stand-in everywhere, on a card under `pytest -m gpu`.
 """
@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 import ifkv
 from graph_standin import RecorderStandIn
 from ifkv.batching import score_many
-from ifkv.cuda_graphs import KEPT, SIZES, Captures, CudaRecorder
+from ifkv.cuda_graphs import KEPT, SIZES, Captures
+from ifkv.graph_recorder import CudaRecorder
 from ifkv.selectors import Request, names, resolve
-from ifkv.testing import assert_close, shared_tiny_model, tiny_model
-from scenario import Scenario, prepared, scenarios
+from ifkv.store import MemoryStore
+from ifkv.testing import assert_close, shared_tiny_model, tiny_model, tiny_tokenizer
+from scenario import EXACT, Scenario, keys_of, prepared, scenarios, values_of
 
 PREFIX, DOCUMENTS = [1, 2], [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 CPU = torch.device("cpu")
@@ -38,10 +40,10 @@ class Counted(Captures):
         self.captures += 1
         return CudaRecorder(device) if device.type == "cuda" else RecorderStandIn(device)
 
-    def run(self, *args: Any) -> bool:
-        done = super().run(*args)
-        self.runs += done
-        return done
+    def run(self, *args: Any) -> Tensor | None:
+        entering = super().run(*args)
+        self.runs += entering is not None
+        return entering
 
 
 class Bench:
@@ -141,6 +143,67 @@ def test_every_rule_chooses_as_without(bench: Bench, name: str) -> None:
         if found[0].scores is not None:
             assert selection.scores is not None
             assert_close(selection.scores.cpu(), found[0].scores.cpu(), what=name, tolerance=1e-5)
+
+
+@given(s=scenarios(min_slots=1))
+def test_recomputed_rows_and_logits_are_those_of_the_modules(s: Scenario) -> None:
+    with prepared(s.model, s.request) as ready:
+        handle = ifkv.patch(s.model)
+        want = ready.stitch(s.order)
+        expected = ifkv.recompute(s.model, want, s.slots, prompt_ids=s.request.prompt)
+        assert expected is not None
+        handle.captures = graphs = Counted(CPU)
+        for _ in range(2):
+            cache = ready.stitch(s.order)
+            got = ifkv.recompute(s.model, cache, s.slots, prompt_ids=s.request.prompt)
+            assert got is not None
+            assert_close(got, expected, what="logits", tolerance=EXACT)
+            for side in (keys_of, values_of):
+                assert_close(side(cache), side(want), what="rows", tolerance=EXACT)
+    assert (graphs.runs, graphs.captures) == (2, 1)
+
+
+def test_a_question_and_its_recomputation_share_a_capture(bench: Bench) -> None:
+    bench.handle.captures = bench.graphs
+    ifkv.score(bench.model, bench.cache, [20, 21], layers=[0, 1, 2])
+    ifkv.recompute(bench.model, bench.cache, [5, 8], prompt_ids=[20, 21])
+    assert (bench.graphs.runs, bench.graphs.captures) == (2, 1)
+
+
+def test_answers_of_a_batch_are_those_of_the_modules(bench: Bench) -> None:
+    documents = ifkv.prefill_documents(bench.model, DOCUMENTS, prefix=PREFIX)
+    prompts = [[20, 21, 22], [30], [31, 32]]
+    answers = []
+    for graphs in (None, bench.graphs):
+        bench.handle.captures = graphs
+        caches = ifkv.stitch_many(bench.model, [documents, documents[:2], documents[1:]])
+        made = ifkv.generate_many(bench.model, caches, prompts, max_new_tokens=6)
+        answers.append([answer.tolist() for answer in made])
+    assert answers[0] == answers[1]
+    assert bench.graphs.runs > 1
+
+
+def test_turns_with_new_documents_are_those_of_the_modules(bench: Bench) -> None:
+    """Tokens of the turn before run along in front of the question, and are carried on."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048
+    ).to(bench.model.device)
+    session = ifkv.Session(model, tokenizer, store=MemoryStore(), backend="reference")
+    keys = session.add(["The lamp is red.", "The door is green and old.", "It rains."])
+    handle = ifkv.patch(model)
+    found = []
+    for graphs in (None, Counted(model.device)):
+        handle.captures = graphs
+        talk = session.conversation(documents=keys[:2])
+        first = talk.ask("Which colour is the door?", max_new_tokens=4)
+        talk.add([keys[2]])
+        second = talk.ask("Why?", max_new_tokens=4)
+        found.append((first.first_logits, second.first_logits, second.slots))
+    for got, want in zip(found[1], found[0], strict=True):
+        assert_close(got.double(), want.double(), what="turn", tolerance=1e-6)
+    assert handle.captures is not None
+    assert handle.captures.runs >= 3
 
 
 def test_a_batch_runs_in_graphs_too(bench: Bench) -> None:

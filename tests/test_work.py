@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import ifkv
 from counting import Allocations, allocations, live_bytes, operations, rows_counted
-from ifkv import recomputation, recompute_request, rows_pass, scoring, stitching
+from ifkv import cuda_graphs, recomputation, recompute_request, rows_pass, stitching
 from ifkv.backends import reference
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost, scoring_cost
 from ifkv.documents import DocumentCache
@@ -307,13 +307,13 @@ def test_rows_that_nobody_selected_are_noticed(
 def test_scoring_through_all_layers_is_noticed(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast, depth = scoring.run_layers, ModelShape.of(model).num_layers
+    fast, depth = cuda_graphs.run_layers, ModelShape.of(model).num_layers
 
     def through(m: Any, hidden: Any, positions: Any, rotation: Any, run: Any, stop: int) -> Any:
         fast(m, hidden, positions, rotation, run, depth)
         return fast(m, hidden, positions, rotation, run, stop)
 
-    monkeypatch.setattr(scoring, "run_layers", through)
+    monkeypatch.setattr(cuda_graphs, "run_layers", through)
     with pytest.raises(AssertionError):
         check_scoring_rows(model, 700)
     with pytest.raises(AssertionError):

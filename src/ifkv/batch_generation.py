@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ifkv.batching import check_counts, check_private, recompute_many
 from ifkv.checks import check_positive, naming_request, token_tensor
+from ifkv.cuda_graphs import run_to_attention
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, num_layers, row_logits, run_layers
 from ifkv.generation import DEFAULT_MAX_NEW_TOKENS, has_prompt
@@ -201,9 +202,17 @@ def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Seque
     )
     hidden = embed(model, torch.tensor(list(tokens), device=model.device))
     cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
-    run = RowsPass(handle, caches, [1] * len(caches), plan)
-    rotation = (cos[None], sin[None])
-    hidden = run_layers(model, hidden, plan.slots, rotation, run, num_layers(model))
+    counts, rotation = [1] * len(caches), (cos[None], sin[None])
+    depth, start = num_layers(model), 0
+    run = RowsPass(handle, caches, counts, plan)
+    if handle.captures is not None:
+        # Graphs end at the last attention: the last layer runs once more, from what it was given.
+        start = depth - 1
+        writing = RowsPass(handle, caches, counts, plan, skip_attention_in=start)
+        rows = plan.slots, rotation, writing, start
+        hidden = run_to_attention(model, handle.captures, hidden, *rows)
+        run = RowsPass(handle, caches, counts, plan, write=False)
+    hidden = run_layers(model, hidden, plan.slots, rotation, run, depth, start=start)
     for cache, length in zip(caches, lengths, strict=True):
         for layer in cache.layers:
             layer.length = length

@@ -49,7 +49,7 @@ class PatchHandle:
         rope: The model's rotary geometry.
         name: The name that this model's attention is registered under.
         fingerprints: The model's fingerprint, kept until its weights change.
-        captures: On a CUDA card, the CUDA graphs that questions run in (:mod:`ifkv.cuda_graphs`);
+        captures: On a CUDA card, the CUDA graphs that few rows run in (:mod:`ifkv.cuda_graphs`);
             set it to None to have every kernel launched by itself.
     """
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import check_positive
+from ifkv.cuda_graphs import run_to_attention
 from ifkv.depths import run_by_depth
-from ifkv.forward import num_layers, row_logits, run_attention, run_layers
+from ifkv.forward import num_layers, row_logits, run_layers
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.recompute_request import Recomputation
 from ifkv.rows_pass import RowsPass
@@ -169,10 +170,8 @@ def _run_block(
     caches = [job.cache for job, _ in block]
     run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
     rotation = (cos[None], sin[None])
-    hidden = run_layers(model, hidden, plan.slots, rotation, run, last)
     # Nobody reads the last layer's output at these rows, only its keys and values.
-    run_attention(model, hidden, plan.slots, rotation, run, last)
-    return hidden
+    return run_to_attention(model, handle.captures, hidden, plan.slots, rotation, run, last)
 
 
 def _answer_rows(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ifkv.backends.base import Reduction
 from ifkv.checks import token_tensor, whole_numbers
+from ifkv.cuda_graphs import run_to_attention
 from ifkv.errors import InvalidInputError
-from ifkv.forward import embed, num_layers, run_attention, run_layers
+from ifkv.forward import embed, num_layers
 from ifkv.owed_rows import Carrying, owing
 from ifkv.patching import handle_of
 from ifkv.scoring_pass import Measure, QueryView, ScoringPass
@@ -214,12 +215,9 @@ def run_scorings(
         hidden = torch.cat((carrying.hidden, hidden), dim=1)
     cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
     rotation = (cos[None], sin[None])
-    graphs = handle.captures if carrying is None else None
-    if graphs is None or not graphs.run(model, hidden, positions, rotation, run, deepest):
-        hidden = run_layers(model, hidden, positions, rotation, run, deepest)
-        run_attention(model, hidden, positions, rotation, run, deepest)
+    entering = run_to_attention(model, handle.captures, hidden, positions, rotation, run, deepest)
     if carrying is not None:
-        carrying.carried(hidden, deepest)
+        carrying.carried(entering, deepest)
     return scoring.measured
 
 
