@@ -63,7 +63,7 @@ class Bench:
 
 @pytest.fixture(params=["standin", pytest.param("card", marks=pytest.mark.gpu)])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    model = tiny_model("qwen3", dtype=torch.float32)
+    model = tiny_model("qwen3", dtype=torch.float32, max_position_embeddings=1024)
     if request.param == "card":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -112,7 +112,7 @@ def test_one_capture_serves_every_number_of_rows_up_to_its_size(
     assert (graphs.runs, graphs.captures) == (len(lengths), len(sizes))
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 40, 128])
+@pytest.mark.parametrize("length", [1, 16, 17, 40, 128, 300, 512])
 def test_on_any_number_of_rows(bench: Bench, length: int) -> None:
     query = [1 + at % 50 for at in range(length)]
     want = bench.scores(query, graphs=False)

@@ -18,15 +18,38 @@ if TYPE_CHECKING:
     from ifkv.attention import AttentionPass
 
 
+class _Room:
+    """What attentions take and return, in the same memory in all layers.
+
+    Attributes:
+        query: ``[1, heads, rows, head_dim]``, a row's heads beside each other.
+        keys: ``[1, kv_heads, rows, head_dim]``, laid out as the query.
+        values: As the keys.
+        out: ``[1, rows, heads, head_dim]``.
+    """
+
+    def __init__(self, query: Tensor, keys: Tensor):
+        def rows(like: Tensor) -> Tensor:
+            _, heads, count, head_dim = like.shape
+            return like.new_zeros(1, count, heads, head_dim)
+
+        self.query = rows(query).transpose(1, 2)
+        self.keys, self.values = (rows(keys).transpose(1, 2) for _ in range(2))
+        self.out = rows(query)
+
+    def take(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Copy a layer's in."""
+        self.query.copy_(query)
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Cut:
-    """A stretch up to an attention, and what it leaves for it."""
+    """A stretch up to an attention, and how that is to be run."""
 
     graph: Graph
     layer_idx: int
-    query: Tensor
-    keys: Tensor
-    values: Tensor
     scaling: float
     window: int | None
 
@@ -36,19 +59,18 @@ class _Cutting:
 
     Attributes:
         cuts: Made so far.
-        out: What every attention returns, ``[1, rows, heads, head_dim]``: the buffer that a
-            replay's attention is copied to.
+        room: Where stretches leave what their attention takes; made at the first.
 
     Args:
         recorder: None for a trial run that records nothing.
         last: The layer whose attention is the last.
-        out: None makes it.
+        room: None makes it.
     """
 
-    def __init__(self, recorder: Recorder | None, last: int, out: Tensor | None = None):
+    def __init__(self, recorder: Recorder | None, last: int, room: _Room | None = None):
         self._recorder = recorder
         self._last = last
-        self.out = out
+        self.room = room
         self.cuts: list[_Cut] = []
 
     def update(
@@ -68,16 +90,15 @@ class _Cutting:
         window: int | None,
     ) -> Tensor:
         """End one graph and begin the next."""
-        if self.out is None:
-            self.out = torch.zeros_like(
-                query.transpose(1, 2), memory_format=torch.contiguous_format
-            )
+        if self.room is None:
+            self.room = _Room(query, keys)
+        self.room.take(query, keys, values)
         if self._recorder is not None:
             graph = self._recorder.end()
-            self.cuts.append(_Cut(graph, layer_idx, query, keys, values, scaling, window))
+            self.cuts.append(_Cut(graph, layer_idx, scaling, window))
             if layer_idx != self._last:
                 self._recorder.begin()
-        return self.out
+        return self.room.out
 
 
 class Captured:
@@ -114,9 +135,9 @@ class Captured:
                 # Once without: libraries make their handles and choose their kernels.
                 trial = _Cutting(None, last)
                 self._forward(model, trial, last)
-                assert trial.out is not None
-                self._out = trial.out
-                cutting = _Cutting(recorder, last, trial.out)
+                assert trial.room is not None
+                self._room = trial.room
+                cutting = _Cutting(recorder, last, trial.room)
                 recorder.begin()
                 self._entering = self._forward(model, cutting, last)
         self._cuts = cutting.cuts
@@ -140,19 +161,13 @@ class Captured:
         self._positions[:rows] = positions
         for own, part in zip(self._rotation, rotation, strict=True):
             own[:, :rows] = part
+        room = self._room
+        query, keys, values = (x[:, :, :rows] for x in (room.query, room.keys, room.values))
         for cut in self._cuts:
             cut.graph.replay()
-            keys, values = attention_pass.update(
-                cut.keys[:, :, :rows], cut.values[:, :, :rows], cut.layer_idx
+            taken = attention_pass.update(keys, values, cut.layer_idx)
+            room.out[:, :rows] = attention_pass.attend(
+                cut.layer_idx, query, *taken, scaling=cut.scaling, window=cut.window
             )
-            out = attention_pass.attend(
-                cut.layer_idx,
-                cut.query[:, :, :rows],
-                keys,
-                values,
-                scaling=cut.scaling,
-                window=cut.window,
-            )
-            self._out[:, :rows] = out
         # A copy: the next replay, perhaps another thread's, overwrites it.
         return self._entering[:, :rows].clone()

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ifkv")
 
-# Rows that stretches are captured for. More of them keep a card busy for as long as they take to
-# launch.
-SIZES = (16, 32, 64, 128)
-# Captures kept for one model; each holds some tens of MB of a large one.
+# Rows that stretches are captured for. Of a model of 8 billion weights, twice as many keep an H100
+# busy for as long as they take to launch.
+SIZES = (16, 32, 64, 128, 256, 512)
+# Captures kept for one model; each holds what one layer's rows take, 50 MB of 512 of a large one.
 KEPT = 8
 
 

@@ -16,6 +16,8 @@ from ifkv.stitched_cache import StitchedCache
 class QueryView:
     """What one layer of a scoring pass has to look at.
 
+    Its tensors are as they are until the measure returns: what is to be kept has to be a copy.
+
     Attributes:
         backend: The model's attention backend.
         layer_idx: The layer.
