@@ -20,6 +20,7 @@ from graph_standin import RecorderStandIn
 from ifkv.batching import score_many
 from ifkv.cuda_graphs import KEPT, SIZES, Captures
 from ifkv.graph_recorder import CudaRecorder
+from ifkv.scoring import QueryView, attention_norm, mean_over_layers, measure_query
 from ifkv.selectors import Request, names, resolve
 from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, shared_tiny_model, tiny_model, tiny_tokenizer
@@ -335,7 +336,7 @@ def test_layers_that_cannot_be_captured_are_called_and_that_is_said_once(
     assert bench.graphs.runs == 1, "other modules are tried anew"
 
 
-def test_graphs_in_use_by_another_thread_are_left_alone(bench: Bench) -> None:
+def test_threads_do_not_meet(bench: Bench) -> None:
     want = {query: bench.scores([query, 21], graphs=False) for query in range(20, 24)}
     bench.handle.captures = bench.graphs
     wrong: list[int] = []
@@ -352,7 +353,23 @@ def test_graphs_in_use_by_another_thread_are_left_alone(bench: Bench) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert bench.graphs.runs > 0
+    assert bench.graphs.runs == 10 * len(want)
+
+
+def test_a_pass_within_a_pass_is_launched(bench: Bench) -> None:
+    want = bench.scores([20, 21], graphs=False)
+    bench.handle.captures = bench.graphs
+    inner: list[Tensor] = []
+
+    def measure(view: QueryView) -> Tensor:
+        inner.append(ifkv.score(bench.model, bench.cache, [20, 21], layers=[0, 2]).cpu())
+        return attention_norm("l2")(view)
+
+    norms = measure_query(bench.model, bench.cache, [20, 21], [0, 2], measure)
+    assert len(inner) == 2
+    for got in (*inner, mean_over_layers(norms).cpu()):
+        assert_close(got, want, what="scores", tolerance=1e-5)
+    assert bench.graphs.runs == 1
 
 
 def test_captured_without_gradients_replayed_with_or_without(bench: Bench) -> None:

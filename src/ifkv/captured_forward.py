@@ -124,7 +124,8 @@ class Captured:
         positions: Tensor,
         rotation: tuple[Tensor, Tensor],
     ):
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._running: int | None = None  # the thread that is
         # Captured in whatever mode, replayed in any.
         with torch.inference_mode(False), torch.no_grad():
             self._hidden = hidden.new_zeros(1, size, hidden.shape[2])
@@ -154,8 +155,28 @@ class Captured:
         positions: Tensor,
         rotation: tuple[Tensor, Tensor],
         attention_pass: AttentionPass,
+    ) -> Tensor | None:
+        """Replay it for some rows, under a pass of theirs; see :meth:`Captures.run`.
+
+        Threads wait for each other, as their work would on the card: so nobody's numbers depend on
+        who else asks. None if this thread is replaying it already.
+        """
+        if self._running == threading.get_ident():
+            return None
+        with self._lock:
+            self._running = threading.get_ident()
+            try:
+                return self._run(hidden, positions, rotation, attention_pass)
+            finally:
+                self._running = None
+
+    def _run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attention_pass: AttentionPass,
     ) -> Tensor:
-        """Replay it for some rows, under a pass of theirs; see :func:`run_to_attention`."""
         rows = hidden.shape[1]
         self._hidden[:, :rows] = hidden
         self._positions[:rows] = positions

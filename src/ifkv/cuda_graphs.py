@@ -116,7 +116,8 @@ class Captures:
 
         Returns:
             What that layer was given, ``[1, rows, hidden]``. If None, nothing has been done: the
-            rows are too many, the modules cannot be captured, or another thread uses the graphs.
+            rows are too many, the modules cannot be captured, or the pass has been begun from
+            within another one of this thread.
         """
         size = next((size for size in SIZES if hidden.shape[1] <= size), None)
         if size is None or hidden.device != self._device:
@@ -126,31 +127,29 @@ class Captures:
         held = _what_graphs_hold(model)
         if held is None:
             return None
+        rows = positions, rotation
         with self._lock:
             if held != self._held:
                 self._captured.clear()
                 self._held, self._refused = held, False
-            captured = self._find(model, size, last, (hidden, positions, rotation))
-        if captured is None or not captured.lock.acquire(blocking=False):
-            return None
-        try:
-            return captured.run(hidden, positions, rotation, attention_pass)
-        finally:
-            captured.lock.release()
+            captured = self._find(model, size, last, hidden, *rows)
+        return None if captured is None else captured.run(hidden, *rows, attention_pass)
 
     def _find(
         self,
         model: PreTrainedModel,
         size: int,
         last: int,
-        rows: tuple[Tensor, Tensor, tuple[Tensor, Tensor]],
+        hidden: Tensor,
+        positions: Tensor,
+        rotation: tuple[Tensor, Tensor],
     ) -> Captured | None:
         """The captured forward of this size, made if there is none; None if that has failed."""
-        key = (size, last, rows[0].dtype, _stream(self._device))
+        key = (size, last, hidden.dtype, _stream(self._device))
         if key not in self._captured and not self._refused:
             recorder = self._make_recorder(self._device)
             try:
-                captured = Captured(model, recorder, size, last, *rows)
+                captured = Captured(model, recorder, size, last, hidden, positions, rotation)
             except RuntimeError as error:
                 self._refused = True
                 _log.warning(
