@@ -1,7 +1,9 @@
 """The fingerprint: equal where caches are, different where anything that makes them is."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 import ifkv
 from ifkv.errors import FingerprintMismatchError
 from ifkv.fingerprint import SAMPLES, _places, fingerprint
+from ifkv.module_tree import _trees
 from ifkv.patching import handle_of
 from ifkv.testing import tiny_model
 
@@ -147,3 +150,41 @@ def test_the_head_does_not_count_unless_it_is_tied_to_the_embeddings() -> None:
                     ifkv.stitch(model, [document])
             else:
                 assert ifkv.stitch(model, [document]).context_length == 3
+
+
+def _hang_below_a_layer(layer: Any) -> None:
+    layer.mlp.down_proj.add_module("more", torch.nn.Linear(2, 2, bias=False).double())
+
+
+def _put_another_in_its_place(layer: Any) -> None:
+    old = layer.mlp.down_proj
+    layer.mlp.down_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False).double()
+
+
+def _give_it_another_parameter(layer: Any) -> None:
+    layer.mlp.down_proj.bias = torch.nn.Parameter(torch.ones(32).double())
+
+
+@pytest.mark.parametrize(
+    "change", [_hang_below_a_layer, _put_another_in_its_place, _give_it_another_parameter]
+)
+def test_a_module_that_was_not_there_before_is_noticed(change: Callable[[Any], None]) -> None:
+    model: Any = tiny_model("llama")
+    with ifkv.patch(model) as handle:
+        before = handle.fingerprints.of(model, glance=False)
+        assert handle.fingerprints.of(model, glance=False) == before
+        change(model.base_model.layers[1])
+        assert handle.fingerprints.of(model, glance=False) != before
+
+
+def test_what_is_kept_of_a_model_keeps_no_weights() -> None:
+    model: Any = tiny_model("llama")
+    handle = ifkv.patch(model)
+    handle.fingerprints.of(model)
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    kept_for_now = len(_trees)
+    del model
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+    assert len(_trees) < kept_for_now
+    assert "undone" in repr(handle)

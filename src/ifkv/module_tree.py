@@ -50,8 +50,7 @@ def _walk(root: nn.Module) -> ModuleTree:
     found, children = [root], []
     for module in found:  # which grows meanwhile
         below = tuple(module._modules.values())
-        if below:
-            children.append((module._modules, below))
+        children.append((module._modules, below))  # without any, too: there may be some later
         found += [each for each in below if each is not None]
     parameters = tuple(module._parameters for module in found)
     return ModuleTree(tuple(found[1:]), parameters, tuple(children))
