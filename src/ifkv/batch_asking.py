@@ -16,8 +16,8 @@ from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
 from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError, StoreCorruptionError
-from ifkv.forward import num_layers
 from ifkv.greedy import GreedySettings, greedy_settings
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch

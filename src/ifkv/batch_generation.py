@@ -16,8 +16,9 @@ from torch import Tensor
 from ifkv.batching import check_counts, check_private, recompute_many
 from ifkv.checks import check_positive, naming_request, token_tensor
 from ifkv.cuda_graphs import run_to_attention
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
-from ifkv.forward import embed, num_layers, row_logits, run_layers
+from ifkv.forward import embed, row_logits, run_layers
 from ifkv.generation import DEFAULT_MAX_NEW_TOKENS, has_prompt
 from ifkv.greedy import GreedySettings, greedy_settings, penalised
 from ifkv.patching import handle_of

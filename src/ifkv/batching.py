@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ifkv.backends.base import Reduction
 from ifkv.checks import naming_request
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
-from ifkv.forward import num_layers
 from ifkv.recomputation import run_recomputations
 from ifkv.recompute_request import Recomputation
 from ifkv.scoring import (

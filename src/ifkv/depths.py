@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import whole_numbers
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
-from ifkv.forward import num_layers, run_attention, run_layers
+from ifkv.forward import run_attention, run_layers
 from ifkv.rows_pass import RowsPass
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
+from ifkv.decoder_layers import num_layers
 from ifkv.document_cache import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
-from ifkv.forward import embed, num_layers, run_attention, run_layers
+from ifkv.forward import embed, run_attention, run_layers
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.rope import rotate
 

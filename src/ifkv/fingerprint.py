@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifkv.decoder_layers import num_layers
 from ifkv.glance import Glance
 from ifkv.module_tree import tree_of
 
@@ -67,6 +68,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     base: Any = model.base_model
+    digest.update(f"{num_layers(model)} layers run;".encode())
     rotary = base.rotary_emb
     # A longrope module's current frequencies are those of the last forward.
     longrope = getattr(rotary, "rope_type", "default") == "longrope"
@@ -130,7 +132,7 @@ class FingerprintCache:
     """
 
     def __init__(self) -> None:
-        self._counts: tuple[tuple[int, int], ...] | None = None
+        self._counts: tuple[object, ...] | None = None
         self._glance: Glance | None = None
         self._seen = b""
         self._value = ""
@@ -144,10 +146,13 @@ class FingerprintCache:
                 again.
         """
         parameters = _parameters_of(model.base_model)
-        counts = tuple(
-            # Parameters made under torch.inference_mode() are not counted either.
-            (p.data_ptr(), -1 if p.is_inference() else p._version)
-            for p in parameters
+        counts = (
+            _read_by_every_forward(model),
+            *(
+                # Parameters made under torch.inference_mode() are not counted either.
+                (p.data_ptr(), -1 if p.is_inference() else p._version)
+                for p in parameters
+            ),
         )
         known = counts == self._counts
         if known and not glance:
@@ -158,6 +163,12 @@ class FingerprintCache:
             self._value = fingerprint(model)
             self._counts, self._glance, self._seen = counts, look, seen
         return self._value
+
+
+def _read_by_every_forward(model: PreTrainedModel) -> tuple[object, ...]:
+    """What upstream reads from the config anew each time, and so can change under a patch."""
+    base: Any = model.base_model
+    return num_layers(model), getattr(base.config, "sliding_window", None)
 
 
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ifkv.decoder_layers import decoder_layers
 from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
@@ -33,12 +34,6 @@ def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     base: Any = model.base_model
     hidden: Tensor = base.embed_tokens(token_ids[None])
     return hidden
-
-
-def num_layers(model: PreTrainedModel) -> int:
-    """How many decoder layers the model has."""
-    base: Any = model.base_model
-    return len(base.layers)
 
 
 def run_layers(
@@ -65,8 +60,7 @@ def run_layers(
     Returns:
         The hidden states that layer ``stop`` would be given, ``[1, rows, hidden]``.
     """
-    base: Any = model.base_model
-    for layer in base.layers[start:stop]:
+    for layer in decoder_layers(model)[start:stop]:
         hidden = layer(hidden, **_keywords(layer, positions, rotation, attention_pass))
     return hidden
 
@@ -92,8 +86,7 @@ def run_attention(
         attention_pass: The pass.
         layer_idx: The layer.
     """
-    base: Any = model.base_model
-    layer = base.layers[layer_idx]
+    layer: Any = decoder_layers(model)[layer_idx]
     layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
         **_keywords(layer.self_attn, positions, rotation, attention_pass),

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ifkv.checks import check_positive
 from ifkv.cuda_graphs import run_to_attention
+from ifkv.decoder_layers import num_layers
 from ifkv.depths import run_by_depth
-from ifkv.forward import num_layers, row_logits, run_layers
+from ifkv.forward import row_logits, run_layers
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.recompute_request import Recomputation
 from ifkv.rows_pass import RowsPass

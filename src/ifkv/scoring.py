@@ -13,8 +13,9 @@ from torch import Tensor
 from ifkv.backends.base import Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.cuda_graphs import run_to_attention
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
-from ifkv.forward import embed, num_layers
+from ifkv.forward import embed
 from ifkv.owed_rows import Carrying, owing
 from ifkv.patching import handle_of
 from ifkv.scoring_pass import Measure, QueryView, ScoringPass

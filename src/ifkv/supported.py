@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ifkv.decoder_layers import decoder_layers
 from ifkv.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -40,12 +41,25 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
                 f"of {family.model_class}. If {name} wraps a model, patch that one, with adapters "
                 "merged into it; otherwise this transformers release may have moved it."
             )
-    for index, layer in enumerate(base.layers):
+    layers = decoder_layers(model)
+    if not layers:
+        raise UnsupportedModelError(
+            f"config.num_hidden_layers is {base.config.num_hidden_layers} and {name} holds "
+            f"{len(base.layers)} layers, so no layer runs; correct the config."
+        )
+    for index, layer in enumerate(layers):
         found = type(getattr(layer, "self_attn", None)).__name__
         if found != attention:
             raise UnsupportedModelError(
                 f"layer {index} has attention {found}, but family {family.name!r} expects "
                 f"{attention}; ifkv does not approximate an architecture it does not know."
+            )
+        own = cast(Any, layer).self_attn.layer_idx
+        if own != index:
+            raise UnsupportedModelError(
+                f"layer {index} of this {name} says that it is layer_idx {own}, so its keys and "
+                f"values would go where another layer's belong; set self_attn.layer_idx = {index} "
+                "there (layers that were removed leave the others misnumbered)."
             )
 
 

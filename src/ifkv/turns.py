@@ -13,9 +13,9 @@ from ifkv.answering import check_answer_kwargs, chosen_selector
 from ifkv.auto import Ratio
 from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
+from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
-from ifkv.forward import num_layers
 from ifkv.owed_rows import owe
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch, finished

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ifkv.backends.base import Backend
+from ifkv.decoder_layers import decoder_layers
 from ifkv.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def resolve_backend(backend: str | Backend, model: PreTrainedModel) -> Backend:
 def _flashinfer(model: PreTrainedModel) -> Backend:
     from ifkv.backends.flashinfer import availability
 
-    base: Any = model.base_model
-    head_dims = {int(layer.self_attn.head_dim) for layer in base.layers}
+    layers: list[Any] = list(decoder_layers(model))
+    head_dims = {int(layer.self_attn.head_dim) for layer in layers}
     refusal = availability.refusal_of_device(model.device) or availability.refusal_of_model(
         model.dtype, head_dims, model.config.num_attention_heads
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from ifkv.decoder_layers import decoder_layers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -74,8 +76,8 @@ class ModelShape:
 
         Nothing but shapes is read: a model on the ``meta`` device has them, too.
         """
-        base: Any = model.base_model
-        layer = base.layers[0]
+        layers: list[Any] = list(decoder_layers(model))
+        layer = layers[0]
         matrices, attention = _elements(layer), _elements(layer.self_attn)
         # o_proj takes all heads' outputs side by side, whatever the projections before it; what
         # those give beside the queries is keys and values.
@@ -84,7 +86,7 @@ class ModelShape:
         return cls(
             layer_parameters=matrices,
             attention_width=width,
-            num_layers=len(base.layers),
+            num_layers=len(layers),
             attention_parameters=attention,
             kv_width=kv_width,
             element_size=model.dtype.itemsize,

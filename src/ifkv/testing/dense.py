@@ -133,7 +133,7 @@ def dense_rows(
         keys_before_rope: What the slots hold beforehand, `[L, H_kv, N, D]`; None for nothing.
         values: As `keys_before_rope`.
     """
-    layers = model.model.layers
+    layers = model.model.layers[: model.config.num_hidden_layers]
     ids, slots, positions = (torch.as_tensor(x) for x in (token_ids, slots, positions))
     row_positions = positions[slots]
     hidden = model.model.embed_tokens.weight[ids]
