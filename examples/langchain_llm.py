@@ -1,20 +1,25 @@
 """ifkv as a LangChain language model: `pip install langchain-core`.
 
-A chain hands its retrieved documents to `invoke(question, documents=[...])`; they are encoded when
-they are first seen, and found again by content ever after.
+A chain that retrieves hands its documents on beside the question, not pasted into it:
+
+    {"context": retriever, "question": RunnablePassthrough()} | over_context(IfkvLLM(session=...))
+
+Documents are encoded when they are first seen, and found again by content ever after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from langchain_core.language_models.llms import LLM
 from langchain_core.outputs import GenerationChunk
+from langchain_core.runnables import Runnable, RunnableLambda
 
 
 class IfkvLLM(LLM):
-    """Answers the prompt over documents given at the call.
+    """Answers the prompt over documents given at the call, as texts or LangChain `Document`s.
 
     Attributes:
         session: The session whose model answers.
@@ -37,7 +42,8 @@ class IfkvLLM(LLM):
 
     def _options(self, documents: Any = (), **options: Any) -> dict[str, Any]:
         """What a session is asked with; documents that it does not know are encoded."""
-        keys = self.session.add(list(documents))
+        texts = [getattr(document, "page_content", document) for document in documents]
+        keys = list(dict.fromkeys(self.session.add(texts)))  # a passage found twice is read once
         own = {"ratio": self.ratio, "max_new_tokens": self.max_new_tokens}
         return {**own, **options, "documents": keys}
 
@@ -54,3 +60,15 @@ class IfkvLLM(LLM):
             raise ValueError("stop words are not supported when streaming; use invoke().")
         for piece in self.session.stream(prompt, **self._options(**kwargs)):
             yield GenerationChunk(text=piece)
+
+
+def over_context(llm: Runnable[Any, str]) -> Runnable[dict[str, Any], str]:
+    """A step of a chain: from `{"context": documents, "question": text}` to the answer.
+
+    A retriever puts what it found most fitting first. Here that goes last, next to the question.
+    """
+
+    def answering(given: dict[str, Any]) -> Runnable[dict[str, Any], str]:
+        return itemgetter("question") | llm.bind(documents=given["context"][::-1])
+
+    return RunnableLambda(answering)

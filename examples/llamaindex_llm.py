@@ -1,43 +1,54 @@
 """ifkv as a LlamaIndex language model: `pip install llama-index-core`.
 
-A query engine pastes its passages into the prompt as text. To reuse caches they must stay apart, so
-here they are given beside it: `llm.complete(question, documents=[node.get_content(), ...])`.
+A query engine pastes its passages into the prompt as text. To reuse caches they must stay apart:
+`IfkvSynthesizer` hands them to the model beside the question, and the engine hands back the nodes.
+
+    engine = RetrieverQueryEngine(retriever, IfkvSynthesizer(IfkvLLM(session=session)))
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.llms.callbacks import llm_completion_callback
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import MetadataMode
 
 
 class IfkvLLM(CustomLLM):
-    """Answers the prompt over documents given at the call."""
+    """Answers the prompt over documents given at the call: texts, nodes, or nodes with scores."""
 
     session: Any
     ratio: float = 0.15
     max_new_tokens: int = 64
-    context_window: int = 8192
 
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex asks of a model."""
         return LLMMetadata(
-            context_window=self.context_window,
+            context_window=self.session.model.config.max_position_embeddings,
             num_output=self.max_new_tokens,
             model_name=getattr(self.session.model, "name_or_path", "ifkv"),
         )
+
+    def _options(self, documents: Any) -> dict[str, Any]:
+        """What a session is asked with; documents that it does not know are encoded."""
+        keys = self.session.add([_text(document) for document in documents])
+        return {
+            "documents": list(dict.fromkeys(keys)),  # a passage found twice is read once
+            "ratio": self.ratio,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     @llm_completion_callback()
     def complete(
         self, prompt: str, formatted: bool = False, *, documents: Any = (), **kwargs: Any
     ) -> CompletionResponse:
         """Answer over documents."""
-        keys = self.session.add(list(documents))
-        answer = self.session.ask(
-            prompt, documents=keys, ratio=self.ratio, max_new_tokens=self.max_new_tokens
-        )
+        answer = self.session.ask(prompt, **self._options(documents))
         return CompletionResponse(text=answer.text, raw={"ttft_seconds": answer.ttft_seconds})
 
     @llm_completion_callback()
@@ -45,10 +56,46 @@ class IfkvLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, *, documents: Any = (), **kwargs: Any
     ) -> Any:
         """Answer over documents, piece by piece."""
-        keys = self.session.add(list(documents))
         text = ""
-        for piece in self.session.stream(
-            prompt, documents=keys, ratio=self.ratio, max_new_tokens=self.max_new_tokens
-        ):
+        for piece in self.session.stream(prompt, **self._options(documents)):
             text += piece
             yield CompletionResponse(text=text, delta=piece)
+
+
+class IfkvSynthesizer(BaseSynthesizer):
+    """The step of a query engine behind its retriever: the answer over the passages it found.
+
+    A retriever puts what it found most fitting first. Here that goes last, next to the question.
+
+    Args:
+        llm: The model.
+        streaming: Give the answer piece by piece, as the response's `response_gen`.
+    """
+
+    def __init__(self, llm: IfkvLLM, streaming: bool = False):
+        super().__init__(llm=llm, streaming=streaming)
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        documents = text_chunks[::-1]
+        if not self._streaming:
+            return self._llm.complete(query_str, documents=documents).text
+        said = self._llm.stream_complete(query_str, documents=documents)
+        return (piece.delta for piece in said)
+
+    async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
+        if self._streaming:
+            raise ValueError("an answer is not streamed asynchronously here; use query().")
+        return await asyncio.to_thread(self.get_response, query_str, text_chunks)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: dict[str, Any]) -> None:
+        """There are none: the session lays the request out."""
+
+
+def _text(document: Any) -> Any:
+    """A passage as the model is to read it: a node with the metadata it is to be shown with."""
+    if not hasattr(document, "get_content"):
+        return document
+    return document.get_content(metadata_mode=MetadataMode.LLM)

@@ -127,37 +127,6 @@ def test_the_sqlite_store_serves_nothing_damaged(tmp_path: Path) -> None:
     assert key not in store
 
 
-# Frameworks
-
-
-def test_langchain_answers_and_streams_over_given_documents(session: ifkv.Session) -> None:
-    pytest.importorskip("langchain_core")
-    from langchain_core.prompts import PromptTemplate
-    from langchain_llm import IfkvLLM
-
-    llm = IfkvLLM(session=session, max_new_tokens=6)
-    expected = session.ask("Which?", documents=session.add(TEXTS), max_new_tokens=6).text
-    assert llm.invoke("Which?", documents=TEXTS) == expected
-    assert "".join(llm.stream("Which?", documents=TEXTS)).strip() == expected
-    chain = PromptTemplate.from_template("{word}?") | llm.bind(documents=TEXTS)
-    assert chain.invoke({"word": "Which"}) == expected
-    with pytest.raises(ifkv.IfkvError, match="empty list"):
-        list(IfkvLLM(session=session).stream("Which?", documents=[]))
-
-
-def test_llamaindex_answers_over_given_documents(session: ifkv.Session) -> None:
-    pytest.importorskip("llama_index.core")
-    from llamaindex_llm import IfkvLLM
-
-    llm = IfkvLLM(session=session, max_new_tokens=6)
-    expected = session.ask("Which?", documents=session.add(TEXTS), max_new_tokens=6).text
-    assert llm.complete("Which?", documents=TEXTS).text == expected
-    said = list(llm.stream_complete("Which?", documents=TEXTS))
-    assert "".join(piece.delta or "" for piece in said).strip() == expected
-    assert said[-1].text.strip() == expected
-    assert llm.metadata.num_output == 6
-
-
 # The selector
 
 
