@@ -6,22 +6,21 @@ decoder stack, so that this model alone looks its attention up under that name. 
 every call that carries no ifkv pass to whatever attention the model used before, so ordinary
 ``model(...)`` and ``model.generate(...)`` stay bit for bit the same.
 
-An overlay shares its ``__dict__`` with the config it covers: changes made through either are seen
-through both, and another model built from the same config object is not affected. Copying and
-pickling see through it: a copy of a patched model is an ordinary, unpatched model.
+An overlay (:mod:`ifkv.config_overlay`) sees changes of the config below, as that sees changes of the
+overlay. Another model built from either config object computes what it would without the patch.
+Copying and pickling see through it: a copy of a patched model is an ordinary, unpatched model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import operator
 import threading
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from ifkv.config_overlay import below, overlay
 from ifkv.cuda_graphs import Captures
 from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
@@ -72,12 +71,14 @@ class PatchHandle:
         from ifkv.attention import register
 
         config = cast("PreTrainedConfig", model.base_model.config)
-        register(self.name, config, self.backend)
-        overlay = _overlay(config, self.name)
+        # A model built from a patched model's config holds that one's overlay.
+        underlying, covered = below(config), self._covered
+        register(self.name, underlying, self.backend)
+        laid = overlay(underlying, self.name, lambda: bool(covered))
         for module in model.base_model.modules():
             if getattr(module, "config", None) is config:
-                self._covered.append((module, config))
-                module.config = cast(Any, overlay)
+                covered.append((module, config))
+                module.config = cast(Any, laid)
 
     def unpatch(self) -> None:
         """Restore the model; does nothing if that has been done already."""
@@ -114,30 +115,6 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = "active" if self._covered else "undone"
         return f"<PatchHandle {self.family.name}, backend={self.backend.name!r}, {state}>"
-
-
-def _overlay(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """A config that equals `config` in everything, now and later, but for its attention's name."""
-    base = type(config)
-    stored = cast(property, base._attn_implementation)  # what transformers reads
-
-    def setter(self: Any, value: str | dict[str, str] | None) -> None:
-        assert stored.fset is not None
-        stored.fset(self, value)
-
-    overlaid = type(
-        base.__name__,
-        (base,),
-        {
-            "_attn_implementation": property(lambda _: name, setter),
-            # Copies and pickles are of the config below, which the model's head shares.
-            "__copy__": lambda _: copy.copy(config),
-            "__reduce_ex__": lambda *_: (operator.itemgetter(0), ((config,),)),
-        },
-    )
-    overlay: Any = object.__new__(overlaid)
-    object.__setattr__(overlay, "__dict__", config.__dict__)
-    return cast("PreTrainedConfig", overlay)
 
 
 def _restore(name: str, covered: list[tuple[nn.Module, PreTrainedConfig]]) -> None:
