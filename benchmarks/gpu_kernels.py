@@ -27,9 +27,10 @@ from gpu_ttft import RESULTS, describe
 from ifkv.backends.flashinfer import FlashInferBackend, calls, tiles
 from ifkv.backends.norms import attention_norm, blocked_attention_norm
 from ifkv.backends.plans import QueryPlan
+from ifkv.backends.spec import AttentionSpec
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-SCALING = DIM**-0.5
+SPEC = AttentionSpec(DIM**-0.5)
 PROMPT = 64
 QUESTION = 48
 DOCUMENT = 512
@@ -127,12 +128,10 @@ def attend(
 
     def make() -> Callable[[], Any]:
         backend = bench.backend(mask)
-        plan = backend.plan_rows(slots, length, bench.device)
+        plan = backend.plan_requests([slots], [length], bench.device)
 
         def run() -> Tensor:
-            return backend.attend_rows(
-                query, bench.keys, bench.values, plan, scaling=SCALING, window=None
-            )
+            return backend.attend_requests(query, [bench.keys], [bench.values], plan, SPEC)
 
         with mock.patch.object(tiles, "SPLIT_ROWS", tile):
             run()  # planned by the first run
@@ -208,7 +207,7 @@ def copied(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
         backend = bench.backend()
         lengths = (DOCUMENT,) * (bench.length // DOCUMENT)
         plan = backend.plan_documents(lengths, prefix, bench.device)
-        return lambda: backend.attend_documents(*tensors, plan, scaling=SCALING, window=None)
+        return lambda: backend.attend_documents(*tensors, plan, SPEC)
 
     return make
 
@@ -221,7 +220,7 @@ def merged(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
         "num_qo_heads": HEADS,
         "num_kv_heads": KV_HEADS,
         "head_dim_qk": DIM,
-        "sm_scale": SCALING,
+        "sm_scale": SPEC.scaling,
         "q_data_type": q.dtype,
         "kv_data_type": q.dtype,
     }
@@ -282,12 +281,12 @@ def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
     own = [bench.random(1, KV_HEADS, QUESTION, DIM) for _ in range(2)]
     context = [x[:, :, : bench.length] for x in (bench.keys, bench.values)]
     at = torch.arange(bench.length + QUESTION, device=bench.device)
-    plan = backend.plan_query(at[bench.length :], at[: bench.length])
+    plan = backend.plan_queries([at[bench.length :]], [at[: bench.length]])
 
     def run() -> tuple[Tensor, Tensor]:
-        return backend.attend_query(query, *own, *context, plan, scaling=SCALING, window=None)
+        return backend.attend_queries(query, *own, context[:1], context[1:], plan, SPEC)
 
-    return run, query, plan
+    return run, query, plan.parts[0]
 
 
 def norms(bench: Bench, norm: Callable[..., Tensor], *, weigh: bool = False) -> Callable[[], Any]:
@@ -295,8 +294,8 @@ def norms(bench: Bench, norm: Callable[..., Tensor], *, weigh: bool = False) -> 
     run, query, plan = asked(bench)
     logsumexp = run()[1]
     keys, values = (x[:, :, : bench.length] for x in (bench.keys, bench.values))
-    how: dict[str, Any] = {"scaling": SCALING, "reduction": "l2", "window": None}
-    return lambda: norm(query, keys, logsumexp, plan, values=values if weigh else None, **how)
+    weights = values if weigh else None
+    return lambda: norm(query, keys, logsumexp, plan, SPEC, reduction="l2", values=weights)
 
 
 PARTS = (full_prefill, few_rows, selected_rows, behind_a_prefix)

@@ -16,6 +16,7 @@ from flashinfer_engine import Engine, causal, dense
 from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.flashinfer.pages import PagedBuffers
 from ifkv.backends.plans import UNSCALED, KVScales
+from ifkv.backends.spec import AttentionSpec
 
 SCALING = 0.31  # unlike head_dim ** -0.5, which is what a forgotten sm_scale would be
 
@@ -36,7 +37,7 @@ def check_documents(
     plan = backend.plan_documents(tuple(lengths), prefix, engine.device)
     for _ in range(2):  # two layers, one plan
         out = backend.attend_documents(
-            query, keys, values, *before, plan, scaling=SCALING, window=window
+            query, keys, values, *before, plan, AttentionSpec(SCALING, window)
         )
     start = 0
     for length in lengths:
@@ -72,7 +73,7 @@ def check_rows(
             x[request, :, behind:] = 1e4
     plan = backend.plan_requests([torch.tensor(s).long() for s in slots], lengths, engine.device)
     for _ in range(2):
-        out = backend.attend_rows(query, keys, values, plan, scaling=SCALING, window=window)
+        out = backend.attend_buffer(query, keys, values, plan, AttentionSpec(SCALING, window))
     compare_rows(engine, out, query, keys, values, slots, window)
 
 
@@ -117,7 +118,7 @@ def check_pages(
         [torch.tensor(s) for s in slots], lengths, engine.device, tables=tables
     )
     buffers = PagedBuffers(pool[0], pool[1], ())
-    out = backend.attend_pages(query, buffers, plan, scaling=SCALING, window=None)
+    out = backend.attend_pages(query, buffers, plan, AttentionSpec(SCALING))
     start = 0
     for own, table, length in zip(slots, tables, lengths, strict=True):
         rows = slice(start, start + len(own))
@@ -149,10 +150,11 @@ def check_query(
         context, meant, scales = eight_bits(context)
     at = torch.arange(length, device=engine.device)
     asked = torch.arange(length + gap, length + gap + rows, device=engine.device)
-    plan = backend.plan_query(asked, at)
+    plan = backend.plan_queries([asked], [at])
+    spec = AttentionSpec(SCALING, window)
     for _ in range(2):
-        out, lse = backend.attend_query(
-            query, *own, *context, plan, scaling=SCALING, window=window, scales=scales
+        out, lse = backend.attend_queries(
+            query, *own, context[:1], context[1:], plan, spec, scales=[scales]
         )
     positions = torch.cat((at, asked)).cpu()
     slot = torch.arange(length + rows)
@@ -168,19 +170,18 @@ def check_query(
     logits = (query[0].cpu().double() @ k.mT * SCALING).masked_fill(~visible, float("-inf"))
     attention = logits.softmax(-1)[..., :length].mean(0)
     for reduction, norm in (("l2", attention.norm(dim=0)), ("sum", attention.sum(0))):
-        scaling = SCALING * scales.keys
+        scaled = spec.scaled(scales.keys)
         got = backend.attention_norm(
-            query, context[0], lse, plan, scaling=scaling, reduction=reduction, window=window
+            query, context[0], lse, plan.parts[0], scaled, reduction=reduction
         )
         engine.equal(got, norm, f"attention norm {reduction}")
         weighed = backend.attention_norm(
             query,
             context[0],
             lse,
-            plan,
-            scaling=scaling,
+            plan.parts[0],
+            scaled,
             reduction=reduction,
-            window=window,
             values=context[1],
         )
         sizes = meant[1][0].cpu().double().abs().sum(-1).mean(0)
@@ -225,7 +226,12 @@ def check_queries(
     before = getattr(engine.module, "plans", None)
     for _ in range(2):  # as two layers
         out, lse = backend.attend_queries(
-            query, *own, *given, plan, scaling=SCALING, window=window, scales=[scales] * requests
+            query,
+            *own,
+            *given,
+            plan,
+            AttentionSpec(SCALING, window),
+            scales=[scales] * requests,
         )
     if before is not None:
         assert engine.module.plans - before == (2 if together or requests == 1 else 2 * requests)
@@ -250,9 +256,9 @@ def check_windowed_layers_alternate(engine: Engine) -> None:
     slots, length = [1, 2, 3, 9, 30, 31, 59], 60
     query = engine.random(1, 4, len(slots), engine.head_dim, seed=1)
     keys, values = (engine.random(1, 2, 64, engine.head_dim, seed=s) for s in (2, 3))
-    plan = backend.plan_rows(torch.tensor(slots), length, engine.device)
+    plan = backend.plan_requests([torch.tensor(slots)], [length], engine.device)
     for window in (None, 7, None, 7):
-        out = backend.attend_rows(query, keys, values, plan, scaling=SCALING, window=window)
+        out = backend.attend_buffer(query, keys, values, plan, AttentionSpec(SCALING, window))
         compare_rows(engine, out, query, keys, values, [slots], window)
 
 
@@ -302,8 +308,8 @@ def eight_bit(engine: Engine, mask: str) -> None:
     query = engine.random(1, 4, len(slots), dim, seed=1)
     wide = [engine.random(1, 2, 64, dim, seed=s) for s in (2, 3)]
     small, meant, scales = eight_bits(wide)
-    plan = backend.plan_rows(torch.tensor(slots), 64, engine.device)
-    out = backend.attend_rows(query, *small, plan, scaling=SCALING, window=None, scales=scales)
+    plan = backend.plan_requests([torch.tensor(slots)], [64], engine.device)
+    out = backend.attend_buffer(query, *small, plan, AttentionSpec(SCALING), scales=scales)
     compare_rows(engine, out, query, meant[0], meant[1], [slots], None)
 
 

@@ -28,6 +28,7 @@ from ifkv.backends.flashinfer import FlashInferBackend
 from ifkv.backends.flashinfer.calls import kernels
 from ifkv.backends.flashinfer.tiles import parts_of_rows
 from ifkv.backends.plans import UNSCALED
+from ifkv.backends.spec import AttentionSpec
 
 HALF = 0.03  # of 1 + |value|: three of bfloat16's roundings
 
@@ -204,10 +205,9 @@ def test_what_eight_bit_keys_and_values_cost():
     want, _ = dense(query[0], keys[0], values[0], causal(slots.tolist(), length), dim**-0.5)
 
     def error(keys, values, scales=UNSCALED):
-        plan = backend.plan_rows(slots, length, torch.device("cpu"))
-        out = backend.attend_rows(
-            query, keys, values, plan, scaling=dim**-0.5, window=None, scales=scales
-        )
+        plan = backend.plan_requests([slots], [length], torch.device("cpu"))
+        spec = AttentionSpec(dim**-0.5)
+        out = backend.attend_requests(query, [keys], [values], plan, spec, scales=[scales])
         return float((out[0] - want).norm() / want.norm())
 
     half = error(*(x.to(torch.bfloat16) for x in (keys, values)))

@@ -11,6 +11,7 @@ import ifkv
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends import _say_once, resolve_backend
 from ifkv.backends.flashinfer import FlashInferBackend, availability
+from ifkv.backends.spec import AttentionSpec
 from ifkv.errors import BackendUnavailableError, InvalidInputError
 from ifkv.testing import (
     assert_bit_equal,
@@ -173,9 +174,9 @@ def test_more_rows_than_a_mask_can_address_are_refused(monkeypatch):
     backend = standin_backend("split")
     slots = torch.tensor([1, 3, 60])
     x = torch.zeros(1, 2, 64, 8, dtype=torch.float64)
-    plan = backend.plan_rows(slots, 64, torch.device("cpu"))
+    plan = backend.plan_requests([slots], [64], torch.device("cpu"))
     with pytest.raises(InvalidInputError, match="mask of 183 elements"):
-        backend.attend_rows(x[:, :, :3], x, x, plan, scaling=1.0, window=None)
+        backend.attend_requests(x[:, :, :3], [x], [x], plan, AttentionSpec(1.0))
 
 
 # --- choosing the backend ------------------------------------------------------------------------

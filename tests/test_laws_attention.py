@@ -12,6 +12,7 @@ from dense_attention import Heads, dense_attention, heads, often, visible_rows
 from ifkv.backends import norms, partial
 from ifkv.backends.partial import attend_partial, merge_partial
 from ifkv.backends.reference import ReferenceBackend
+from ifkv.backends.spec import AttentionSpec
 from ifkv.testing import assert_bit_equal, assert_close
 
 DTYPES = [torch.float64, torch.float32]
@@ -57,16 +58,16 @@ def test_query_attention_and_norms_equal_a_dense_mask(
     query, keys, values = shape.draw(queries, context + queries, dtype)
     context_keys, own_keys = keys[:, :, :context], keys[:, :, context:]
     backend = ReferenceBackend()
-    plan = backend.plan_query(query_positions, context_positions)
-    out, logsumexp = backend.attend_query(
+    plan = backend.plan_queries([query_positions], [context_positions])
+    spec = AttentionSpec(0.4, window)
+    out, logsumexp = backend.attend_queries(
         query,
         own_keys,
         values[:, :, context:],
-        context_keys,
-        values[:, :, :context],
+        [context_keys],
+        [values[:, :, :context]],
         plan,
-        scaling=0.4,
-        window=window,
+        spec,
     )
     positions = torch.cat([context_positions, query_positions])
     visible = visible_rows(query_positions, positions, window)
@@ -84,10 +85,9 @@ def test_query_attention_and_norms_equal_a_dense_mask(
                     query,
                     context_keys,
                     logsumexp,
-                    plan,
-                    scaling=0.4,
+                    plan.parts[0],
+                    spec,
                     reduction=reduction,
-                    window=window,
                     values=weights,
                 )
             assert_close(got, weighed, what=f"{reduction} norms", tolerance=tolerance(dtype))
@@ -96,9 +96,9 @@ def test_query_attention_and_norms_equal_a_dense_mask(
 def test_norms_of_no_context_are_none() -> None:
     query, keys, _ = Heads(1, 2, 4, 0).draw(2, 0, torch.float64)
     backend = ReferenceBackend()
-    plan = backend.plan_query(torch.arange(2), torch.arange(0))
+    plan = backend.plan_queries([torch.arange(2)], [torch.arange(0)]).parts[0]
     got = backend.attention_norm(
-        query, keys, torch.zeros(1, 2, 2).double(), plan, scaling=1.0, reduction="l2", window=None
+        query, keys, torch.zeros(1, 2, 2).double(), plan, AttentionSpec(1.0), reduction="l2"
     )
     assert got.shape == (0,)
 
@@ -229,8 +229,7 @@ def test_documents_see_prefix_and_themselves(
         prefix_keys,
         prefix_values,
         plan,
-        scaling=scaling,
-        window=window,
+        AttentionSpec(scaling, window),
     )
     start = 0
     for length in lengths:

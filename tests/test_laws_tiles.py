@@ -17,6 +17,7 @@ import ifkv
 from dense_attention import Heads, dense_attention, heads, often, scattered_slots, visible_rows
 from ifkv.backends import reference
 from ifkv.backends.reference import ReferenceBackend, cut_into_tiles
+from ifkv.backends.spec import AttentionSpec
 from ifkv.testing import assert_bit_equal, assert_close, dense_recompute, dense_stitched
 from scenario import EXACT, Scenario, assert_rows_equal, keys_of, poison, prepared, scenarios
 
@@ -108,8 +109,8 @@ def test_scattered_rows_equal_a_dense_mask(
     rows = torch.tensor(slots)
     backend = ReferenceBackend()
     with tile_sizes(*size):
-        plan = backend.plan_rows(rows, used, CPU)
-        got = backend.attend_rows(query, keys, values, plan, scaling=0.4, window=window)
+        plan = backend.plan_requests([rows], [used], CPU)
+        got = backend.attend_requests(query, [keys], [values], plan, AttentionSpec(0.4, window))
     visible = visible_rows(rows, torch.arange(used), window)
     expected, _, _ = dense_attention(query, keys[:, :, :used], values[:, :, :used], visible, 0.4)
     assert got.dtype == dtype
@@ -126,8 +127,8 @@ def test_bfloat16_rows_are_rounded_and_no_more(
     rows = torch.tensor(slots)
     backend = ReferenceBackend()
     with tile_sizes(*size):
-        plan = backend.plan_rows(rows, used, CPU)
-        got = backend.attend_rows(query, keys, values, plan, scaling=0.4, window=window)
+        plan = backend.plan_requests([rows], [used], CPU)
+        got = backend.attend_requests(query, [keys], [values], plan, AttentionSpec(0.4, window))
     visible = visible_rows(rows, torch.arange(used), window)
     expected, _, _ = dense_attention(query, keys, values, visible, 0.4)
     # 8 bits: probabilities, both parts and the merged output are rounded once each.
@@ -155,8 +156,7 @@ def test_ragged_documents_equal_a_dense_mask(
         keys[:, :, :prefix],
         values[:, :, :prefix],
         backend.plan_documents(tuple(lengths), prefix, CPU),
-        scaling=0.4,
-        window=window,
+        AttentionSpec(0.4, window),
     )
     owner = torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
     local = torch.tensor([prefix + j for length in lengths for j in range(length)])
@@ -202,9 +202,9 @@ def test_a_row_alone_is_one_call_without_a_mask(window: int | None) -> None:
     shape = Heads(kv_heads=2, group=2, head_dim=8, seed=0)
     query, keys, values = shape.draw(1, 40, torch.float64)
     backend, slot = ReferenceBackend(), 33
-    plan = backend.plan_rows(torch.tensor([slot]), 40, CPU)
+    plan = backend.plan_requests([torch.tensor([slot])], [40], CPU)
     with patch.object(reference, "attend_narrow", wraps=reference.attend_narrow) as calls:
-        out = backend.attend_rows(query, keys, values, plan, scaling=0.3, window=window)
+        out = backend.attend_requests(query, [keys], [values], plan, AttentionSpec(0.3, window))
     assert [call.kwargs for call in calls.call_args_list] == [{}]
     visible = visible_rows(torch.tensor([slot]), torch.arange(40), window)
     expected, _, _ = dense_attention(query, keys, values, visible, 0.3)

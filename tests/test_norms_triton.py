@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from ifkv.backends.base import QueryPlan
 from ifkv.backends.norms import blocked_attention_norm
+from ifkv.backends.spec import AttentionSpec
 from ifkv.testing import assert_close
 
 pytest.importorskip("triton", reason="Triton is tested in an environment of its own: tox -e triton")
@@ -38,12 +39,14 @@ def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0
         torch.arange(length, device=device),
         None,
     )
-    arguments = {"scaling": 0.3, "reduction": reduction, "window": window}
+    spec = AttentionSpec(0.3, window)
     # Not strided as the keys are.
     values = random(1, heads[1], length, head_dim) if weigh else None
-    got = triton_attention_norm(query, keys, lse, plan, values=values, **arguments)
+    got = triton_attention_norm(query, keys, lse, plan, spec, reduction=reduction, values=values)
     wide = values.float() if weigh else None
-    want = blocked_attention_norm(query.float(), keys.float(), lse, plan, values=wide, **arguments)
+    want = blocked_attention_norm(
+        query.float(), keys.float(), lse, plan, spec, reduction=reduction, values=wide
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 1e-3
     assert_close(got, want, what=f"{reduction} norm", tolerance=tolerance)
 

@@ -1,71 +1,29 @@
-"""The functions registered with transformers, and the protocol of ifkv's own passes.
+"""The attention and mask functions that are registered with transformers.
 
-An *attention pass* is one run of rows through the decoder layers on ifkv's terms: it decides where
-each layer's new keys and values go, and what every row attends to. It is handed to the layers as
-their cache (transformers asks it where keys and values go) and as the keyword
-``ifkv_pass`` (which travels to the attention function). All its state is its own, so passes on
-different models or threads cannot meet.
+They serve ifkv's own passes (:mod:`ifkv.passes`) and decoding steps over stitched caches, and hand
+every other call to the attention that the model used before.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ifkv.backends.plans import UNSCALED
+from ifkv.backends.spec import AttentionSpec
 from ifkv.float8 import restore
 from ifkv.marks import is_stitched, scales_of
+from ifkv.passes import LayerCall
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
     from ifkv.backends.base import Backend
+    from ifkv.passes import AttentionPass
 
 Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
-
-
-class AttentionPass(Protocol):
-    """One run of rows through the layers of a patched model."""
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
-    ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values; return what :meth:`attend` shall be given.
-
-        Args:
-            keys: ``[1, kv_heads, rows, head_dim]``, rotated by whatever the run was given.
-            values: ``[1, kv_heads, rows, head_dim]``.
-            layer_idx: The layer.
-            **unread: What releases of transformers hand over besides.
-        """
-        ...
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        """Attention of all rows in one layer.
-
-        Args:
-            layer_idx: The layer.
-            query: ``[1, heads, rows, head_dim]``.
-            keys: What :meth:`update` returned.
-            values: What :meth:`update` returned.
-            scaling: Factor on the logits.
-            window: A row sees keys fewer than this many positions behind it; None sees all.
-
-        Returns:
-            ``[1, rows, heads, head_dim]``.
-        """
-        ...
 
 
 def register(name: str, config: PreTrainedConfig, backend: Backend | None = None) -> None:
@@ -91,16 +49,13 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
     ) -> tuple[Tensor, Tensor | None]:
         current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
         if current is not None:
-            window = kwargs.get("sliding_window")
+            spec = AttentionSpec(kwargs["scaling"], kwargs.get("sliding_window"))
             layer_idx: Any = module.layer_idx
-            scaling = kwargs["scaling"]
-            out = current.attend(layer_idx, query, key, value, scaling=scaling, window=window)
-            return out, None
+            return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
         scales = scales_of(key)
         if backend is not None and _is_decoding(query, key, attention_mask, kwargs):
-            decoded = backend.decode(
-                query, key, value, scaling=kwargs["scaling"], scales=scales or UNSCALED
-            )
+            spec = AttentionSpec(kwargs["scaling"])
+            decoded = backend.decode(query, key, value, spec, scales=scales or UNSCALED)
             if decoded is not None:
                 return decoded, None
         if scales is not None:  # the model's own attention knows nothing of 8 bits

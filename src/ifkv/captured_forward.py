@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ifkv.forward import run_attention, run_layers
 from ifkv.graph_recorder import Graph, Recorder
+from ifkv.passes import LayerCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.attention import AttentionPass
+    from ifkv.backends.spec import AttentionSpec
+    from ifkv.passes import AttentionPass
 
 
 class _Room:
@@ -50,8 +52,7 @@ class _Cut:
 
     graph: Graph
     layer_idx: int
-    scaling: float
-    window: int | None
+    spec: AttentionSpec
 
 
 class _Cutting:
@@ -79,24 +80,15 @@ class _Cutting:
         """Nothing is kept."""
         return keys, values
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         """End one graph and begin the next."""
         if self.room is None:
-            self.room = _Room(query, keys)
-        self.room.take(query, keys, values)
+            self.room = _Room(call.query, call.keys)
+        self.room.take(call.query, call.keys, call.values)
         if self._recorder is not None:
             graph = self._recorder.end()
-            self.cuts.append(_Cut(graph, layer_idx, scaling, window))
-            if layer_idx != self._last:
+            self.cuts.append(_Cut(graph, call.layer_idx, call.spec))
+            if call.layer_idx != self._last:
                 self._recorder.begin()
         return self.room.out
 
@@ -188,7 +180,7 @@ class Captured:
             cut.graph.replay()
             taken = attention_pass.update(keys, values, cut.layer_idx)
             room.out[:, :rows] = attention_pass.attend(
-                cut.layer_idx, query, *taken, scaling=cut.scaling, window=cut.window
+                LayerCall(cut.layer_idx, query, *taken, cut.spec)
             )
         # A copy: the next replay, perhaps another thread's, overwrites it.
         return self._entering[:, :rows].clone()

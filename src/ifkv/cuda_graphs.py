@@ -31,7 +31,7 @@ from ifkv.module_tree import tree_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.attention import AttentionPass
+    from ifkv.passes import AttentionPass
 
 _log = logging.getLogger("ifkv")
 

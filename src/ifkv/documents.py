@@ -13,6 +13,7 @@ from ifkv.decoder_layers import num_layers
 from ifkv.document_cache import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward import embed, run_attention, run_layers
+from ifkv.passes import LayerCall
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.rope import rotate
 
@@ -200,24 +201,16 @@ class _PrefillPass:
             self.values[index][layer_idx] = values[0, :, rows]
         return keys, values
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        if layer_idx == self._depth - 1:
+    def attend(self, call: LayerCall) -> Tensor:
+        query, keys, values = call.query, call.keys, call.values
+        if call.layer_idx == self._depth - 1:
             return query.transpose(1, 2)  # run for its keys and values; nobody reads this
         if self._prefix is None:
             prefix_keys, prefix_values = keys[:, :, :0], values[:, :, :0]
         else:
-            stored = self._prefix.keys[layer_idx].to(keys.device)
+            stored = self._prefix.keys[call.layer_idx].to(keys.device)
             prefix_keys = rotate(stored, self._prefix_cos, self._prefix_sin)[None]
-            prefix_values = self._prefix.values[layer_idx].to(values.device)[None]
+            prefix_values = self._prefix.values[call.layer_idx].to(values.device)[None]
         return self._backend.attend_documents(
             rotate(query, self._cos, self._sin),
             rotate(keys, self._cos, self._sin),
@@ -225,6 +218,5 @@ class _PrefillPass:
             prefix_keys,
             prefix_values,
             self._plan,
-            scaling=scaling,
-            window=window,
+            call.spec,
         )

@@ -18,7 +18,7 @@ from ifkv.upstream import cache_keyword
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.attention import AttentionPass
+    from ifkv.passes import AttentionPass
 
 
 def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:

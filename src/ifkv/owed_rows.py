@@ -20,7 +20,7 @@ from ifkv.rows_pass import RowsPass
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.attention import AttentionPass
+    from ifkv.passes import AttentionPass, LayerCall
     from ifkv.patching import PatchHandle
     from ifkv.stitched_cache import StitchedCache
 
@@ -131,22 +131,14 @@ class Carrying:
         self._first.update(keys[:, :, :rows], values[:, :, :rows], layer_idx)
         return self._inner.update(keys[:, :, rows:], values[:, :, rows:], layer_idx)
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         """Each kind of row as in a pass of its own."""
-        first, rest = query[:, :, : self._rows], query[:, :, self._rows :]
+        first, rest = call.query[:, :, : self._rows], call.query[:, :, self._rows :]
+        # Keys and values are the inner pass's; the owed rows find theirs in the caches.
         return torch.cat(
             (
-                self._first.attend(layer_idx, first, keys, values, scaling=scaling, window=window),
-                self._inner.attend(layer_idx, rest, keys, values, scaling=scaling, window=window),
+                self._first.attend(call._replace(query=first)),
+                self._inner.attend(call._replace(query=rest)),
             ),
             dim=1,
         )

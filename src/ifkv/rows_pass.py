@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
+from ifkv.passes import LayerCall
 from ifkv.patching import PatchHandle
 from ifkv.stitched_cache import StitchedCache
 
@@ -57,26 +58,16 @@ class RowsPass:
                 cache.layers[layer_idx].write(slots, own_keys, own_values)
         return keys, values
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         """Position-causal attention of the rows."""
-        if layer_idx == self._skip:
-            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
-        layers = [cache.layers[layer_idx] for cache in self._caches]
+        if call.layer_idx == self._skip:
+            return call.query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        layers = [cache.layers[call.layer_idx] for cache in self._caches]
         return self._backend.attend_requests(
-            query,
+            call.query,
             [layer.key_buffer for layer in layers],
             [layer.value_buffer for layer in layers],
             self._plan,
-            scaling=scaling,
-            window=window,
+            call.spec,
             scales=[layer.scales for layer in layers],
         )

@@ -24,7 +24,7 @@ from ifkv.stitched_cache import StitchedCache, check_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.attention import AttentionPass
+    from ifkv.passes import AttentionPass
 
 __all__ = [
     "DEFAULT_DEPTH",
@@ -123,9 +123,8 @@ def attention_norm(reduction: Reduction, *, by_values: bool = False) -> Measure:
             view.context_keys,
             view.logsumexp,
             view.plan,
-            scaling=view.scaling,
+            view.spec,
             reduction=reduction,
-            window=view.window,
             values=view.context_values if by_values else None,
         )
         rescaled = by_values and view.value_scale != 1

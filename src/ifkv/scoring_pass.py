@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ifkv.backends.base import Backend, QueryPlan
+from ifkv.backends.base import AttentionSpec, Backend, QueryPlan
+from ifkv.passes import LayerCall
 from ifkv.patching import PatchHandle
 from ifkv.stitched_cache import StitchedCache
 
@@ -27,8 +28,7 @@ class QueryView:
         context_values: As the keys, up to a factor.
         logsumexp: Of the attention over context and query tokens, ``[1, heads, Q]``.
         plan: The pass's plan, which holds the positions.
-        scaling: Factor on the query's products with these context keys.
-        window: A row sees keys fewer than this many positions behind it; None sees all.
+        spec: How the layer attends; its scaling is for these context keys as they are.
         value_scale: Factor on the context values.
     """
 
@@ -39,8 +39,7 @@ class QueryView:
     context_values: Tensor
     logsumexp: Tensor
     plan: QueryPlan
-    scaling: float
-    window: int | None
+    spec: AttentionSpec
     value_scale: float = 1.0
 
 
@@ -82,18 +81,9 @@ class ScoringPass:
         """Keep nothing: the query's keys and values live for one layer."""
         return keys, values
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
+    def attend(self, call: LayerCall) -> Tensor:
         """The queries' attention; in a scoring layer, the contexts' norms too."""
-        layers = [cache.layers[layer_idx] for cache in self._caches]
+        layers = [cache.layers[call.layer_idx] for cache in self._caches]
         lengths = [cache.context_length for cache in self._caches]
         context_keys = [
             layer.key_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
@@ -102,33 +92,31 @@ class ScoringPass:
             layer.value_buffer[:, :, :length] for layer, length in zip(layers, lengths, strict=True)
         ]
         out, logsumexp = self._backend.attend_queries(
-            query,
-            keys,
-            values,
+            call.query,
+            call.keys,
+            call.values,
             context_keys,
             context_values,
             self._plan,
-            scaling=scaling,
-            window=window,
+            call.spec,
             scales=[layer.scales for layer in layers],
         )
-        if layer_idx not in self._layers:
+        if call.layer_idx not in self._layers:
             return out
         counts = self._plan.counts
-        queries, logsumexps = [query], [logsumexp]
+        queries, logsumexps = [call.query], [logsumexp]
         if len(counts) > 1:
-            queries, logsumexps = query.split(counts, dim=2), logsumexp.split(counts, dim=2)
+            queries, logsumexps = call.query.split(counts, dim=2), logsumexp.split(counts, dim=2)
         for index, layer in enumerate(layers):
             view = QueryView(
                 backend=self._backend,
-                layer_idx=layer_idx,
+                layer_idx=call.layer_idx,
                 query=queries[index],
                 context_keys=context_keys[index],
                 context_values=context_values[index],
                 logsumexp=logsumexps[index],
                 plan=self._plan.parts[index],
-                scaling=scaling * layer.scales.keys,
-                window=window,
+                spec=call.spec.scaled(layer.scales.keys),
                 value_scale=layer.scales.values,
             )
             self.measured[index].append(self._measure(view))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ifkv.backends.base import QueryPlan, Reduction
 from ifkv.backends.partial import explicit_logits
+from ifkv.backends.spec import AttentionSpec
 
 # Keys whose attention is held at once.
 NORM_BLOCK = 1024
@@ -24,18 +25,17 @@ def blocked_attention_norm(
     context_keys: Tensor,
     logsumexp: Tensor,
     plan: QueryPlan,
+    spec: AttentionSpec,
     *,
-    scaling: float,
     reduction: Reduction,
-    window: int | None,
     values: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`ifkv.backends.base.Backend.attention_norm`."""
     norms = []
     for start in range(0, context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)
-        mask = hidden_by_window(plan.query_positions, plan.context_positions[block], window)
-        logits = explicit_logits(query, context_keys[:, :, block], scaling, mask)
+        mask = hidden_by_window(plan, block, spec)
+        logits = explicit_logits(query, context_keys[:, :, block], spec.scaling, mask)
         attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
         norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
     found = torch.cat(norms) if norms else logsumexp.new_zeros(0)
@@ -61,10 +61,9 @@ def attention_norm(
     context_keys: Tensor,
     logsumexp: Tensor,
     plan: QueryPlan,
+    spec: AttentionSpec,
     *,
-    scaling: float,
     reduction: Reduction,
-    window: int | None,
     values: Tensor | None = None,
 ) -> Tensor:
     """The same, by the Triton kernel on CUDA wherever Triton is installed (torch brings it)."""
@@ -74,30 +73,20 @@ def attention_norm(
     if query.device.type == "cuda" and alike and query.dtype in (torch.float16, torch.bfloat16):
         with contextlib.suppress(ImportError):
             from ifkv.backends.norms_triton import triton_attention_norm as compute
-    return compute(
-        query,
-        context_keys,
-        logsumexp,
-        plan,
-        scaling=scaling,
-        reduction=reduction,
-        window=window,
-        values=values,
-    )
+    return compute(query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values)
 
 
-def hidden_by_window(rows: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
-    """True where a row must not look: keys ahead of it, or a window or more behind.
+def hidden_by_window(plan: QueryPlan, block: slice, spec: AttentionSpec) -> Tensor | None:
+    """Build the mask of a block of context slots: True where a query token must not look.
 
     Args:
-        rows: Positions, long ``[rows]``.
-        keys: Positions, long ``[n]``.
-        window: None hides nothing.
+        plan: Where query and context stand.
+        block: Slots of the context.
+        spec: How the layer attends.
 
     Returns:
-        Bool ``[rows, n]``, or None.
+        Bool ``[Q, slots]``; None without a window, since the whole context lies before the query.
     """
-    if window is None:
+    if spec.window is None:
         return None
-    distance = rows[:, None] - keys
-    return (distance < 0) | (distance >= window)
+    return spec.hidden(plan.query_positions, plan.context_positions[block])

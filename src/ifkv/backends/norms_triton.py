@@ -17,7 +17,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-from ifkv.backends.base import QueryPlan, Reduction
+from ifkv.backends.base import AttentionSpec, QueryPlan, Reduction
 
 ROWS = 64
 KEYS = 64
@@ -123,10 +123,9 @@ def triton_attention_norm(
     context_keys: Tensor,
     logsumexp: Tensor,
     plan: QueryPlan,
+    spec: AttentionSpec,
     *,
-    scaling: float,
     reduction: Reduction,
-    window: int | None,
     values: Tensor | None = None,
 ) -> Tensor:
     """See :meth:`ifkv.backends.base.Backend.attention_norm`; float16, bfloat16 or float32."""
@@ -155,8 +154,8 @@ def triton_attention_norm(
         rows,
         length,
         heads,
-        scaling,
-        0 if window is None else window,
+        spec.scaling,
+        0 if spec.window is None else spec.window,
         query.stride(1),
         query.stride(2),
         context_keys.stride(1),
@@ -171,7 +170,7 @@ def triton_attention_norm(
         row_block=ROWS,
         key_block=KEYS,
         squared=reduction == "l2",
-        windowed=window is not None,
+        windowed=spec.window is not None,
         weighed=weighed,
     )
     return out

@@ -9,22 +9,25 @@ rows are tiles of their own, whose fringe is plainly causal.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ifkv.backends.base import Backend
 from ifkv.backends.narrow import attend_narrow
-from ifkv.backends.norms import blocked_attention_norm, hidden_by_window
+from ifkv.backends.norms import blocked_attention_norm
 from ifkv.backends.partial import RowMask, attend_partial, merge_partial
 from ifkv.backends.plans import (
     UNSCALED,
     DocumentPlan,
     KVScales,
+    QueriesPlan,
     QueryPlan,
     Reduction,
     RowPlan,
 )
+from ifkv.backends.spec import AttentionSpec
 
 # Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
 TILE_ROWS = 128
@@ -101,14 +104,13 @@ class TiledRows:
         self.tiles = tiles
         self._masks: dict[tuple[Tile, int, int | None], RowMask] = {}
 
-    def mask(self, tile: Tile, begin: int, window: int | None) -> RowMask:
-        """What a tile's rows must not see of the slots from ``begin`` to the tile's last."""
-        key = (tile, begin, window)
+    def mask(self, tile: Tile, begin: int, spec: AttentionSpec) -> RowMask:
+        """Return what a tile's rows must not see of the slots from ``begin`` to its last."""
+        key = (tile, begin, spec.window)
         if key not in self._masks:
             rows = self.slots[tile.start : tile.stop]
             keys = torch.arange(begin, tile.last + 1, device=rows.device)
-            hidden = hidden_by_window(rows, keys, window)
-            self._masks[key] = RowMask(keys > rows[:, None] if hidden is None else hidden)
+            self._masks[key] = RowMask(spec.hidden(rows, keys))
         return self._masks[key]
 
 
@@ -131,11 +133,10 @@ class ReferenceBackend(Backend):
         prefix_keys: Tensor,
         prefix_values: Tensor,
         plan: DocumentPlan,
-        *,
-        scaling: float,
-        window: int | None,
+        spec: AttentionSpec,
     ) -> Tensor:
         """See :meth:`Backend.attend_documents`."""
+        window = spec.window
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         start, prefix = 0, plan.prefix_length
         for length in plan.lengths:
@@ -151,87 +152,102 @@ class ReferenceBackend(Backend):
                 # Blank rows in the prefix's place make it one plainly causal call.
                 blank = query.new_zeros(1, query.shape[1], prefix, query.shape[3])
                 padded = torch.cat((blank, own), dim=2)
-                seen = attend_partial(padded, seen_keys, seen_values, scaling, causal=True)[0]
+                seen = attend_partial(padded, seen_keys, seen_values, spec.scaling, causal=True)[0]
                 out[:, rows] = seen[:, :, prefix:].transpose(1, 2)
                 continue
             tile = Tile(0, length, prefix, prefix + length - 1)
             slots = torch.arange(prefix, prefix + length, device=query.device)
             planned = TiledRows(slots, (tile,))
-            out[:, rows] = _attend_tile(
-                own, seen_keys, seen_values, tile, planned, scaling, window
-            ).transpose(1, 2)
+            out[:, rows] = _attend_tile(own, seen_keys, seen_values, tile, planned, spec).transpose(
+                1, 2
+            )
         return out
 
-    def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
-        """See :meth:`Backend.plan_rows`."""
-        moved = slots.to(device)
-        return RowPlan(moved, kv_length, TiledRows(moved, cut_into_tiles(slots.tolist())))
+    def plan_requests(
+        self, slots: Sequence[Tensor], kv_lengths: Sequence[int], device: torch.device
+    ) -> RowPlan:
+        """See :meth:`Backend.plan_requests`."""
+        together = torch.cat(list(slots)).to(device)
+        parts = tuple(
+            TiledRows(rows, cut_into_tiles(own.tolist()))
+            for rows, own in zip(together.split([len(own) for own in slots]), slots, strict=True)
+        )
+        return RowPlan(together, max(kv_lengths, default=0), parts)
 
-    def attend_rows(
+    def attend_requests(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
         plan: RowPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
-        scales: KVScales = UNSCALED,
+        scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
-        """See :meth:`Backend.attend_rows`."""
+        """See :meth:`Backend.attend_requests`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-        planned: TiledRows = plan.detail
-        scaling *= scales.keys
-        for tile in planned.tiles:
-            rows = slice(tile.start, tile.stop)
-            out[:, rows] = _attend_tile(
-                query[:, :, rows], keys, values, tile, planned, scaling, window
-            ).transpose(1, 2)
-        return out if scales.values == 1 else out.mul_(scales.values)
+        parts: tuple[TiledRows, ...] = plan.detail
+        scales = [UNSCALED] * len(parts) if scales is None else scales
+        start = 0
+        for own_keys, own_values, planned, its in zip(keys, values, parts, scales, strict=True):
+            scaled = spec.scaled(its.keys)
+            for tile in planned.tiles:
+                rows = slice(start + tile.start, start + tile.stop)
+                seen = _attend_tile(query[:, :, rows], own_keys, own_values, tile, planned, scaled)
+                out[:, rows] = seen.transpose(1, 2)
+            stop = start + len(planned.slots)
+            if its.values != 1:
+                out[:, start:stop].mul_(its.values)
+            start = stop
+        return out
 
     def decode(
         self,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        spec: AttentionSpec,
         *,
-        scaling: float,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
         """See :meth:`Backend.decode`; rows of the model's own dtype are left to its attention."""
         if keys.dtype == query.dtype:
             return None
         outs = [
-            attend_narrow(*one, scaling * scales.keys)[0]
+            attend_narrow(*one, spec.scaling * scales.keys)[0]
             for one in zip(query.split(1), keys.split(1), values.split(1), strict=True)
         ]
         return torch.cat(outs).mul_(scales.values).transpose(1, 2)
 
-    def attend_query(
+    def plan_queries(
+        self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
+    ) -> QueriesPlan:
+        """See :meth:`Backend.plan_queries`."""
+        pairs = zip(query_positions, context_positions, strict=True)
+        return QueriesPlan(tuple(QueryPlan(*pair, None) for pair in pairs), None)
+
+    def attend_queries(
         self,
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        context_keys: Tensor,
-        context_values: Tensor,
-        plan: QueryPlan,
+        context_keys: Sequence[Tensor],
+        context_values: Sequence[Tensor],
+        plan: QueriesPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
-        scales: KVScales = UNSCALED,
+        scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Backend.attend_query`."""
-        rows = plan.query_positions
-        own_mask = hidden_by_window(rows, rows, window)
-        own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=window is None)
-        mask = hidden_by_window(rows, plan.context_positions, window)
-        seen, its_logsumexp = attend_narrow(
-            query, context_keys, context_values, scaling * scales.keys, mask=mask
+        """See :meth:`Backend.attend_queries`."""
+        scales = [UNSCALED] * len(plan.parts) if scales is None else scales
+        split = (x.split(plan.counts, dim=2) for x in (query, keys, values))
+        requests = zip(*split, context_keys, context_values, plan.parts, scales, strict=True)
+        outs, logsumexps = zip(
+            *(_attend_query(spec, *request) for request in requests), strict=True
         )
-        if scales.values != 1:
-            seen.mul_(scales.values)
-        out, logsumexp = merge_partial(seen, its_logsumexp, *own)
-        return out.transpose(1, 2), logsumexp
+        if len(outs) == 1:
+            return outs[0], logsumexps[0]
+        return torch.cat(outs, dim=1), torch.cat(logsumexps, dim=2)
 
     def attention_norm(
         self,
@@ -239,23 +255,41 @@ class ReferenceBackend(Backend):
         context_keys: Tensor,
         logsumexp: Tensor,
         plan: QueryPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
         reduction: Reduction,
-        window: int | None,
         values: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`."""
         return blocked_attention_norm(
-            query,
-            context_keys,
-            logsumexp,
-            plan,
-            scaling=scaling,
-            reduction=reduction,
-            window=window,
-            values=values,
+            query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )
+
+
+def _attend_query(
+    spec: AttentionSpec,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context_keys: Tensor,
+    context_values: Tensor,
+    plan: QueryPlan,
+    scales: KVScales,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one request's query tokens over its context and themselves."""
+    rows = plan.query_positions
+    own_mask = mask = None
+    if spec.window is not None:  # the whole context lies before the query
+        own_mask, mask = spec.hidden(rows, rows), spec.hidden(rows, plan.context_positions)
+    scaling = spec.scaling
+    own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=own_mask is None)
+    seen, its_logsumexp = attend_narrow(
+        query, context_keys, context_values, scaling * scales.keys, mask=mask
+    )
+    if scales.values != 1:
+        seen.mul_(scales.values)
+    out, logsumexp = merge_partial(seen, its_logsumexp, *own)
+    return out.transpose(1, 2), logsumexp
 
 
 def _attend_tile(
@@ -264,18 +298,18 @@ def _attend_tile(
     values: Tensor,
     tile: Tile,
     planned: TiledRows,
-    scaling: float,
-    window: int | None,
+    spec: AttentionSpec,
 ) -> Tensor:
     """Attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
     first, end = tile.first, tile.last + 1
+    scaling, window = spec.scaling, spec.window
     if tile.stop - tile.start == 1:  # sees all up to itself, without a mask: a step of decoding
         begin = 0 if window is None else max(0, end - window)
         return attend_narrow(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
     if window is not None and tile.last >= window:
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
-        mask = planned.mask(tile, begin, window)
+        mask = planned.mask(tile, begin, spec)
         return attend_narrow(
             query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
         )[0]
@@ -283,7 +317,7 @@ def _attend_tile(
     if tile.adjacent:
         seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
     else:
-        mask = planned.mask(tile, first, None)
+        mask = planned.mask(tile, first, dataclasses.replace(spec, window=None))
         seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
     if first == 0:
         return seen[0]

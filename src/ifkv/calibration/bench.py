@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.norms import value_sizes
+from ifkv.backends.spec import AttentionSpec
 from ifkv.cost import ModelShape
 from ifkv.documents import DocumentCache
 from ifkv.forward import run_layers
+from ifkv.passes import LayerCall
 from ifkv.patching import handle_of
 from ifkv.stitching import stitch
 
@@ -64,7 +66,7 @@ class Bench:
         self.handle = handle_of(model)
         self.backend: Backend = self.handle.backend
         self.depth = model.config.num_hidden_layers
-        self.scaling = shape.head_dim**-0.5
+        self.spec = AttentionSpec(shape.head_dim**-0.5)
         self._generator = torch.Generator().manual_seed(0)
 
     def random(self, *size: int) -> Tensor:
@@ -99,7 +101,7 @@ class Bench:
         base: Any = self.model.base_model
         module = base.layers[0].self_attn
         query, keys, values = self.heads(tokens), self.kv(tokens), self.kv(tokens)
-        return lambda: attend(module, query, keys, values, None, scaling=self.scaling)
+        return lambda: attend(module, query, keys, values, None, scaling=self.spec.scaling)
 
     def rows_attention(self, context: int, share: float) -> tuple[Callable[[], object], float]:
         """Rows at random slots of a context; and the pairs of row and key that they need."""
@@ -109,9 +111,7 @@ class Bench:
         query, keys, values = self.heads(rows), self.kv(context), self.kv(context)
 
         def run() -> object:
-            return self.backend.attend_requests(
-                query, [keys], [values], plan, scaling=self.scaling, window=None
-            )
+            return self.backend.attend_requests(query, [keys], [values], plan, self.spec)
 
         return run, float((slots + 1).sum())
 
@@ -121,7 +121,7 @@ class Bench:
         """Query tokens over a context, and their norms."""
         device = self.model.device
         positions = torch.arange(context + query_length, device=device)
-        plan = self.backend.plan_query(positions[context:], positions[:context])
+        plan = self.backend.plan_queries([positions[context:]], [positions[:context]])
         query, own_keys, own_values = (
             self.heads(query_length),
             self.kv(query_length),
@@ -133,13 +133,13 @@ class Bench:
         )
 
         def attend() -> object:
-            return self.backend.attend_query(
-                query, own_keys, own_values, keys, values, plan, scaling=self.scaling, window=None
+            return self.backend.attend_queries(
+                query, own_keys, own_values, [keys], [values], plan, self.spec
             )
 
         def norm() -> object:
             return self.backend.attention_norm(
-                query, keys, logsumexp, plan, scaling=self.scaling, reduction="l2", window=None
+                query, keys, logsumexp, plan.parts[0], self.spec, reduction="l2"
             )
 
         return attend, norm
@@ -188,17 +188,8 @@ class _NoAttention:
         self._values.index_copy_(2, self._slots, values)
         return keys, values
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        return query.transpose(1, 2)
+    def attend(self, call: LayerCall) -> Tensor:
+        return call.query.transpose(1, 2)
 
 
 def ascending(sizes: Sequence[int], limit: int) -> list[int]:

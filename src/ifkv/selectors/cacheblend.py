@@ -12,6 +12,7 @@ from ifkv.backends.base import RowPlan
 from ifkv.cost import Cost, ModelShape
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, run_attention, run_layers
+from ifkv.passes import LayerCall
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.registry import register
 from ifkv.stitched_cache import check_cache
@@ -74,7 +75,7 @@ class CacheBlend(Ranked):
         self, model: PreTrainedModel, handle: PatchHandle, cache: StitchedCache, rows: Tensor
     ) -> Tensor:
         """Deviations of adjacent rows, ``[rows]``."""
-        plan = handle.backend.plan_rows(rows, cache.context_length, model.device)
+        plan = handle.backend.plan_requests([rows], [cache.context_length], model.device)
         hidden = embed(model, cache.token_ids[plan.slots])
         cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
         run = _SecondLayer(handle, cache, plan)
@@ -130,19 +131,10 @@ class _SecondLayer:
         layer = self._cache.layers[layer_idx]
         return layer.key_buffer, layer.value_buffer
 
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> Tensor:
-        if layer_idx == 1:
-            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
-        scales = self._cache.layers[layer_idx].scales
-        return self._backend.attend_rows(
-            query, keys, values, self._plan, scaling=scaling, window=window, scales=scales
+    def attend(self, call: LayerCall) -> Tensor:
+        if call.layer_idx == 1:
+            return call.query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        scales = [self._cache.layers[call.layer_idx].scales]
+        return self._backend.attend_requests(
+            call.query, [call.keys], [call.values], self._plan, call.spec, scales=scales
         )

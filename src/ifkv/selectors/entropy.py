@@ -86,11 +86,10 @@ def focused_attention(view: QueryView) -> Tensor:
 
 def _attention_blocks(view: QueryView) -> Iterator[tuple[Tensor, Tensor]]:
     """Attention and its logarithm, block by block of the keys, ``[heads, Q, block]``."""
-    positions = view.plan.context_positions
     for start in range(0, view.context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)
-        mask = hidden_by_window(view.plan.query_positions, positions[block], view.window)
+        mask = hidden_by_window(view.plan, block, view.spec)
         keys = view.context_keys[:, :, block]
-        logits = explicit_logits(view.query, keys, view.scaling, mask)
+        logits = explicit_logits(view.query, keys, view.spec.scaling, mask)
         logarithm = logits.sub_(view.logsumexp[0, ..., None])
         yield logarithm.exp(), logarithm

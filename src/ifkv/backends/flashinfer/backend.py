@@ -6,6 +6,7 @@ is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.flashinfer.availability import INSTALL, load, refusal_of_module
-from ifkv.backends.flashinfer.calls import Geometry, Planned
+from ifkv.backends.flashinfer.calls import Planned
 from ifkv.backends.flashinfer.documents import DocumentCall
 from ifkv.backends.flashinfer.pages import (
     PagedBuffers,
@@ -24,6 +25,7 @@ from ifkv.backends.flashinfer.pages import (
 )
 from ifkv.backends.flashinfer.queries import QueryAttention
 from ifkv.backends.flashinfer.rows import RowCalls, RowDetail
+from ifkv.backends.flashinfer.shapes import CallShape
 from ifkv.backends.flashinfer.tiles import MaskForm
 from ifkv.backends.flashinfer.wrappers import WORKSPACE_BYTES, WrapperPool
 from ifkv.backends.plans import (
@@ -32,6 +34,7 @@ from ifkv.backends.plans import (
     KVScales,
     RowPlan,
 )
+from ifkv.backends.spec import AttentionSpec
 from ifkv.errors import BackendUnavailableError
 
 
@@ -81,24 +84,16 @@ class FlashInferBackend(QueryAttention):
         prefix_keys: Tensor,
         prefix_values: Tensor,
         plan: DocumentPlan,
-        *,
-        scaling: float,
-        window: int | None,
+        spec: AttentionSpec,
     ) -> Tensor:
         """See :meth:`Backend.attend_documents`."""
-        geometry = Geometry.of(query, keys, 1, scaling, window)
+        shape = CallShape.of(query, keys, 1, spec)
         call = plan.detail.once(
-            geometry,
-            lambda: DocumentCall(
-                self._pool, plan.lengths, plan.prefix_length, geometry, query.device
-            ),
+            shape,
+            lambda: DocumentCall(self._pool, plan.lengths, plan.prefix_length, shape, query.device),
         )
         out: Tensor = call.run(query, keys, values, prefix_keys, prefix_values)
         return out
-
-    def plan_rows(self, slots: Tensor, kv_length: int, device: torch.device) -> RowPlan:
-        """See :meth:`Backend.plan_rows`."""
-        return self.plan_requests([slots], [kv_length], device)
 
     def plan_requests(
         self,
@@ -111,7 +106,7 @@ class FlashInferBackend(QueryAttention):
         """Plan position-causal rows of several requests, each over its own cache, as one batch.
 
         Args:
-            slots: For each request its rows' slots, as in :meth:`plan_rows`.
+            slots: For each request its rows' slots, as in :meth:`Backend.plan_requests`.
             kv_lengths: For each request its slots in use.
             device: Where attention will run.
             tables: For each request the pages that hold its slots in order, int32 on the CPU, for
@@ -124,42 +119,14 @@ class FlashInferBackend(QueryAttention):
         rows = torch.cat(list(slots)).to(device, non_blocking=True)
         return RowPlan(rows, max(kv_lengths, default=0), detail)
 
-    def attend_rows(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        plan: RowPlan,
-        *,
-        scaling: float,
-        window: int | None,
-        scales: KVScales = UNSCALED,
-    ) -> Tensor:
-        """See :meth:`Backend.attend_rows`; here for one request or several.
-
-        Args:
-            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
-            keys: ``[requests, kv_heads, >= kv_length, head_dim]``.
-            values: Of the same shape.
-            plan: From :meth:`plan_rows` or :meth:`plan_requests`.
-            scaling: Factor on the logits.
-            window: Slots that a row sees, its own included; None sees all.
-            scales: Of keys and values.
-        """
-        buffers = view_as_pages(keys, values, plan.kv_length)
-        return self.attend_pages(
-            query, buffers, plan, scaling=scaling, window=window, scales=scales
-        )
-
     def attend_requests(
         self,
         query: Tensor,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         plan: RowPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
         scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attend_requests`.
@@ -169,13 +136,12 @@ class FlashInferBackend(QueryAttention):
         which FlashInfer takes one a call, take a call each.
         """
         detail: RowDetail = plan.detail
-        how: dict[str, Any] = {"scaling": scaling, "window": window}
         scales = [UNSCALED] * len(keys) if scales is None else scales
         if len(keys) == 1:
-            return self.attend_rows(query, keys[0], values[0], plan, scales=scales[0], **how)
+            return self.attend_buffer(query, keys[0], values[0], plan, spec, scales=scales[0])
         buffers = view_together(keys, values, detail.kv_lengths) if len(set(scales)) == 1 else None
         if buffers is not None:
-            return self.attend_pages(query, buffers, plan, scales=scales[0], **how)
+            return self.attend_pages(query, buffers, plan, spec, scales=scales[0])
         outs = []
         start = 0
         for index, (slots, length) in enumerate(zip(detail.slots, detail.kv_lengths, strict=True)):
@@ -185,30 +151,52 @@ class FlashInferBackend(QueryAttention):
                 continue
             alone = detail.planned.once(
                 ("alone", index),
-                functools.partial(self.plan_rows, slots, length, query.device),
+                functools.partial(self.plan_requests, [slots], [length], query.device),
             )
-            own = keys[index], values[index], alone
-            outs.append(self.attend_rows(query[:, :, rows], *own, scales=scales[index], **how))
+            own = keys[index], values[index], alone, spec
+            outs.append(self.attend_buffer(query[:, :, rows], *own, scales=scales[index]))
         return torch.cat(outs, dim=1)
+
+    def attend_buffer(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        plan: RowPlan,
+        spec: AttentionSpec,
+        *,
+        scales: KVScales = UNSCALED,
+    ) -> Tensor:
+        """Compute attention of rows whose caches are the rows of one tensor.
+
+        Args:
+            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
+            keys: ``[requests, kv_heads, >= kv_length, head_dim]``.
+            values: Of the same shape.
+            plan: From :meth:`plan_requests`.
+            spec: How the layer attends.
+            scales: Of keys and values.
+        """
+        buffers = view_as_pages(keys, values, plan.kv_length)
+        return self.attend_pages(query, buffers, plan, spec, scales=scales)
 
     def attend_pages(
         self,
         query: Tensor,
         buffers: PagedBuffers,
         plan: RowPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
         scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """The same over pages, in whatever order the plan's page tables name them."""
-        geometry = Geometry.of(query, buffers.keys, buffers.page_size, scaling, window)
+        """Compute the same over pages, in whatever order the plan's page tables name them."""
+        shape = CallShape.of(query, buffers.keys, buffers.page_size, spec)
         detail: RowDetail = plan.detail
         first_pages = buffers.first_pages
         calls = detail.planned.once(
-            (geometry, first_pages),
+            (shape, first_pages),
             lambda: RowCalls(
-                self._module, self._pool, detail, plan.slots, geometry, first_pages, self._mask
+                self._module, self._pool, detail, plan.slots, shape, first_pages, self._mask
             ),
         )
         return calls.run(query[0].transpose(0, 1), buffers, scales)[None]
@@ -218,8 +206,8 @@ class FlashInferBackend(QueryAttention):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
+        spec: AttentionSpec,
         *,
-        scaling: float,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
         """See :meth:`Backend.decode`.
@@ -237,7 +225,6 @@ class FlashInferBackend(QueryAttention):
             )
             self._step.key = key
         rows = query.transpose(0, 2)  # [1, heads, sequences, head_dim]
-        out = self.attend_rows(
-            rows, keys, values, self._step.plan, scaling=scaling, window=None, scales=scales
-        )
+        seen = dataclasses.replace(spec, window=None)
+        out = self.attend_buffer(rows, keys, values, self._step.plan, seen, scales=scales)
         return out.transpose(0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.flashinfer.pages import PagedBuffers, page_table
+from ifkv.backends.flashinfer.shapes import CallShape
 from ifkv.backends.flashinfer.tiles import TILE_ROWS, CallKind, Part, mask_of_parts
 from ifkv.backends.flashinfer.variant import position_variant
 from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
@@ -23,53 +23,6 @@ _T = TypeVar("_T")
 MASK_LIMIT = 2**31
 # Of a Hopper card, to the nearest power of two: tiles below that leave some of them idle.
 MULTIPROCESSORS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """What a plan depends on besides index arrays; the same in all layers of most models."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    q_dtype: torch.dtype
-    kv_dtype: torch.dtype
-    page_size: int
-    scaling: float
-    window: int | None
-
-    @classmethod
-    def of(
-        cls, query: Tensor, keys: Tensor, page_size: int, scaling: float, window: int | None
-    ) -> Geometry:
-        """From a layer's tensors, whose shapes are those of the backend contract."""
-        return cls(
-            heads=query.shape[1],
-            kv_heads=keys.shape[1],
-            head_dim=query.shape[3],
-            q_dtype=query.dtype,
-            kv_dtype=keys.dtype,
-            page_size=page_size,
-            scaling=scaling,
-            window=window,
-        )
-
-    @property
-    def group(self) -> int:
-        """Query heads per key head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def plan_arguments(self) -> dict[str, Any]:
-        """Arguments that every plan takes."""
-        return {
-            "num_qo_heads": self.heads,
-            "num_kv_heads": self.kv_heads,
-            "head_dim_qk": self.head_dim,
-            "sm_scale": self.scaling,
-            "q_data_type": self.q_dtype,  # float16 if left out
-            "kv_data_type": self.kv_dtype,
-        }
 
 
 def kernels(rows: Sequence[int], heads: int, *, masked: bool = False) -> str:
@@ -91,7 +44,7 @@ def kernels(rows: Sequence[int], heads: int, *, masked: bool = False) -> str:
 
 
 class Planned:
-    """Calls of one forward, planned when the first layer shows its geometry, then looked up."""
+    """Calls of one forward, planned when the first layer shows its shape, then looked up."""
 
     def __init__(self) -> None:
         self._calls: dict[Any, Any] = {}
@@ -139,7 +92,7 @@ class Call:
         kind: What is hidden: nothing, the causal future, or what a mask says.
         parts: What each request reads; their rows follow one another in the call.
         tables: For each sequence its pages in order, int32 on the CPU.
-        geometry: Heads, dtypes and so on.
+        shape: Heads, dtypes and so on.
         row_positions: Long ``[rows]`` of the forward, on the compute device.
         key_positions: For each sequence long ``[slots]``; a slot is its position if None.
         by_position: Let our own kernel compare positions instead of reading a mask.
@@ -151,7 +104,7 @@ class Call:
         kind: CallKind,
         parts: Sequence[Part],
         tables: Sequence[Tensor],
-        geometry: Geometry,
+        shape: CallShape,
         row_positions: Tensor,
         key_positions: Sequence[Tensor] | None = None,
         by_position: bool = False,
@@ -159,14 +112,14 @@ class Call:
         device = row_positions.device
         self.rows = Rows([(part.start, part.stop) for part in parts], device)
         sizes = [part.stop - part.start for part in parts]
-        jit_args = position_variant(geometry) if by_position else None
+        jit_args = position_variant(shape) if by_position else None
         lease = pool.lease(
             WrapperKind(
                 paged=True,
-                backend=kernels(sizes, geometry.heads, masked=kind == "masked"),
-                q_dtype=geometry.q_dtype,
-                kv_dtype=geometry.kv_dtype,
-                head_dim=geometry.head_dim,
+                backend=kernels(sizes, shape.heads, masked=kind == "masked"),
+                q_dtype=shape.q_dtype,
+                kv_dtype=shape.kv_dtype,
+                head_dim=shape.head_dim,
                 jit_args=jit_args,
                 jit_name=jit_args[0] if jit_args else "",
             ),
@@ -175,11 +128,11 @@ class Call:
         )
         self._wrapper = lease.wrapper
         table = page_table(
-            tables, [(part.sequence, part.begin, part.end) for part in parts], geometry.page_size
+            tables, [(part.sequence, part.begin, part.end) for part in parts], shape.page_size
         )
         mask: dict[str, Tensor] = {}
         self._by_position: tuple[Tensor, Tensor] | None = None
-        self._geometry = geometry
+        self._shape = shape
         if by_position:
             # The kernel has to be told that it masks at all; this byte is never read.
             mask["packed_custom_mask"] = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -195,19 +148,17 @@ class Call:
                     f"{self.rows.count} rows would need a mask of {size} elements, and FlashInfer "
                     f"can address {MASK_LIMIT - 1}. Pass block_tokens to recompute."
                 )
-            mask["custom_mask"] = mask_of_parts(
-                parts, row_positions, key_positions, geometry.window
-            )
+            mask["custom_mask"] = mask_of_parts(parts, row_positions, key_positions, shape.spec)
         lease.plan(
             qo_indptr=torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32),
             paged_kv_indptr=table.indptr,
             paged_kv_indices=table.indices,
             paged_kv_last_page_len=table.last_page_len,
-            page_size=geometry.page_size,
+            page_size=shape.page_size,
             causal=kind == "causal",
             # FlashInfer would find it out itself, one request after the other.
             max_token_per_sequence=max(sizes),
-            **geometry.plan_arguments,
+            **shape.plan_arguments,
             **mask,
         )
 
@@ -227,8 +178,8 @@ class Call:
         extra: tuple[Any, ...] = ()
         if self._by_position is not None:
             # Our kernel is given its scale by us, so FlashInfer cannot work k_scale into it.
-            scaling = self._geometry.scaling * scales.keys
-            window = self._geometry.window
+            scaling = self._shape.scaling * scales.keys
+            window = self._shape.window
             extra = (*self._by_position, scaling, -1 if window is None else window)
         # Plain rows are run without: one comparison less that a release might change.
         rescaled = {} if scales == UNSCALED else {"k_scale": scales.keys, "v_scale": scales.values}

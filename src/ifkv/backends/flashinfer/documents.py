@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifkv.backends.flashinfer.calls import Geometry, kernels
+from ifkv.backends.flashinfer.calls import kernels
+from ifkv.backends.flashinfer.shapes import CallShape
 from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
 
 
@@ -24,7 +25,7 @@ class DocumentCall:
         pool: Where to get a wrapper.
         lengths: Rows of each document.
         prefix_length: Keys of the prefix.
-        geometry: Heads, dtypes and so on.
+        shape: Heads, dtypes and so on.
         device: The compute device.
     """
 
@@ -33,29 +34,29 @@ class DocumentCall:
         pool: WrapperPool,
         lengths: tuple[int, ...],
         prefix_length: int,
-        geometry: Geometry,
+        shape: CallShape,
         device: torch.device,
     ):
         kind = WrapperKind(
             paged=False,
-            backend=kernels(lengths, geometry.heads),
-            q_dtype=geometry.q_dtype,
-            kv_dtype=geometry.kv_dtype,
-            head_dim=geometry.head_dim,
+            backend=kernels(lengths, shape.heads),
+            q_dtype=shape.q_dtype,
+            kv_dtype=shape.kv_dtype,
+            head_dim=shape.head_dim,
         )
         lease = pool.lease(kind, device, holder=self)
         self._wrapper = lease.wrapper
         ends = torch.tensor([0, *lengths]).cumsum(0)
         starts = ends + prefix_length * torch.arange(len(ends))
         longest = prefix_length + max(lengths)
-        window = geometry.window
+        window = shape.window
         lease.plan(
             qo_indptr=ends.to(torch.int32),
             kv_indptr=starts.to(torch.int32),
             causal=True,
             # FlashInfer counts the keys before a row's own, transformers the row's own too.
             window_left=-1 if window is None or window >= longest else window - 1,
-            **geometry.plan_arguments,
+            **shape.plan_arguments,
         )
         # Where each request's keys are among those of the prefix followed by all documents.
         self._sources: Tensor | None = None

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.backends.base import Backend
-from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
+from ifkv.backends.base import AttentionSpec, Backend
+from ifkv.backends.flashinfer.calls import Call, Planned
 from ifkv.backends.flashinfer.pages import (
     PagedBuffers,
     view_as_pages,
     view_as_slots,
     view_together,
 )
+from ifkv.backends.flashinfer.shapes import CallShape
 from ifkv.backends.flashinfer.tiles import CallKind, Part
 from ifkv.backends.flashinfer.wrappers import WrapperPool
 from ifkv.backends.norms import attention_norm
@@ -31,42 +32,12 @@ class QueryAttention(Backend):
     _module: Any
     _pool: WrapperPool
 
-    def plan_query(self, query_positions: Tensor, context_positions: Tensor) -> QueryPlan:
-        """See :meth:`Backend.plan_query`."""
-        return QueryPlan(query_positions, context_positions, Planned())
-
-    def attend_query(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        context_keys: Tensor,
-        context_values: Tensor,
-        plan: QueryPlan,
-        *,
-        scaling: float,
-        window: int | None,
-        scales: KVScales = UNSCALED,
-    ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Backend.attend_query`."""
-        plans, planned = (plan,), plan.detail
-        how: dict[str, Any] = {"scaling": scaling, "window": window}
-        own_pages = view_as_slots(keys, values)
-        own, own_logsumexp = self._attend_spans(query, own_pages, plans, planned, **how)
-        if context_keys.shape[2] > 0:
-            pages = view_as_pages(context_keys, context_values, context_keys.shape[2])
-            seen = self._attend_spans(
-                query, pages, plans, planned, context=True, scales=scales, **how
-            )
-            own, own_logsumexp = self._module.merge_state(*seen, own, own_logsumexp)
-        return own[None], own_logsumexp.mul(math.log(2)).T[None]
-
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
         """See :meth:`Backend.plan_queries`."""
-        plan = super().plan_queries(query_positions, context_positions)
-        return QueriesPlan(plan.parts, Planned())
+        pairs = zip(query_positions, context_positions, strict=True)
+        return QueriesPlan(tuple(QueryPlan(*pair, Planned()) for pair in pairs), Planned())
 
     def attend_queries(
         self,
@@ -76,30 +47,56 @@ class QueryAttention(Backend):
         context_keys: Sequence[Tensor],
         context_values: Sequence[Tensor],
         plan: QueriesPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
-        scales: Sequence[KVScales],
+        scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`Backend.attend_queries`; together under the terms of attend_requests."""
         lengths = [context.shape[2] for context in context_keys]
+        scales = [UNSCALED] * len(lengths) if scales is None else scales
         pages = None
         if len(lengths) > 1 and min(lengths) > 0 and len(set(scales)) == 1:
             pages = view_together(context_keys, context_values, lengths)
-        how: dict[str, Any] = {"scaling": scaling, "window": window}
         if pages is None:
-            return super().attend_queries(
-                query, keys, values, context_keys, context_values, plan, scales=scales, **how
-            )
+            split = (x.split(plan.counts, dim=2) for x in (query, keys, values))
+            requests = zip(*split, context_keys, context_values, plan.parts, scales, strict=True)
+            found = [self._attend_query(spec, *request) for request in requests]
+            outs, logsumexps = zip(*found, strict=True)
+            if len(outs) == 1:
+                return outs[0], logsumexps[0]
+            return torch.cat(outs, dim=1), torch.cat(logsumexps, dim=2)
         # A request's own keys begin wherever those before it end, so their pages hold one slot.
         starts = tuple(itertools.accumulate(plan.counts[:-1], initial=0))
         own_pages = dataclasses.replace(view_as_slots(keys, values), first_pages=starts)
-        own = self._attend_spans(query, own_pages, plan.parts, plan.detail, **how)
+        own = self._attend_spans(query, own_pages, plan.parts, plan.detail, spec)
         seen = self._attend_spans(
-            query, pages, plan.parts, plan.detail, context=True, scales=scales[0], **how
+            query, pages, plan.parts, plan.detail, spec, context=True, scales=scales[0]
         )
         out, logsumexp = self._module.merge_state(*seen, *own)
         return out[None], logsumexp.mul(math.log(2)).T[None]
+
+    def _attend_query(
+        self,
+        spec: AttentionSpec,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        plan: QueryPlan,
+        scales: KVScales,
+    ) -> tuple[Tensor, Tensor]:
+        """One request's query tokens, with calls of their own."""
+        plans, planned = (plan,), plan.detail
+        own_pages = view_as_slots(keys, values)
+        own, own_logsumexp = self._attend_spans(query, own_pages, plans, planned, spec)
+        if context_keys.shape[2] > 0:
+            pages = view_as_pages(context_keys, context_values, context_keys.shape[2])
+            seen = self._attend_spans(
+                query, pages, plans, planned, spec, context=True, scales=scales
+            )
+            own, own_logsumexp = self._module.merge_state(*seen, own, own_logsumexp)
+        return own[None], own_logsumexp.mul(math.log(2)).T[None]
 
     def _attend_spans(
         self,
@@ -107,18 +104,17 @@ class QueryAttention(Backend):
         buffers: PagedBuffers,
         plans: Sequence[QueryPlan],
         planned: Planned,
+        spec: AttentionSpec,
         *,
-        scaling: float,
-        window: int | None,
         scales: KVScales = UNSCALED,
         context: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Query tokens over their contexts, or over themselves; base-2 log-sum-exps."""
-        geometry = Geometry.of(query, buffers.keys, buffers.page_size, scaling, window)
+        shape = CallShape.of(query, buffers.keys, buffers.page_size, spec)
         firsts = buffers.first_pages
         call: Call = planned.once(
-            (geometry, context, firsts),
-            lambda: query_call(self._pool, plans, firsts, geometry, context=context),
+            (shape, context, firsts),
+            lambda: query_call(self._pool, plans, firsts, shape, context=context),
         )
         return call.run(query[0].transpose(0, 1), buffers, scales)
 
@@ -128,22 +124,14 @@ class QueryAttention(Backend):
         context_keys: Tensor,
         logsumexp: Tensor,
         plan: QueryPlan,
+        spec: AttentionSpec,
         *,
-        scaling: float,
         reduction: Reduction,
-        window: int | None,
         values: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
         return attention_norm(
-            query,
-            context_keys,
-            logsumexp,
-            plan,
-            scaling=scaling,
-            reduction=reduction,
-            window=window,
-            values=values,
+            query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )
 
 
@@ -151,7 +139,7 @@ def query_call(
     pool: WrapperPool,
     plans: Sequence[QueryPlan],
     first_pages: Sequence[int],
-    geometry: Geometry,
+    shape: CallShape,
     *,
     context: bool,
 ) -> Call:
@@ -161,11 +149,11 @@ def query_call(
         pool: Where to get a wrapper.
         plans: Of each request; their query tokens follow one another.
         first_pages: For each request, the page that its keys begin with; its others follow.
-        geometry: Heads, dtypes and so on.
+        shape: Heads, dtypes and so on.
         context: Whether the keys are the contexts', all of which are seen, or the query tokens'
             own, which are seen causally.
     """
-    kind: CallKind = "masked" if geometry.window is not None else "full" if context else "causal"
+    kind: CallKind = "masked" if shape.window is not None else "full" if context else "causal"
     positions = [plan.context_positions if context else plan.query_positions for plan in plans]
     ends = [0, *itertools.accumulate(len(plan.query_positions) for plan in plans)]
     parts = [
@@ -173,8 +161,8 @@ def query_call(
         for index, (rows, keys) in enumerate(zip(itertools.pairwise(ends), positions, strict=True))
     ]
     tables = [
-        torch.arange(first, first - (-len(keys) // geometry.page_size), dtype=torch.int32)
+        torch.arange(first, first - (-len(keys) // shape.page_size), dtype=torch.int32)
         for first, keys in zip(first_pages, positions, strict=True)
     ]
     asked = torch.cat([plan.query_positions for plan in plans])
-    return Call(pool, kind, parts, tables, geometry, asked, positions)
+    return Call(pool, kind, parts, tables, shape, asked, positions)

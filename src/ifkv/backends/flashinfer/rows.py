@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.backends.flashinfer.calls import Call, Geometry, Planned
+from ifkv.backends.flashinfer.calls import Call, Planned
 from ifkv.backends.flashinfer.pages import PagedBuffers
+from ifkv.backends.flashinfer.shapes import CallShape
 from ifkv.backends.flashinfer.tiles import MaskForm, parts_of_rows
 from ifkv.backends.flashinfer.wrappers import WrapperPool
 from ifkv.backends.plans import KVScales
@@ -49,7 +50,7 @@ class RowCalls:
         pool: Where to get wrappers.
         detail: Slots and pages of the rows.
         row_slots: Long ``[rows]``, on the compute device.
-        geometry: Heads, dtypes and so on.
+        shape: Heads, dtypes and so on.
         first_pages: Of each sequence, as in :class:`PagedBuffers`.
         form: How rows without a common causal mask are run.
     """
@@ -60,20 +61,20 @@ class RowCalls:
         pool: WrapperPool,
         detail: RowDetail,
         row_slots: Tensor,
-        geometry: Geometry,
+        shape: CallShape,
         first_pages: tuple[int, ...],
         form: MaskForm,
     ):
         self._module = module
-        tables = detail.pages_of(first_pages, geometry.page_size)
-        parts = parts_of_rows(detail.slots, geometry.group, geometry.page_size, geometry.window)
+        tables = detail.pages_of(first_pages, shape.page_size)
+        parts = parts_of_rows(detail.slots, shape.group, shape.page_size, shape.window)
         self._calls = {
             kind: Call(
                 pool,
                 kind,
                 some,
                 tables,
-                geometry,
+                shape,
                 row_slots,
                 by_position=form == "positions" and kind == "masked",
             )

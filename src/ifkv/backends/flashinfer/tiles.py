@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ifkv.backends.spec import AttentionSpec
+
 # Rows of FlashInfer's largest query tile: of one head in fa3, of all that share a key head in fa2.
 TILE_ROWS = 128
 # Rows that share one span of keys read without a mask.
@@ -159,7 +161,7 @@ def mask_of_parts(
     parts: Sequence[Part],
     row_positions: Tensor,
     key_positions: Sequence[Tensor] | None,
-    window: int | None,
+    spec: AttentionSpec,
 ) -> Tensor:
     """The mask FlashInfer wants: True where a row looks, request after request, rows in order.
 
@@ -167,7 +169,7 @@ def mask_of_parts(
         parts: What each request reads.
         row_positions: Long ``[rows]``, on the compute device.
         key_positions: For each sequence long ``[slots]``; a slot is its position if None.
-        window: Positions that a row sees, its own included; None sees all.
+        spec: How the layer attends.
 
     Returns:
         Bool ``[sum of rows times keys]``.
@@ -194,5 +196,4 @@ def mask_of_parts(
     if key_positions is not None:
         keys = torch.cat(list(key_positions)).to(torch.int32)[keys]
     distance = keys.neg_().add_(positions.repeat_interleave(widths, output_size=total))
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
+    return spec.near(distance)

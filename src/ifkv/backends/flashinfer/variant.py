@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ifkv.backends.flashinfer.calls import Geometry
+    from ifkv.backends.flashinfer.shapes import CallShape
 
 NAME = "IfkvPositionCausal"
 TENSORS = ("row_slots", "first_slots")
@@ -58,24 +58,24 @@ struct IfkvPositionCausal : AttentionVariantBase {
 _SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
 
 
-def position_variant(geometry: Geometry) -> tuple[Any, ...]:
+def position_variant(shape: CallShape) -> tuple[Any, ...]:
     """What FlashInfer compiles the kernel from: the ``jit_args`` of a paged wrapper.
 
     Args:
-        geometry: Its dtypes and head_dim become part of the kernel, and of its name.
+        shape: Its dtypes and head_dim become part of the kernel, and of its name.
     """
     kinds = [
         _SHORT.get(dtype, str(dtype).rpartition(".")[2])
-        for dtype in (geometry.q_dtype, geometry.kv_dtype)
+        for dtype in (shape.q_dtype, shape.kv_dtype)
     ]
     return (
-        f"ifkv_position_causal_{kinds[0]}_{kinds[1]}_{geometry.head_dim}",
-        geometry.q_dtype,
-        geometry.kv_dtype,
-        geometry.q_dtype,
+        f"ifkv_position_causal_{kinds[0]}_{kinds[1]}_{shape.head_dim}",
+        shape.q_dtype,
+        shape.kv_dtype,
+        shape.q_dtype,
         torch.int32,
-        geometry.head_dim,
-        geometry.head_dim,
+        shape.head_dim,
+        shape.head_dim,
         list(TENSORS),
         ["int32_t", "int32_t"],
         list(SCALARS),
