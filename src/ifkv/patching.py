@@ -6,8 +6,8 @@ decoder stack, so that this model alone looks its attention up under that name. 
 every call that carries no ifkv pass to whatever attention the model used before, so ordinary
 ``model(...)`` and ``model.generate(...)`` stay bit for bit the same.
 
-An overlay (:mod:`ifkv.config_overlay`) sees changes of the config below, as that sees changes of the
-overlay. Another model built from either config object computes what it would without the patch.
+An overlay (:mod:`ifkv.config_overlay`) sees changes of the config below, as that sees changes of
+the overlay. Another model built from either config object computes what it would without the patch.
 Copying and pickling see through it: a copy of a patched model is an ordinary, unpatched model.
 """
 
