@@ -112,12 +112,12 @@ CASES: dict[str, Case] = {
     ),
     "documents as one text": (
         INPUT,
-        r"documents is of type str.*list",
+        r"documents is one string.*list",
         lambda b: b.prefill_all("text"),
     ),
     "documents none": (
         INPUT,
-        r"documents is of type NoneType.*list",
+        r"documents is None.*list",
         lambda b: b.prefill_all(None),
     ),
     "prefix id too large": (INPUT, r"the prefix.*id 99", lambda b: b.prefill([3], prefix=[99])),

@@ -25,15 +25,15 @@ SESSION_CASES: dict[str, tuple[str, Callable[[ifkv.Session], Any]]] = {
     "texts as one string": (r"texts is one string.*\[text\]", lambda s: s.add("text")),
     "no texts": (r"texts is None; give a list", lambda s: s.add(None)),
     "half a surrogate pair in a text": (
-        r"'\\udc80', half of a surrogate pair.*replace",
+        r"document 1: .*'\\udc80', half of a surrogate pair.*replace",
         lambda s: s.add(["fine", "caf\udc80"]),
     ),
     "half a surrogate pair in a question": (
         r"'\\ud800', half of a surrogate pair",
         lambda s: s.ask("which \ud800?"),
     ),
-    "a blank text": (r"document is empty or blank", lambda s: s.add(["fine", " \n"])),
-    "ids for text": (r"document is of type list.*texts", lambda s: s.add([[1, 2]])),
+    "a blank text": (r"document 1: the text is empty or blank", lambda s: s.add(["fine", " \n"])),
+    "ids for text": (r"document 0: .* of type list.*texts", lambda s: s.add([[1, 2]])),
     "a blank question": (r"question is ' '", lambda s: s.ask(" ")),
     "no question": (r"question is None", lambda s: s.ask(None)),
     "ratio": (r"ratio is 1\.5", lambda s: s.ask("which?", ratio=1.5)),

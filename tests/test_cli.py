@@ -102,6 +102,23 @@ def test_ask_prefills_a_file_once(model_folder: Path, texts: list[str], tmp_path
     assert (tmp_path / "other" / "index.sqlite3").exists()
 
 
+def test_ask_and_encode_read_files_alike(
+    model_folder: Path, texts: list[str], tmp_path: Path
+) -> None:
+    lines = ['{"body": "The lamp is red."}', "", '{"body": "Rain."}']
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    options = [str(tmp_path / "lines.jsonl"), "--field", "body", "--model", str(model_folder)]
+    options += ["--store", str(tmp_path / "kept")]
+    made = CliRunner().invoke(app, ["encode", *texts, *options])
+    assert "5 documents: 3 encoded, 0 already there, 2 given twice" in made.output
+    asked = CliRunner().invoke(app, ["ask", "Which?", *options, "--max-new-tokens", "2"])
+    assert asked.exit_code == 0, asked.output
+    assert "2 documents, " in asked.output
+    assert "2 found in the store" in " ".join(asked.output.split())
+    for title in ("lines.jsonl:1", "lines.jsonl:3"):
+        assert title in asked.output
+
+
 def test_a_corrupt_document_is_a_sentence_and_an_answer(
     model_folder: Path, texts: list[str], tmp_path: Path
 ) -> None:

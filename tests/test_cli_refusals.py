@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,34 @@ def test_a_file_that_is_too_long_is_named_with_the_way_out(
     assert "lamp.txt" not in told
     assert not caplog.records, "transformers warned beside it"
     assert "--split" in str(refused(*command, "long.md", "--model", model_folder, "--split", 250))
+
+
+@pytest.mark.usefixtures("here", "unloaded")
+@pytest.mark.parametrize("command", [["ask", "Why?"], ["encode"]])
+def test_a_document_is_named_by_file_and_line(model_folder: Path, command: list[str]) -> None:
+    good = json.dumps({"text": "fine"})
+    for line, message in (
+        ("nonsense", "b.jsonl, line 3 is not JSON"),
+        (json.dumps({"text": " "}), "b.jsonl, line 3: the field 'text' is blank"),
+        (json.dumps({"text": "caf\udc80"}), "b.jsonl:3: a text holds '\\udc80', half of a"),
+        (json.dumps({"text": "Rain. " * 200}), "b.jsonl:3 has "),
+    ):
+        Path("b.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+        told = str(refused(*command, "lamp.txt", "b.jsonl", "--model", model_folder))
+        assert message in told
+
+
+@pytest.mark.usefixtures("here", "unloaded")
+@pytest.mark.parametrize("command", [["ask", "Why?"], ["encode"]])
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused_naming_the_file(
+    model_folder: Path, tmp_path: Path, command: list[str]
+) -> None:
+    copied = shutil.copytree(model_folder, tmp_path / "copied")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"vocab_size": 80}))
+    told = str(refused(*command, "long.md", "--split", 99, "--model", copied))
+    assert "long.md becomes the token id " in told
+    assert "ids run from 0 to 79" in told
 
 
 @pytest.mark.usefixtures("here", "unloaded")

@@ -19,6 +19,8 @@ from ifkv.checks import check_positive, naming_request
 from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.greedy import GreedySettings, greedy_settings
+from ifkv.library import KEYS_WANTED
+from ifkv.listing import as_list
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
 from ifkv.scoring import chosen_layers
@@ -57,8 +59,7 @@ def ask_many(
     check_positive(batch_tokens, "batch_tokens")
     check_answer_kwargs(session.model, generate_kwargs)
     chosen_layers(num_layers(session.model), layers)
-    if isinstance(questions, str):
-        raise InvalidInputError("questions is one string; give a list, or call ask().")
+    questions = as_list(questions, "questions", "give a list, or call ask()")
     prompts = []
     for index, question in enumerate(questions):
         with naming_request(index):
@@ -119,9 +120,7 @@ def _keys_of(
     """Keys of each question's documents; None for all."""
     if documents is None:
         return [None] * count
-    if isinstance(documents, str):
-        raise InvalidInputError("documents is one string; give a list of keys, for example [key].")
-    given: list[Any] = list(documents)
+    given = as_list(documents, "documents", KEYS_WANTED)
     shared = [isinstance(each, str) for each in given]
     if all(shared):
         return [given] * count

@@ -8,7 +8,8 @@ all rows. The results are those of one request after another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -137,7 +138,7 @@ def check_counts(count: int, **given: Sequence[Any]) -> None:
         InvalidInputError: One has more or fewer.
     """
     for name, values in given.items():
-        if isinstance(values, str) or not hasattr(values, "__len__"):
+        if isinstance(values, str | Mapping | AbstractSet) or not hasattr(values, "__len__"):
             raise InvalidInputError(
                 f"{name} is of type {type(values).__name__}; a list with one entry for each of the "
                 f"{count} requests is wanted."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,25 @@ def check_positive(value: Any, what: str) -> None:
 
 
 @contextmanager
-def naming_request(index: int) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
+    """Say in a refusal which of several things it is about.
+
+    Args:
+        what: The thing's name; "document 3", say.
+    """
+    try:
+        yield
+    except InvalidInputError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def naming_request(index: int) -> AbstractContextManager[None]:
     """Say in a refusal which of several requests it is about.
 
     Args:
         index: The request's number, counting from 0.
     """
-    try:
-        yield
-    except InvalidInputError as error:
-        raise type(error)(f"request {index}: {error}") from error
+    return naming(f"request {index}")
 
 
 def whole_numbers(values: Any, what: str) -> list[int]:
@@ -79,6 +89,15 @@ def token_tensor(
     if isinstance(ids, str):
         raise InvalidInputError(
             f"{what} is a string; token ids are wanted. Tokenise it first, or use ifkv.Session."
+        )
+    if isinstance(ids, Mapping):
+        raise InvalidInputError(
+            f"{what} is of type {type(ids).__name__}; token ids are wanted: of what a tokenizer "
+            "returned, its ['input_ids']."
+        )
+    if isinstance(ids, bytes | bytearray | AbstractSet):
+        raise InvalidInputError(
+            f"{what} is of type {type(ids).__name__}; token ids in their order are wanted."
         )
     try:
         tensor = torch.as_tensor(ids).detach().cpu()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ifkv.checks import check_positive, token_tensor
 from ifkv.decoder_layers import num_layers
 from ifkv.document_cache import DocumentCache, check_rows
+from ifkv.document_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward import embed, run_attention, run_layers
 from ifkv.passes import LayerCall
@@ -29,6 +30,9 @@ __all__ = ["DocumentCache", "default_batch_tokens", "prefill_documents"]
 DEFAULT_BATCH_TOKENS = 4096
 CPU_BATCH_TOKENS = 1024
 
+# Token ids of each document, or what a tokenizer returned for several texts.
+Documents = Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+
 
 def default_batch_tokens(device: torch.device) -> int:
     """Tokens of one ragged forward when the caller does not say."""
@@ -37,8 +41,9 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def prefill_documents(
     model: PreTrainedModel,
-    documents: Sequence[Sequence[int] | Tensor],
+    documents: Documents,
     *,
+    attention_mask: Sequence[Sequence[int]] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
     progress: bool = False,
@@ -48,7 +53,10 @@ def prefill_documents(
     Args:
         model: A patched model.
         documents: Token ids of each document. Ids are the contract: nothing is added, stripped or
-            tokenised again, and a document's cache does not depend on its neighbours.
+            tokenised again, and a document's cache does not depend on its neighbours. What a
+            tokenizer returned for several texts is taken with its attention mask.
+        attention_mask: Of padded documents, ``[documents, tokens]``: 0 where a token is padding,
+            which is left out. A tensor of several rows needs it.
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
             ``.prefix`` of documents made earlier, which is then shared and not computed again.
         batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
@@ -61,7 +69,8 @@ def prefill_documents(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: A document is empty, longer than the model's positions, or holds an id
-            outside the vocabulary; ``batch_tokens`` is not positive; or ``prefix`` is a document
+            outside the vocabulary; they look padded and there is no mask; ``batch_tokens`` is not
+            positive; or ``prefix`` is a document
             that was itself encoded behind a prefix.
         FingerprintMismatchError: ``prefix`` was made by another model.
 
@@ -79,16 +88,11 @@ def prefill_documents(
     handle.rope.check_frequencies()
     if batch_tokens is not None:
         check_positive(batch_tokens, "batch_tokens")
-    if isinstance(documents, str | DocumentCache) or not isinstance(documents, Iterable):
-        raise InvalidInputError(
-            f"documents is of type {type(documents).__name__}; a list of documents is wanted, "
-            "each a sequence of token ids."
-        )
     given, wanted = (
         (prefix, prefix.token_ids) if isinstance(prefix, DocumentCache) else (None, prefix)
     )
     prefix_ids = token_tensor(model, wanted, "the prefix", empty=True)
-    tokens = [token_tensor(model, ids, f"document {i}") for i, ids in enumerate(documents)]
+    tokens = document_tensors(model, documents, attention_mask)
     for index, ids in enumerate(tokens):
         handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
     identity = handle.fingerprints.of(model)

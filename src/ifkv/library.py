@@ -18,6 +18,7 @@ from ifkv.errors import (
     StoreError,
     StoreWarning,
 )
+from ifkv.listing import as_list
 from ifkv.patching import handle_of
 from ifkv.progress import token_bar
 from ifkv.sensitivity import with_sensitivities
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.store import DocumentStore
+
+KEYS_WANTED = "give a list of keys, for example [key]"
 
 
 class _Origin(NamedTuple):
@@ -104,11 +107,7 @@ class Library:
         Raises:
             InvalidInputError: There is none.
         """
-        if isinstance(keys, str):
-            raise InvalidInputError(
-                "documents is one string; give a list of keys, for example [key]."
-            )
-        wanted = list(self.keys if keys is None else keys)
+        wanted = list(self.keys) if keys is None else as_list(keys, "documents", KEYS_WANTED)
         if not wanted and self.keys:
             raise InvalidInputError(
                 "documents is an empty list; give at least one key that add() returned, or None "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +15,17 @@ from ifkv.answer import Answer, Prepared
 from ifkv.answering import check_answer_kwargs, chosen_selector, complete
 from ifkv.auto import Ratio, Ratios
 from ifkv.checks import check_positive, token_tensor
-from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.errors import StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.library import Library
-from ifkv.patching import handle_of, patch
+from ifkv.patching import patch
 from ifkv.plannable import check_plannable
 from ifkv.preparation import Stopwatch, prepare
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
-from ifkv.splitting import at_most
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
+from ifkv.text_documents import document_pieces
 
 # Tokens that a batch of ask_many holds when the caller does not say.
 DEFAULT_REQUEST_TOKENS = 16384
@@ -133,7 +133,8 @@ class Session:
         as soon as it is made: after an interruption the same call goes on from there.
 
         Args:
-            texts: The documents' texts.
+            texts: The documents' texts: a list, or anything else that has them in an order, such
+                as a generator or one column of a table.
             split: Tokens of a document at most: longer texts are cut into documents of about
                 equal length, on token ids, wherever that falls. If None, a text is a document.
             batch_tokens: As in :func:`ifkv.prefill_documents`.
@@ -146,24 +147,11 @@ class Session:
 
         Raises:
             InvalidInputError: A document is blank or longer than the model's positions, or
-                ``texts`` is no list of texts.
+                ``texts`` is no list of texts: a mapping, say, a set or a whole table. Of a list
+                it says which text is meant, counting from 0.
             StoreFullError: The store or its disk has no room.
         """
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            found = "one string" if isinstance(texts, str) else f"{texts!r}"
-            raise InvalidInputError(
-                f"texts is {found}; give a list of documents, for example [text]."
-            )
-        ids = [self.format.document_ids(text) for text in texts]
-        if split is not None:
-            ids = [piece for text in ids for piece in at_most(text, split)]
-        rope = handle_of(self.model).rope
-        for index, piece in enumerate(ids):
-            rope.check_length(
-                len(self.prefix_ids) + len(piece),
-                f"document {index} ({len(piece)} tokens) with its prefix",
-                "Let long texts be cut into shorter documents: add(texts, split=512), for example.",
-            )
+        ids = document_pieces(self.model, self.format, self.prefix_ids, texts, split)
         return self._library.add(
             ids,
             batch_tokens=batch_tokens,

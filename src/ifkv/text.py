@@ -121,11 +121,11 @@ class PromptFormat:
         """Token ids of a document: its text, set off by a blank line."""
         if not isinstance(text, str):
             raise InvalidInputError(
-                f"a document is of type {type(text).__name__}; Session takes texts, and "
-                "ifkv.prefill_documents token ids."
+                f"the text is of type {type(text).__name__}, not str; read files, decode bytes. "
+                "Session takes texts, and ifkv.prefill_documents token ids."
             )
         if not text.strip():
-            raise InvalidInputError("a document is empty or blank; it needs some text.")
+            raise InvalidInputError("the text is empty or blank; a document needs some.")
         return self.encode(text.rstrip("\n") + "\n\n")
 
     def prompt_ids(self, question: str) -> list[int]:

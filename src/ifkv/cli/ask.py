@@ -9,6 +9,7 @@ import typer
 
 from ifkv.cli.cutting import Split
 from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.reading import FILES_HELP, Field
 
 
 def ratio_of(text: str) -> float | Literal["auto"]:
@@ -32,7 +33,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     files: Annotated[
         list[Path],
-        typer.Argument(help="Text or Markdown files: one document each, or several with --split."),
+        typer.Argument(help=FILES_HELP),
     ],
     model: Annotated[
         str,
@@ -58,6 +59,7 @@ def ask(
     ] = "sink-aware",
     imports: Imports = None,
     split: Split = None,
+    field: Field = "text",
     compare: Annotated[
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
@@ -97,7 +99,7 @@ def ask(
     from ifkv.cli.interrupting import documents_kept, interruptible
     from ifkv.cli.loading import check_model, load_model, load_tokenizer
     from ifkv.cli.places import check_page
-    from ifkv.cli.reading import read_texts
+    from ifkv.cli.reading import read_corpus
     from ifkv.float8 import FLOAT8, check_kv_dtype
     from ifkv.plannable import check_plannable
     from ifkv.selectors import resolve
@@ -114,14 +116,13 @@ def ask(
             check_plannable(rule, reorder=reorder)
         check_question(question)
         check_page(html)
-        texts = read_texts(files)
+        found = read_corpus(files, field)
         config = check_model(model, dtype=dtype, device=device)
         kv_dtype = FLOAT8 if kv_fp8 else None
         check_kv_dtype(kv_dtype, torch.device(device))
         tokenizer = load_tokenizer(model)
         layout = PromptFormat(tokenizer)
-        named = list(zip([file.name for file in files], texts, strict=True))
-        documents = cut(layout, config, named, split)
+        documents = cut(layout, config, found, split)
         check_request(layout, config, documents, question)
         opened = MemoryStore() if store == "memory" else session_store(store)
 
@@ -133,7 +134,8 @@ def ask(
         else:
             token_ids = [ids for _, ids in documents]
             kept.sentence = documents_kept(opened, loaded, token_ids, session.prefix_ids)
-        titles = [title for title, _ in documents]
+        texts = [text for _, text in found]
+        titles = [Path(where).name for where, _ in documents]
         if compare:
             answer_questions(
                 console,

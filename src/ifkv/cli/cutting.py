@@ -38,21 +38,29 @@ def cut(
     Args:
         layout: How the model's requests are laid out.
         config: The model's config.
-        texts: Title and text of each.
+        texts: Where each is from, and its text.
         split: Tokens of a document at most; None makes every text a document.
 
     Returns:
-        Title and token ids of each document; pieces of one text are numbered.
+        Where each document is from, and its token ids; pieces of one text are numbered.
 
     Raises:
-        InvalidInputError: Documents are longer than the model's positions allow.
+        InvalidInputError: Documents are longer than the model's positions allow, or cannot be
+            tokenised for it; it says which.
     """
+    from ifkv.checks import naming
     from ifkv.rope import position_limit
     from ifkv.splitting import at_most
 
     documents: list[tuple[str, list[int]]] = []
     for title, text in texts:
-        ids = layout.document_ids(text)
+        with naming(title):
+            ids = layout.document_ids(text)
+        if ids and max(ids) >= config.vocab_size:
+            raise InvalidInputError(
+                f"{title} becomes the token id {max(ids)}, but this model's ids run from 0 to "
+                f"{config.vocab_size - 1}; give the model's own tokenizer."
+            )
         pieces = [ids] if split is None else at_most(ids, split)
         documents += [
             (title if len(pieces) == 1 else f"{title} ({number} of {len(pieces)})", piece)

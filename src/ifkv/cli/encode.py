@@ -9,16 +9,14 @@ import typer
 
 from ifkv.cli.cutting import Split
 from ifkv.cli.loading import check_model, load_model, load_tokenizer
+from ifkv.cli.reading import FILES_HELP, Field
 from ifkv.cli.store import parse_bytes
 
 
 def encode(
     files: Annotated[
         list[Path],
-        typer.Argument(
-            help="Text or Markdown files, one document each, and .jsonl files, one document a "
-            "line; longer ones become several with --split."
-        ),
+        typer.Argument(help=FILES_HELP),
     ],
     model: Annotated[
         str,
@@ -31,9 +29,7 @@ def encode(
         ),
     ] = None,
     split: Split = None,
-    field: Annotated[str, typer.Option(help="The field of a JSONL line that has the text.")] = (
-        "text"
-    ),
+    field: Field = "text",
     dtype: Annotated[
         str,
         typer.Option(

@@ -5,8 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from ifkv.errors import InvalidInputError
+
+FILES_HELP = (
+    "Text or Markdown files, one document each, and .jsonl files, one document a line; longer ones "
+    "become several with --split."
+)
+Field = Annotated[str, typer.Option(help="The field of a JSONL line that has the text.")]
 
 _LINES = (".jsonl", ".ndjson")
 # What formats that are often taken for text begin with.

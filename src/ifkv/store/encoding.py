@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
-from ifkv.documents import DocumentCache, default_batch_tokens, prefill_documents
+from ifkv.document_ids import document_tensors
+from ifkv.documents import DocumentCache, Documents, default_batch_tokens, prefill_documents
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
 from ifkv.patching import handle_of
 from ifkv.sensitivity import with_sensitivities
@@ -42,8 +43,9 @@ class Encoded:
 def encode_documents(
     model: PreTrainedModel,
     store: DocumentStore,
-    documents: Sequence[Sequence[int] | Tensor],
+    documents: Documents,
     *,
+    attention_mask: Sequence[Sequence[int]] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
     sensitivities: bool = False,
@@ -57,7 +59,8 @@ def encode_documents(
     Args:
         model: A patched model.
         store: The store.
-        documents: Token ids of each document.
+        documents: As in :func:`ifkv.prefill_documents`.
+        attention_mask: Likewise.
         prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
         batch_tokens: As in :func:`ifkv.prefill_documents`.
         sensitivities: Measure their sensitivities, for another prefill each
@@ -79,7 +82,7 @@ def encode_documents(
         check_positive(batch_tokens, "batch_tokens")
     given = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
     prefix_ids = token_tensor(model, given, "the prefix", empty=True)
-    tokens = [token_tensor(model, ids, f"document {i}") for i, ids in enumerate(documents)]
+    tokens = document_tensors(model, documents, attention_mask)
     for index, ids in enumerate(tokens):  # all of them before any work
         handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
     identity = handle.fingerprints.of(model)
