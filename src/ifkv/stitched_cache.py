@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
+from ifkv.cache_interface import CacheInterface, check_single
 from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.stitched_layer import StitchedLayer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ifkv.positions import Layout
 
 
-class StitchedCache(Cache):
+class StitchedCache(CacheInterface):
     """The cache of one request: prefix and documents side by side, then whatever is appended.
 
     A transformers ``Cache``: it works in ``model(...)`` and ``model.generate(...)``. It is private
@@ -52,7 +52,7 @@ class StitchedCache(Cache):
     """
 
     loader: LayerLoader | None = None
-    layers: list[StitchedLayer]  # type: ignore[assignment]  # of one kind, unlike the base's
+    layers: list[StitchedLayer]
 
     def __init__(
         self,
@@ -123,9 +123,11 @@ class StitchedCache(Cache):
             token_ids: The tokens that the appended rows are of.
 
         Raises:
-            InvalidInputError: There is not one token for each appended row.
+            InvalidInputError: There is not one token for each appended row, or the cache holds
+                several sequences.
             GeometryError: The cache's geometry is not global.
         """
+        check_single(self)
         appended = self.get_seq_length() - self.context_length
         if self.geometry != "global":
             raise GeometryError(
@@ -191,12 +193,13 @@ class StitchedCache(Cache):
                 it; all that follow the context if None.
 
         Raises:
-            InvalidInputError: It is positive, or would cut into the context.
+            InvalidInputError: It is no whole number, is positive, or would cut into the context.
         """
         appended = self.get_seq_length() - self.context_length
         if tokens_to_remove is None:
             tokens_to_remove = -appended
-        if tokens_to_remove > 0 or -tokens_to_remove > appended:
+        whole = isinstance(tokens_to_remove, int)
+        if not whole or tokens_to_remove > 0 or -tokens_to_remove > appended:
             raise InvalidInputError(
                 f"crop({tokens_to_remove}) is not possible: give a negative number of slots, at "
                 f"most the {appended} that were appended behind the context."
@@ -248,11 +251,12 @@ def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: It is no stitched cache.
+        InvalidInputError: It is no stitched cache, or holds several sequences.
         FingerprintMismatchError: It belongs to another model.
     """
     handle = handle_of(model)
     check_stitched(cache)
+    check_single(cache)
     identity = handle.fingerprints.of(model, glance=False)  # stitch has done so
     if cache.fingerprint != identity:
         raise FingerprintMismatchError(

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ifkv.backends.plans import UNSCALED, KVScales
-from ifkv.errors import GeometryError
+from ifkv.cache_interface import MOVED, RESET, refusing
+from ifkv.errors import GeometryError, InvalidInputError
 from ifkv.marks import mark_stitched
 from ifkv.memory import empty
 
@@ -148,6 +149,13 @@ class StitchedLayer(DynamicLayer):
         """Append rows, as transformers asks of a cache layer."""
         if self._refusal:
             raise GeometryError(self._refusal)
+        held, given = self._key_buffer.shape, key_states.shape
+        if (held[:2], held[3:]) != (given[:2], given[3:]):
+            raise InvalidInputError(
+                f"rows of shape {tuple(given)} cannot be appended to a cache of {held[0]} "
+                f"sequences of {held[1]} heads of {held[3]}. Give model(...) as many sequences as "
+                "the cache holds, or have it hold more by cache.batch_repeat_interleave(n)."
+            )
         end = self.length + key_states.shape[2]
         if self.limit is not None and end > self.limit:
             raise GeometryError(
@@ -159,6 +167,18 @@ class StitchedLayer(DynamicLayer):
         self.value_buffer[:, :, self.length : end] = value_states
         self.length = end
         return mark_stitched(self.keys), self.values
+
+    reset = refusing("reset", RESET)
+    offload = refusing("offload", MOVED)
+    prefetch = refusing("prefetch", MOVED)
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences it holds."""
+        return int(self._key_buffer.shape[0])
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: it is initialized, and holds rows."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop that many rows (given as a negative number) from the end."""
