@@ -23,7 +23,7 @@ from ifkv.generation import DEFAULT_MAX_NEW_TOKENS, has_prompt
 from ifkv.greedy import GreedySettings, greedy_settings, penalised
 from ifkv.patching import handle_of
 from ifkv.rows_pass import RowsPass
-from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
+from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,7 +129,7 @@ def _check_request(
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
     if not has_prompt(cache, prompt):
         check_answerable(cache, "generate_many")
-    length = cache.context_length + len(prompt)
+    length = cache.query_position + len(prompt)
     handle.rope.check_length(length, "context and prompt")
     if handle.rope.rope_type == "longrope":
         # The last new token is not run.
@@ -202,18 +202,19 @@ def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Seque
         [torch.tensor([length - 1]) for length in lengths], lengths, model.device
     )
     hidden = embed(model, torch.tensor(list(tokens), device=model.device))
-    cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
-    counts, rotation = [1] * len(caches), (cos[None], sin[None])
+    counts = [1] * len(caches)
+    positions = positions_of(caches, plan.slots, counts)
+    rotation = handle.rope.rotation(positions, hidden.dtype)
     depth, start = num_layers(model), 0
     run = RowsPass(handle, caches, counts, plan)
     if handle.captures is not None:
         # Graphs end at the last attention: the last layer runs once more, from what it was given.
         start = depth - 1
         writing = RowsPass(handle, caches, counts, plan, skip_attention_in=start)
-        rows = plan.slots, rotation, writing, start
+        rows = positions, rotation, writing, start
         hidden = run_to_attention(model, handle.captures, hidden, *rows)
         run = RowsPass(handle, caches, counts, plan, write=False)
-    hidden = run_layers(model, hidden, plan.slots, rotation, run, depth, start=start)
+    hidden = run_layers(model, hidden, positions, rotation, run, depth, start=start)
     for cache, length in zip(caches, lengths, strict=True):
         for layer in cache.layers:
             layer.length = length

@@ -121,7 +121,7 @@ class Captured:
         # Captured in whatever mode, replayed in any.
         with torch.inference_mode(False), torch.no_grad():
             self._hidden = hidden.new_zeros(1, size, hidden.shape[2])
-            self._positions = positions.new_zeros(size)
+            self._positions = positions.new_zeros(*positions.shape[:-1], size)
             cos, sin = (part.new_ones(1, size, part.shape[2]) for part in rotation)
             self._rotation = cos, sin
             with recorder.recording():
@@ -171,7 +171,7 @@ class Captured:
     ) -> Tensor:
         rows = hidden.shape[1]
         self._hidden[:, :rows] = hidden
-        self._positions[:rows] = positions
+        self._positions[..., :rows] = positions
         for own, part in zip(self._rotation, rotation, strict=True):
             own[:, :rows] = part
         room = self._room

@@ -247,7 +247,7 @@ class Conversation:
         rope = handle_of(self._session.model).rope
         length = new + self._waiting_tokens + documents
         if self._cache is not None:
-            length += self._cache.context_length
+            length += self._cache.query_position
         rope.check_length(length, "the conversation")
         if rope.rope_type == "longrope":
             rope.check_length(length + max(0, max_new_tokens - 1), "the conversation and answer")

@@ -14,6 +14,7 @@ from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import run_attention, run_layers
 from ifkv.rows_pass import RowsPass
+from ifkv.stitched_cache import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,14 +85,14 @@ def run_by_depth(
             continue
         own = [part[kept] for part, kept in zip(slots, alive, strict=True)]
         plan = handle.backend.plan_requests(own, lengths, model.device)
-        cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
-        rotation = (cos[None], sin[None])
         counts = [len(part) for part in own]
+        positions = positions_of(caches, plan.slots, counts)
+        rotation = handle.rope.rotation(positions, hidden.dtype)
         run = RowsPass(handle, caches, counts, plan, skip_attention_in=layers - 1)
         at = torch.cat(alive).nonzero()[:, 0].to(hidden.device)
         end = min(stop, layers - 1)
-        rows = run_layers(model, hidden[:, at], plan.slots, rotation, run, end, start=start)
+        rows = run_layers(model, hidden[:, at], positions, rotation, run, end, start=start)
         if stop == layers:
-            run_attention(model, rows, plan.slots, rotation, run, layers - 1)
+            run_attention(model, rows, positions, rotation, run, layers - 1)
         hidden[:, at] = rows
     return hidden

@@ -26,6 +26,8 @@ class DocumentCache:
         sensitivity: How far each token's values move when other text stands before the document,
             float32 ``[n]``, on the CPU; None if it was not measured
             (:func:`ifkv.sensitivity.measure_sensitivities`).
+        extent: How many positions the document takes in a context; as many as it has tokens
+            unless said otherwise.
     """
 
     token_ids: Tensor
@@ -35,6 +37,12 @@ class DocumentCache:
     fingerprint: str
     prefix: DocumentCache | None = None
     sensitivity: Tensor | None = None
+    extent: int | None = None
+
+    @property
+    def positions_taken(self) -> int:
+        """How many positions the document takes in a context."""
+        return len(self) if self.extent is None else self.extent
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +89,11 @@ def check_rows(document: DocumentCache, what: str) -> None:
     Raises:
         InvalidInputError: Its shapes or dtypes contradict each other.
     """
+    if document.positions_taken < len(document):
+        raise InvalidInputError(
+            f"{what} has {len(document)} tokens and the extent {document.extent}, so its positions "
+            "would overlap the next document's; give an extent of at least its length."
+        )
     if document.lazy:
         return  # its store has checked it against its header
     keys, values = document.keys, document.values

@@ -9,6 +9,7 @@ import torch
 
 from ifkv.documents import DocumentCache
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.positions import layout
 from ifkv.rope import place, rotate
 from ifkv.stitch_plan import check_documents
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
@@ -69,12 +70,14 @@ def extend(
     lengths = [len(document) for document in documents]
     start = cache.context_length
     end = start + sum(lengths)
-    handle.rope.check_length(end, "the extended context")
+    placed = layout(0, lengths, "global", [document.positions_taken for document in documents])
+    handle.rope.check_length(cache.query_position + placed.extent, "the extended context")
     slots = torch.arange(start, end, device=model.device)
+    positions = placed.positions.to(model.device) + cache.query_position
     turning = documents[0].dtype
     if cache.kv_dtype is not None:  # turned in at least float32, to be rounded once
         turning = torch.promote_types(turning, torch.float32)
-    cos, sin = handle.rope.cos_sin(slots, turning)
+    cos, sin = handle.rope.cos_sin(positions, turning)
     for index, layer in enumerate(cache.layers):
         layer.reserve(end)
         slot = start
@@ -100,7 +103,7 @@ def extend(
                 layer.value_buffer,
                 rows.start,
             )
-    cache.take_documents(documents)
+    cache.take_documents(documents, placed)
     return slots
 
 

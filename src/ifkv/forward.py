@@ -51,7 +51,7 @@ def run_layers(
     Args:
         model: A patched model.
         hidden: ``[1, rows, hidden]``.
-        positions: Long ``[rows]``.
+        positions: Long ``[rows]``, or ``[axes, rows]``.
         rotation: Cosines and sines the layers shall apply, ``[1, rows or 1, rotary_dim]``.
         attention_pass: The pass.
         stop: The first layer not to run.
@@ -130,7 +130,7 @@ def _keywords(
 ) -> dict[str, Any]:
     return cache_keyword(module, attention_pass) | {
         "attention_mask": None,
-        "position_ids": positions[None],
+        "position_ids": positions[..., None, :],
         "use_cache": True,
         "position_embeddings": rotation,
         "ifkv_pass": attention_pass,

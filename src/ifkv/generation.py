@@ -95,7 +95,7 @@ def run_generate(
             f"{len(cache.owed.slots)} rows of the context have not run yet; call ifkv.recompute "
             "before generate."
         )
-    handle.rope.check_length(cache.context_length + len(prompt), "context and prompt")
+    handle.rope.check_length(cache.query_position + len(prompt), "context and prompt")
     check_generate_kwargs(model, generate_kwargs)
 
     context = cache.context_length
@@ -110,10 +110,12 @@ def run_generate(
     if sequences > 1:
         used = cache.clone()
         used.batch_repeat_interleave(sequences)
+    places = {} if cache.plain else {"position_ids": cache.positions_with(len(prompt))}
     try:
         out = cast(Any, model).generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
+            **places,
             **cache_keyword(model, used),
             **kwargs,
         )

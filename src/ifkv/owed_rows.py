@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ifkv.forward import embed
 from ifkv.rows_pass import RowsPass
+from ifkv.stitched_cache import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ class Carrying:
     stand behind them, see them. Each kind of row attends as in a pass of its own.
 
     Attributes:
-        slots: Of all owed rows, long, on the model's device.
+        positions: Of all owed rows, long, on the model's device.
         hidden: What the first layer is given of them, ``[1, n, hidden]``.
 
     Args:
@@ -120,7 +121,7 @@ class Carrying:
         self._first = RowsPass(handle, caches, self._counts, plan, skip_attention_in=deepest)
         self._inner = inner
         self._rows = sum(self._counts)
-        self.slots = plan.slots
+        self.positions = positions_of(caches, plan.slots, self._counts)
         self.hidden = torch.cat([owed.hidden for owed in self._owed], dim=1)
 
     def update(

@@ -1,7 +1,8 @@
 """Geometries: which positions documents and query get while they are scored (2603.05353, sec. 4).
 
 A *slot* is an index into the cache, a *position* is what RoPE sees. Slots always run prefix first,
-then the documents one after another; the geometry decides the positions.
+then the documents one after another; the geometry decides the positions. A document takes as many
+positions as its *extent* says, which need not be its length.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Layout:
         prefix_length: Slots of the prefix, which come first.
         query_position: Position of the first token behind the context.
         geometry: The geometry's name.
+        extent: How many positions the whole context takes, laid out one part after another.
+        plain: Whether every slot is its own position, and so will be those that are appended.
     """
 
     positions: Tensor
@@ -35,9 +38,13 @@ class Layout:
     prefix_length: int
     query_position: int
     geometry: Geometry
+    extent: int
+    plain: bool
 
 
-def layout(prefix_length: int, lengths: list[int], geometry: str) -> Layout:
+def layout(
+    prefix_length: int, lengths: list[int], geometry: str, extents: list[int] | None = None
+) -> Layout:
     """Lay documents out in a geometry.
 
     ``global``: one after another, as in a full prefill. ``hl-hp``: all start behind the prefix and
@@ -48,6 +55,7 @@ def layout(prefix_length: int, lengths: list[int], geometry: str) -> Layout:
         prefix_length: Tokens of the prefix.
         lengths: Tokens of each document.
         geometry: One of ``GEOMETRIES``.
+        extents: How many positions each document takes; as many as it has tokens if None.
 
     Raises:
         InvalidInputError: The geometry is unknown.
@@ -56,17 +64,21 @@ def layout(prefix_length: int, lengths: list[int], geometry: str) -> Layout:
         raise InvalidInputError(
             f"geometry {geometry!r} is unknown; choose one of {', '.join(GEOMETRIES)}."
         )
-    total = prefix_length + sum(lengths)
+    extents = lengths if extents is None else extents
+    total = prefix_length + sum(extents)
     slices: list[slice] = []
     positions = [torch.arange(prefix_length)]
-    slot = prefix_length
-    for length in lengths:
+    slot = behind = prefix_length
+    for length, extent in zip(lengths, extents, strict=True):
         slices.append(slice(slot, slot + length))
-        start = {"global": slot, "tl-tp": total - length}.get(geometry, prefix_length)
+        start = {"global": behind, "tl-tp": total - extent}.get(geometry, prefix_length)
         positions.append(torch.arange(start, start + length))
         slot += length
+        behind += extent
     query_position = total
     if geometry == "hl-hp":
-        query_position = prefix_length + max(lengths, default=0)
+        query_position = prefix_length + max(extents, default=0)
+    plain = geometry == "global" and extents == lengths
     name = cast(Geometry, geometry)
-    return Layout(torch.cat(positions), slices, prefix_length, query_position, name)
+    every = torch.cat(positions)
+    return Layout(every, slices, prefix_length, query_position, name, total, plain)

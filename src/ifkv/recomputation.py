@@ -16,7 +16,7 @@ from ifkv.forward import row_logits, run_layers
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.recompute_request import Recomputation
 from ifkv.rows_pass import RowsPass
-from ifkv.stitched_cache import StitchedCache
+from ifkv.stitched_cache import StitchedCache, positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,14 +165,14 @@ def _run_block(
         caches = [job.cache for job, _ in block]
         return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins)
     plan = handle.backend.plan_requests(own, lengths, model.device)
-    cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
     last = num_layers(model) - 1
     counts = [rows.stop - rows.start for _, rows in block]
     caches = [job.cache for job, _ in block]
+    positions = positions_of(caches, plan.slots, counts)
+    rotation = handle.rope.rotation(positions, hidden.dtype)
     run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
-    rotation = (cos[None], sin[None])
     # Nobody reads the last layer's output at these rows, only its keys and values.
-    return run_to_attention(model, handle.captures, hidden, plan.slots, rotation, run, last)
+    return run_to_attention(model, handle.captures, hidden, positions, rotation, run, last)
 
 
 def _answer_rows(
@@ -193,8 +193,9 @@ def _answer_rows(
     plan = handle.backend.plan_requests(
         [job.slots[-1:] for job in jobs], [job.length for job in jobs], model.device
     )
-    cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
-    run = RowsPass(handle, [job.cache for job in jobs], [1] * len(jobs), plan, write=False)
-    rotation = (cos[None], sin[None])
-    out = run_layers(model, hidden, plan.slots, rotation, run, last + 1, start=last)
+    caches, counts = [job.cache for job in jobs], [1] * len(jobs)
+    positions = positions_of(caches, plan.slots, counts)
+    rotation = handle.rope.rotation(positions, hidden.dtype)
+    run = RowsPass(handle, caches, counts, plan, write=False)
+    out = run_layers(model, hidden, positions, rotation, run, last + 1, start=last)
     return row_logits(model, out)

@@ -71,7 +71,7 @@ class Recomputation:
         if prompt_ids is not None:
             prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
             length += len(prompt)
-            handle.rope.check_length(length, "context and prompt")
+            handle.rope.check_length(cache.query_position + len(prompt), "context and prompt")
             rows = torch.cat((rows, torch.arange(cache.context_length, length)))
             ids = torch.cat((ids, prompt))
             if reach is not None:

@@ -120,18 +120,32 @@ class Rope:
         """Cosines and sines, attention scaling included, as the model itself makes them.
 
         Args:
-            positions: Long, ``[n]``, on the model's device.
+            positions: Long, ``[n]``, or ``[axes, n]`` for a module that rotates by several axes,
+                on the model's device.
             dtype: The model's dtype.
 
         Returns:
             Two tensors ``[n, rotary_dim]`` of ``dtype``.
         """
         like = torch.empty(0, dtype=dtype, device=positions.device)
-        if len(positions) == 0:  # longrope asks for the largest position, which there must be
+        if positions.shape[-1] == 0:  # longrope asks for the largest position, which there must be
             nothing = like.reshape(0, 1).expand(0, self.rotary_dim)
             return nothing, nothing
-        cos, sin = self._module(like, position_ids=positions[None])
+        cos, sin = self._module(like, position_ids=positions[..., None, :])
         return cos[0], sin[0]
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return what layers take as their position embeddings.
+
+        Args:
+            positions: As in :meth:`cos_sin`.
+            dtype: The model's dtype.
+
+        Returns:
+            Cosines and sines, ``[1, n, rotary_dim]``.
+        """
+        cos, sin = self.cos_sin(positions, dtype)
+        return cos[None], sin[None]
 
     def identity(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """A rotation that leaves queries and keys as they are, for runs that rotate later.

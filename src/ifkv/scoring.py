@@ -211,10 +211,9 @@ def run_scorings(
     carrying = None
     if debtors := owing(model, caches, deepest):
         run = carrying = Carrying(model, handle, debtors, scoring, deepest)
-        positions = torch.cat((carrying.slots, positions))
+        positions = torch.cat((carrying.positions, positions), dim=-1)
         hidden = torch.cat((carrying.hidden, hidden), dim=1)
-    cos, sin = handle.rope.cos_sin(positions, hidden.dtype)
-    rotation = (cos[None], sin[None])
+    rotation = handle.rope.rotation(positions, hidden.dtype)
     entering = run_to_attention(model, handle.captures, hidden, positions, rotation, run, deepest)
     if carrying is not None:
         carrying.carried(entering, deepest)

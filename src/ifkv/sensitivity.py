@@ -104,6 +104,7 @@ def with_sensitivities(
             document.fingerprint,
             document.prefix,
             sensitivity,
+            document.extent,
         )
         for document, sensitivity in zip(documents, measured, strict=True)
     ]

@@ -52,8 +52,13 @@ class StitchPlan:
         check_documents(model, handle, documents, glance=glance)
         arranged = _arrange(documents, order)
         ordered = [documents[i] for i in arranged]
-        placed = layout(len(ordered[0].prefix_ids), [len(doc) for doc in ordered], geometry)
-        handle.rope.check_length(len(placed.positions), "the stitched context")
+        placed = layout(
+            len(ordered[0].prefix_ids),
+            [len(document) for document in ordered],
+            geometry,
+            [document.positions_taken for document in ordered],
+        )
+        handle.rope.check_length(placed.extent, "the stitched context")
         return cls(ordered, arranged, placed)
 
     def check_weights(self, model: PreTrainedModel) -> None:

@@ -32,7 +32,9 @@ class StitchedCache(CacheInterface):
 
     Attributes:
         token_ids: Long ``[T]``, the context's tokens, on the model's device.
-        positions: Long ``[T]``, their RoPE positions.
+        positions: Long ``[T]``, their RoPE positions; ``[axes, T]`` where a model rotates by
+            several axes.
+        plain: Whether every slot is its own position, also of rows that will be appended.
         document_slices: Slots of each document, in the cache's order. Between them and behind them
             may be rows that were appended and kept.
         prefix_length: Slots of the prefix, which come first.
@@ -69,6 +71,7 @@ class StitchedCache(CacheInterface):
         self.document_slices = placed.document_slices
         self.prefix_length = placed.prefix_length
         self.query_position = placed.query_position
+        self.plain = placed.plain
         self.geometry = placed.geometry
         self.order = order
         self.sensitivities = sensitivities
@@ -102,6 +105,32 @@ class StitchedCache(CacheInterface):
         return torch.arange(
             self.document_slices[0].stop, self.context_length, device=self.token_ids.device
         )
+
+    def positions_at(self, slots: Tensor) -> Tensor:
+        """Return the positions of slots, of the context or behind it.
+
+        Args:
+            slots: Long ``[n]``, on the model's device.
+
+        Returns:
+            Long ``[n]``, or ``[axes, n]``.
+        """
+        if self.plain:
+            return slots
+        last = max(0, self.context_length - 1)
+        behind = slots - self.context_length + self.query_position
+        within = self.positions[..., slots.clamp(max=last)]
+        return torch.where(slots < self.context_length, within, behind)
+
+    def positions_with(self, behind: int) -> Tensor:
+        """Return the positions of the context and of so many rows behind it.
+
+        Returns:
+            Long ``[1, T + behind]``, or ``[axes, 1, T + behind]``, as ``model.generate()`` takes
+            them.
+        """
+        slots = torch.arange(self.context_length + behind, device=self.token_ids.device)
+        return self.positions_at(slots)[..., None, :]
 
     def choosing(self, candidates: Tensor) -> StitchedCache:
         """This cache as a selector shall see it: the same rows, other slots to choose from.
@@ -157,8 +186,13 @@ class StitchedCache(CacheInterface):
             layer.length = self.context_length
         return torch.arange(start, self.context_length)
 
-    def take_documents(self, documents: Sequence[DocumentCache]) -> None:
-        """Count rows just written behind the context as documents; for :func:`ifkv.extend`."""
+    def take_documents(self, documents: Sequence[DocumentCache], placed: Layout) -> None:
+        """Count rows just written behind the context as documents; for :func:`ifkv.extend`.
+
+        Args:
+            documents: Whose rows they are.
+            placed: Where they lie, counted from the end of the context.
+        """
         slices, start = list(self.document_slices), self.context_length
         for document in documents:
             slices.append(slice(start, start + len(document)))
@@ -167,16 +201,29 @@ class StitchedCache(CacheInterface):
         self.document_slices = slices
         self.order = [*self.order, *range(len(self.order), len(slices))]
         self.sensitivities = [*self.sensitivities, *(each.sensitivity for each in documents)]
-        self._lengthen(torch.cat([document.token_ids for document in documents]))
+        token_ids = torch.cat([document.token_ids for document in documents])
+        self._lengthen(token_ids, placed.positions, placed.extent)
+        self.plain = self.plain and placed.plain
         for layer in self.layers:
             layer.length = self.context_length
 
-    def _lengthen(self, token_ids: Tensor) -> None:
-        device, start = self.token_ids.device, self.context_length
+    def _lengthen(
+        self, token_ids: Tensor, offsets: Tensor | None = None, extent: int | None = None
+    ) -> None:
+        """Take tokens into the context.
+
+        Args:
+            token_ids: The tokens, long ``[n]``.
+            offsets: Their positions, counted from the first behind the context; one after another
+                if None.
+            extent: How many positions they take; one each if None.
+        """
+        device, start = self.token_ids.device, self.query_position
         self.token_ids = torch.cat((self.token_ids, token_ids.to(device)))
-        end = self.context_length
-        self.positions = torch.cat((self.positions, torch.arange(start, end, device=device)))
-        self.query_position = end
+        offsets = torch.arange(len(token_ids)) if offsets is None else offsets
+        added = (offsets.to(device) + start).expand(*self.positions.shape[:-1], -1)
+        self.positions = torch.cat((self.positions, added), dim=-1)
+        self.query_position = start + (len(token_ids) if extent is None else extent)
         self.prompt_ids = None
 
     @property
@@ -229,6 +276,23 @@ class StitchedCache(CacheInterface):
             f"StitchedCache({len(self.document_slices)} documents, {self.context_length} slots "
             f"+ {appended}, {self.geometry}, {self.fingerprint[:8]})"
         )
+
+
+def positions_of(caches: Sequence[StitchedCache], slots: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the positions of several requests' slots.
+
+    Args:
+        caches: The cache of each request.
+        slots: The requests' slots one after the other, long ``[n]``, on the model's device.
+        counts: Slots of each request.
+
+    Returns:
+        Long ``[n]``, or ``[axes, n]``.
+    """
+    if all(cache.plain for cache in caches):
+        return slots
+    parts = zip(caches, slots.split(list(counts)), strict=True)
+    return torch.cat([cache.positions_at(own) for cache, own in parts], dim=-1)
 
 
 def check_stitched(cache: object) -> None:

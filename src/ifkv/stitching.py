@@ -203,7 +203,7 @@ def _fill(
     for layer in layers:
         layer.shared = shared
         if handle.rope.rope_type == "longrope":
-            layer.limit = handle.rope.limit
+            layer.limit = handle.rope.limit - (placed.extent - length)  # of slots
     if loader is not None:
         for index, layer in enumerate(layers):
             layer.settle = functools.partial(_load, loader, index, layer)

@@ -77,11 +77,11 @@ class CacheBlend(Ranked):
         """Deviations of adjacent rows, ``[rows]``."""
         plan = handle.backend.plan_requests([rows], [cache.context_length], model.device)
         hidden = embed(model, cache.token_ids[plan.slots])
-        cos, sin = handle.rope.cos_sin(plan.slots, hidden.dtype)
+        positions = cache.positions_at(plan.slots)
+        rotation = handle.rope.rotation(positions, hidden.dtype)
         run = _SecondLayer(handle, cache, plan)
-        rotation = (cos[None], sin[None])
-        hidden = run_layers(model, hidden, plan.slots, rotation, run, 1)
-        run_attention(model, hidden, plan.slots, rotation, run, 1)
+        hidden = run_layers(model, hidden, positions, rotation, run, 1)
+        run_attention(model, hidden, positions, rotation, run, 1)
         assert run.fresh is not None
         keys, values = run.fresh
         old_keys, old_values = cache.layers[1].rows(slice(int(rows[0]), int(rows[-1]) + 1))

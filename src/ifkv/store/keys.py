@@ -118,6 +118,11 @@ def check_document(document: DocumentCache) -> None:
             f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype} "
             f"{tuple(values.shape)}; both must be [layers, kv_heads, n, head_dim] of one dtype."
         )
+    if document.positions_taken != len(document):
+        raise InvalidInputError(
+            f"the document has {len(document)} tokens and takes {document.positions_taken} "
+            "positions, which no store can hold yet; keep it in memory."
+        )
     if keys.shape[2] != len(document.token_ids) or len(document.token_ids) == 0:
         raise InvalidInputError(
             f"keys have {keys.shape[2]} rows for {len(document.token_ids)} tokens; a document has "
