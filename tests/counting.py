@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+import ifkv
+from ifkv.hooks import Observer
+
 
 def operations(run: Callable[[], Any]) -> float:
     """Operations of products and of fused attention, as torch ran them."""
@@ -96,11 +99,11 @@ def rows_counted(model: PreTrainedModel) -> Iterator[Counter[str]]:
     """Rows that each linear map was given, by its name."""
     seen: Counter[str] = Counter()
 
-    def watch(name: str) -> Callable[..., None]:
+    def watch(name: str) -> Observer:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
             seen[name] += args[0][..., 0].numel()
 
-        return hook
+        return ifkv.observer(hook)
 
     hooks = [
         module.register_forward_pre_hook(watch(name.removeprefix("model.")))

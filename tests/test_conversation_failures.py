@@ -62,7 +62,9 @@ def test_a_turn_that_fails_changes_nothing(turn: str, failing: str) -> None:
         else:
             list(chat.stream("Old?", **options))
 
-    hook = base.layers[1].register_forward_pre_hook(fail) if failing != "stream" else None
+    hook = None
+    if failing != "stream":
+        hook = base.layers[1].register_forward_pre_hook(ifkv.observer(fail))
     with pytest.raises(KeyboardInterrupt):
         ask()
     if hook is not None:

@@ -258,12 +258,12 @@ def test_what_has_changed_is_captured_anew(bench: Bench, change: Callable[[Any],
 
 
 def _hook(layer: Any, seen: list[int]) -> Callable[[], None]:
-    hook = layer.mlp.register_forward_hook(lambda *_: seen.append(1))
+    hook = layer.mlp.register_forward_hook(ifkv.observer(lambda *_: seen.append(1)))
     return lambda: hook.remove()
 
 
 def _pre_hook(layer: Any, seen: list[int]) -> Callable[[], None]:
-    hook = layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))
+    hook = layer.mlp.register_forward_pre_hook(ifkv.observer(lambda *_: seen.append(1)))
     return lambda: hook.remove()
 
 
@@ -272,23 +272,11 @@ def _global_hook(layer: Any, seen: list[int]) -> Callable[[], None]:
         if module is layer.mlp:
             seen.append(1)
 
-    hook = nn.modules.module.register_module_forward_hook(noticed)
+    hook = nn.modules.module.register_module_forward_hook(ifkv.observer(noticed))
     return lambda: hook.remove()
 
 
-def _own_forward(layer: Any, seen: list[int]) -> Callable[[], None]:
-    usual = layer.mlp.forward
-
-    def forward(x: Tensor) -> Tensor:
-        seen.append(1)
-        out: Tensor = usual(x)
-        return out
-
-    layer.mlp.forward = forward
-    return lambda: delattr(layer.mlp, "forward")
-
-
-@pytest.mark.parametrize("hang", [_hook, _pre_hook, _global_hook, _own_forward])
+@pytest.mark.parametrize("hang", [_hook, _pre_hook, _global_hook])
 def test_what_hangs_on_a_module_is_called(
     bench: Bench, hang: Callable[[Any, list[int]], Callable[[], None]]
 ) -> None:
@@ -303,6 +291,14 @@ def test_what_hangs_on_a_module_is_called(
     assert seen == [1]
     bench.scores([20, 21], graphs=True)
     assert (bench.graphs.runs, bench.graphs.captures, seen) == (2, 1, [1])
+
+
+def test_a_forward_that_was_put_back_is_called(bench: Bench) -> None:
+    """As accelerate and torch.compile leave them on a module: what its class says, and yet."""
+    base: Any = bench.model.base_model
+    base.layers[0].mlp.forward = base.layers[0].mlp.forward
+    bench.scores([20, 21], graphs=True)
+    assert bench.graphs.runs == 0
 
 
 def test_quantized_layers_are_called(bench: Bench) -> None:

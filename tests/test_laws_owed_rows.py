@@ -144,7 +144,7 @@ def passes(model: Any, run: Any) -> Counter[str]:
             calls[f"{name} calls"] += 1
             calls[f"{name} rows"] += args[0][..., 0].numel()
 
-        return hook
+        return ifkv.observer(hook)
 
     hooks = [
         layer.self_attn.q_proj.register_forward_pre_hook(watch(str(index)))

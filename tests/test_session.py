@@ -239,7 +239,7 @@ def test_a_generate_that_fails_half_way_leaves_the_cache_whole() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    hook = base.layers[1].register_forward_pre_hook(fail)
+    hook = base.layers[1].register_forward_pre_hook(ifkv.observer(fail))
     with pytest.raises(RuntimeError, match="out of memory"):
         ifkv.generate(model, cache, list(range(30, 60)), max_new_tokens=4)
     hook.remove()

@@ -145,7 +145,8 @@ def test_what_is_not_greedy_is_decoded_one_by_one(session: ifkv.Session) -> None
 def test_all_questions_of_a_batch_share_its_passes(session: ifkv.Session, selector: str) -> None:
     base: Any = session.model.base_model
     calls = []
-    hook = base.layers[0].register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    look = ifkv.observer(lambda _, args: calls.append(args[0].shape[1]))
+    hook = base.layers[0].register_forward_pre_hook(look)
     try:
         session.ask_many(QUESTIONS, selector=selector, max_new_tokens=1)
         together = list(calls)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ifkv.errors import IfkvError
     from ifkv.extending import extend
     from ifkv.generation import generate
+    from ifkv.hooks import observer
     from ifkv.patching import PatchHandle, patch, unpatch
     from ifkv.recomputation import recompute
     from ifkv.reordering import reorder
@@ -45,6 +46,7 @@ _HOME = {
     "extend": "extending",
     "generate": "generation",
     "generate_many": "batch_generation",
+    "observer": "hooks",
     "patch": "patching",
     "prefill_documents": "documents",
     "recompute": "recomputation",
@@ -70,6 +72,7 @@ __all__ = [
     "extend",
     "generate",
     "generate_many",
+    "observer",
     "patch",
     "prefill_documents",
     "recompute",

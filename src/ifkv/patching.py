@@ -145,7 +145,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
 
     Raises:
         UnsupportedModelError: No family covers the model, it breaks a rule of its family, its
-            weights are not all on one device, it carries adapters, or it is in training mode.
+            weights are not all on one device, it carries adapters or hooks, or it is in training
+            mode.
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
         BackendUnavailableError: The backend asked for cannot run here.
 
@@ -196,8 +197,8 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
 
     Raises:
         NotPatchedError: The model is not patched.
-        UnsupportedModelError: The model is in training mode, carries adapters, or runs under
-            ``torch.autocast``.
+        UnsupportedModelError: The model is in training mode, carries adapters or hooks, or runs
+            under ``torch.autocast``.
     """
     handle = None
     with contextlib.suppress(TypeError):  # of what is no model and cannot be referred to weakly

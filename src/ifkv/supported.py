@@ -8,6 +8,7 @@ import torch
 
 from ifkv.decoder_layers import decoder_layers
 from ifkv.errors import UnsupportedModelError
+from ifkv.hooks import check_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def check_mode(model: PreTrainedModel) -> None:
     """Refuse a model whose weights do not alone decide what it computes; checked at every call.
 
     Raises:
-        UnsupportedModelError: It is in training mode, carries adapters, or runs under
+        UnsupportedModelError: It is in training mode, carries adapters or hooks, or runs under
             ``torch.autocast``.
     """
     if model.training:
@@ -116,6 +117,7 @@ def check_mode(model: PreTrainedModel) -> None:
             "changing, so stored documents could not be told apart. Merge them into the weights "
             "(peft: merge_and_unload()) and patch the merged model."
         )
+    check_hooks(model)
     kind = model.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != model.dtype:
         raise UnsupportedModelError(
