@@ -48,7 +48,11 @@ class Service:
             if length > self._max_tokens:
                 raise ValueError(f"{length} tokens of context; at most {self._max_tokens} here.")
             answer = self._session.ask(question, documents=documents, **options)
-            return {"answer": answer.text, "seconds_to_first_token": answer.ttft_seconds}
+            return {
+                "answer": answer.text,
+                "finish_reason": answer.finish_reason,
+                "seconds_to_first_token": answer.ttft_seconds,
+            }
 
         return self._run(work)
 
@@ -100,13 +104,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.service.add(body.get("texts", []))
         if self.path == "/ask":
             # Only what a stranger may set; generate() has options that cost a lot.
-            tokens = min(int(body.get("max_new_tokens", 64)), 512)
+            tokens = body.get("max_new_tokens")  # the model's own config counts without it
             ratio = float(body.get("ratio", 0.15))
             return self.service.ask(
                 body.get("question", ""),
                 body.get("documents", []),
                 ratio=ratio,
-                max_new_tokens=tokens,
+                max_new_tokens=None if tokens is None else min(int(tokens), 512),
             )
         raise ValueError(f"there is no {self.path}; POST to /documents or /ask.")
 

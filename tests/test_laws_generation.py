@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import ifkv
+from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from ifkv.testing import FAMILIES, assert_bit_equal, assert_close, shared_tiny_model
 from ifkv.testing.strategies import Request
 from scenario import EXACT, Bench, Scenario, keys_of, prepared, scenarios, values_of
@@ -134,7 +135,8 @@ def test_lengths_count_from_the_prompts_start(length: int, expected: int) -> Non
         ids = ifkv.generate(bench.model, cache, REQUEST.prompt, generation_config=config)
         assert ids.shape == (1, expected)
         assert config.max_length == length
-        assert ifkv.generate(bench.model, cache, REQUEST.prompt).shape == (1, 3 + 32)
+        free = ifkv.generate(bench.model, cache, REQUEST.prompt)
+        assert free.shape == (1, 3 + DEFAULT_MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ifkv.cost import NO_COST, Cost
+from ifkv.finish_reason import FinishReason, cut_sign
 
 if TYPE_CHECKING:
     from ifkv.planning import Plan
@@ -47,6 +48,10 @@ class Answer:
         selection_cost: What choosing them cost, reordering included.
         plan: What ``ratio="auto"`` was decided by; None for other ratios.
         tokenizer: The session's tokenizer, which turns the context's tokens into text again.
+        finish_reason: Why the answer ended: ``"stop"`` (a stop token of the model),
+            ``"stop_string"``, ``"length"`` (it was cut off at its greatest length), ``"time"``
+            (cut off at ``max_time``), ``"criteria"`` (the caller's ``stopping_criteria``) or
+            ``"closed"`` (its stream was closed).
 
     In a notebook, an answer is displayed as :meth:`to_html` draws it.
     """
@@ -69,13 +74,16 @@ class Answer:
     selection_cost: Cost = NO_COST
     plan: Plan | None = None
     tokenizer: Any = None
+    finish_reason: FinishReason = dataclasses.field(kw_only=True)
 
     def __str__(self) -> str:
         return self.text
 
     def __repr__(self) -> str:
+        cut = cut_sign(self.finish_reason, len(self.token_ids))
         return (
             f"Answer({textwrap.shorten(self.text, 80, placeholder=' ...')!r}, "
+            f"{cut + ', ' if cut else ''}"
             f"first token after {self.ttft_seconds:.2f} s, {len(self.slots)} of "
             f"{len(self.context_ids)} tokens recomputed, {len(self.document_slices)} documents)"
         )

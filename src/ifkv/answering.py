@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
 from ifkv.errors import InvalidInputError
-from ifkv.generation import check_generate_kwargs, run_generate, setting
+from ifkv.finish_reason import FinishReason, finish_reason
+from ifkv.generation import run_generate
+from ifkv.generation_checks import check_answer_settings
+from ifkv.generation_settings import GenerationSettings
 from ifkv.selectors import Layers, Selector, resolve
 from ifkv.streaming import text_streamer
 
@@ -22,14 +25,62 @@ if TYPE_CHECKING:
     from ifkv.session import Session
 
 
+# An answer is tokens, whatever a generation config wants beside them.
+TOKENS_ONLY = {
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+def answer_settings(
+    session: Session, max_new_tokens: int | None, generate_kwargs: Mapping[str, Any]
+) -> GenerationSettings:
+    """Settings of answers, checked before any work.
+
+    Args:
+        session: The session, whose model's generation config counts where nothing else is said.
+        max_new_tokens: As in :meth:`ifkv.Session.ask`.
+        generate_kwargs: As in :meth:`ifkv.Session.ask`.
+
+    Raises:
+        InvalidInputError: A setting that an answer has no place for, or a bad one.
+    """
+    given = dict(generate_kwargs)
+    if max_new_tokens is not None:
+        given["max_new_tokens"] = max_new_tokens
+    if given.get("tokenizer") is None:
+        given["tokenizer"] = session.tokenizer  # for stop_strings
+    settings = GenerationSettings.of(session.model, given)
+    check_answer_settings(session.model, settings)
+    return settings
+
+
+def check_room(
+    session: Session,
+    settings: GenerationSettings,
+    question: str,
+    documents: Sequence[str] | None,
+) -> None:
+    """Refuse, before any work, a length that context and prompt reach already.
+
+    Raises:
+        InvalidInputError: There is no room for an answer; or as of :meth:`ifkv.Session.ask`.
+    """
+    if settings.counts_prompt:
+        context = len(session.context_ids(documents))
+        settings.new_tokens(context, len(session.format.prompt_ids(question)))
+
+
 def complete(
     model: PreTrainedModel,
     tokenizer: Any,
     ready: Prepared,
+    settings: GenerationSettings,
     *,
-    max_new_tokens: int,
     stream: bool | Callable[[str], None],
-    generate_kwargs: dict[str, Any],
     keep: bool = False,
 ) -> Answer:
     """Decode the answer to a prepared question.
@@ -38,32 +89,52 @@ def complete(
         model: The model.
         tokenizer: Its tokenizer.
         ready: The question.
-        max_new_tokens: As in :meth:`ifkv.Session.ask`.
+        settings: As :func:`answer_settings` has checked them.
         stream: As in :meth:`ifkv.Session.ask`.
-        generate_kwargs: As in :meth:`ifkv.Session.ask`.
         keep: Whether the rows that were run stay in the cache, behind its context.
 
     Raises:
-        InvalidInputError: A bad keyword.
+        InvalidInputError: There is no room for an answer.
     """
-    check_answer_kwargs(model, generate_kwargs)
     decoding = time.perf_counter()
-    settings = {"do_sample": False, "pad_token_id": pad_token_id(tokenizer), "tokenizer": tokenizer}
-    settings |= generate_kwargs
-    settings |= {"max_new_tokens": max_new_tokens, "streamer": text_streamer(tokenizer, stream)}
-    settings["return_dict_in_generate"] = False  # whatever a generation config says
-    sequence = run_generate(model, ready.cache, ready.prompt_ids, settings, keep=keep)
-    token_ids = sequence[0, len(ready.prompt_ids) :].cpu()
-    return answer_of(tokenizer, ready, token_ids, time.perf_counter() - decoding)
+    prompt = torch.tensor(ready.prompt_ids)
+    limit = settings.new_tokens(ready.cache.context_length, len(prompt))
+    streamer = text_streamer(tokenizer, stream)
+    # Which beam wins is known at the end only: its text comes in one piece.
+    late = streamer is not None and settings.beams > 1
+    sequence = run_generate(
+        model,
+        ready.cache,
+        ready.prompt_ids,
+        settings,
+        keep=keep,
+        overrides={**TOKENS_ONLY, "streamer": None if late else streamer},
+        pad_token_id=pad_token_id(tokenizer),
+    )
+    token_ids = sequence[0, len(prompt) :].cpu()
+    if late:
+        for part in (prompt, token_ids):
+            streamer.put(part)
+        streamer.end()
+    seconds = time.perf_counter() - decoding
+    reason = finish_reason(settings, tokenizer, token_ids, limit=limit, seconds=seconds)
+    return answer_of(tokenizer, ready, token_ids, reason, seconds)
 
 
-def answer_of(tokenizer: Any, ready: Prepared, token_ids: Tensor, decode_seconds: float) -> Answer:
+def answer_of(
+    tokenizer: Any,
+    ready: Prepared,
+    token_ids: Tensor,
+    reason: FinishReason,
+    decode_seconds: float,
+) -> Answer:
     """The answer that consists of these tokens.
 
     Args:
         tokenizer: The session's tokenizer.
         ready: The question.
         token_ids: The answer's tokens, long ``[new]``, on the CPU.
+        reason: Why it ended.
         decode_seconds: How long they took.
     """
     return Answer(
@@ -85,6 +156,7 @@ def answer_of(tokenizer: Any, ready: Prepared, token_ids: Tensor, decode_seconds
         selection_cost=ready.selection_cost,
         plan=ready.plan,
         tokenizer=tokenizer,
+        finish_reason=reason,
     )
 
 
@@ -92,21 +164,6 @@ def pad_token_id(tokenizer: Any) -> int | None:
     """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
     pad: int | None = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad is None else pad
-
-
-def stop_tokens(
-    model: PreTrainedModel, tokenizer: Any, generate_kwargs: dict[str, Any]
-) -> frozenset[int]:
-    """Tokens that end an answer.
-
-    Args:
-        model: The model, whose generation config counts.
-        tokenizer: Its tokenizer.
-        generate_kwargs: Keywords for ``model.generate()``, which come before it.
-    """
-    given = setting(model, generate_kwargs, "eos_token_id")
-    ends = [] if given is None else torch.as_tensor(given).flatten().tolist()
-    return frozenset([*ends, tokenizer.eos_token_id])
 
 
 def chosen_selector(
@@ -135,14 +192,3 @@ def chosen_selector(
         )
     changed: Selector = dataclasses.replace(found, layers=Layers.of(layers))
     return changed
-
-
-def check_answer_kwargs(model: PreTrainedModel, generate_kwargs: dict[str, Any]) -> None:
-    """Refuse, before any work, what one answer has no place for."""
-    for key in ("streamer", "return_dict_in_generate", "num_return_sequences"):
-        if key in generate_kwargs:
-            raise InvalidInputError(
-                f"{key}={generate_kwargs[key]!r} cannot be given here, where one Answer is made; "
-                "use ifkv.generate for it (and stream= for streaming)."
-            )
-    check_generate_kwargs(model, generate_kwargs)

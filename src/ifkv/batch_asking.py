@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ifkv.answer import Answer, Prepared
-from ifkv.answering import answer_of, check_answer_kwargs, chosen_selector
+from ifkv.answering import answer_of, answer_settings, chosen_selector, complete
 from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
 from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
 from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError, StoreCorruptionError
-from ifkv.greedy import GreedySettings, greedy_settings
+from ifkv.finish_reason import finish_reason
+from ifkv.greedy import GreedySettings, greedy_part
 from ifkv.library import KEYS_WANTED
 from ifkv.listing import as_list
 from ifkv.patching import handle_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents import DocumentCache
+    from ifkv.generation_settings import GenerationSettings
     from ifkv.session import Session
 
 Stream = Callable[[int, str], None]
@@ -45,7 +47,7 @@ def ask_many(
     ratio: Ratio | None,
     reorder: bool,
     selector: str | Selector | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     stream: Stream | None,
     layers: Sequence[int] | None,
     batch_tokens: int,
@@ -55,9 +57,8 @@ def ask_many(
     watch = Stopwatch(session.model)
     budget = session._ratios.fixed(ratio, "several questions at once")
     rule = chosen_selector(session, selector, layers)
-    check_positive(max_new_tokens, "max_new_tokens")
     check_positive(batch_tokens, "batch_tokens")
-    check_answer_kwargs(session.model, generate_kwargs)
+    settings = answer_settings(session, max_new_tokens, generate_kwargs)
     chosen_layers(num_layers(session.model), layers)
     questions = as_list(questions, "questions", "give a list, or call ask()")
     prompts = []
@@ -67,7 +68,7 @@ def ask_many(
     bare = [session.format.encode(question) for question in questions]
     keys, found = session._library.get_many(_keys_of(documents, len(prompts)))
     sizes = _checked_sizes(
-        session.model, [[found[key] for key in own] for own in keys], prompts, max_new_tokens
+        session.model, [[found[key] for key in own] for own in keys], prompts, settings
     )
     answers: list[Answer] = []
     for batch in _batches(sizes, batch_tokens):
@@ -90,7 +91,7 @@ def ask_many(
             for one, question in zip(ready, questions[batch], strict=True)
         ]
         own_stream = None if stream is None else functools.partial(_shifted, stream, batch.start)
-        answers += _complete(session, ready, max_new_tokens, own_stream, generate_kwargs)
+        answers += _complete(session, ready, settings, own_stream)
         later = {key for own in keys[batch.stop :] for key in own}
         found = {key: document for key, document in found.items() if key in later}
     return answers
@@ -141,19 +142,21 @@ def _checked_sizes(
     model: PreTrainedModel,
     documents: Sequence[Sequence[DocumentCache]],
     prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    settings: GenerationSettings,
 ) -> list[int]:
     """Tokens of each request at its end; refuses what would fail in the midst of the work."""
     check_stitchable(model, documents)
     rope = handle_of(model).rope
     sizes = []
     for index, (own, prompt) in enumerate(zip(documents, prompts, strict=True)):
-        length = len(own[0].prefix_ids) + sum(map(len, own)) + len(prompt)
+        context = len(own[0].prefix_ids) + sum(map(len, own))
+        length = context + len(prompt)
         with naming_request(index):
             rope.check_length(length, "context and prompt")
+            limit = settings.new_tokens(context, len(prompt))
             if rope.rope_type == "longrope":
-                rope.check_length(length + max_new_tokens - 1, "context, prompt and answer")
-        sizes.append(length + max_new_tokens)
+                rope.check_length(length + limit - 1, "context, prompt and answer")
+        sizes.append(length + limit)
     return sizes
 
 
@@ -176,19 +179,19 @@ def _shifted(stream: Stream, first: int, index: int, text: str) -> None:
 def _complete(
     session: Session,
     ready: Sequence[Prepared],
-    max_new_tokens: int,
+    settings: GenerationSettings,
     stream: Stream | None,
-    generate_kwargs: dict[str, Any],
 ) -> list[Answer]:
     """Decode a batch: side by side if that gives what generate() would, one by one otherwise."""
-    settings = greedy_settings(session.model, generate_kwargs)
-    if not isinstance(settings, GreedySettings):
+    greedy = greedy_part(settings)
+    if not isinstance(greedy, GreedySettings):
         return [
-            session.complete(
+            complete(
+                session.model,
+                session.tokenizer,
                 one,
-                max_new_tokens=max_new_tokens,
+                settings,
                 stream=False if stream is None else functools.partial(stream, index),
-                **generate_kwargs,
             )
             for index, one in enumerate(ready)
         ]
@@ -205,14 +208,18 @@ def _complete(
         streamers[index].put(torch.tensor([token]))
 
     caches = [one.cache for one in ready]
+    limits = [
+        settings.new_tokens(cache.context_length, len(prompt))
+        for cache, prompt in zip(caches, prompts, strict=True)
+    ]
     try:
         found = decode(
             session.model,
             caches,
             prompts,
             [one.logits for one in ready],
-            settings,
-            max_new_tokens,
+            greedy,
+            limits,
             emit if streamers else None,
         )
     finally:
@@ -221,7 +228,8 @@ def _complete(
     for streamer in streamers:
         streamer.end()
     seconds = time.perf_counter() - decoding
-    return [
-        answer_of(session.tokenizer, one, token_ids, seconds)
-        for one, token_ids in zip(ready, found, strict=True)
-    ]
+    answers = []
+    for one, token_ids, limit in zip(ready, found, limits, strict=True):
+        reason = finish_reason(settings, session.tokenizer, token_ids, limit=limit)
+        answers.append(answer_of(session.tokenizer, one, token_ids, reason, seconds))
+    return answers

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ifkv.batching import check_counts, check_private, recompute_many
-from ifkv.checks import check_positive, naming_request, token_tensor
+from ifkv.checks import naming_request, token_tensor
 from ifkv.cuda_graphs import run_to_attention
 from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, row_logits, run_layers
-from ifkv.generation import DEFAULT_MAX_NEW_TOKENS, has_prompt
-from ifkv.greedy import GreedySettings, greedy_settings, penalised
+from ifkv.generation import has_prompt
+from ifkv.generation_checks import check_settings
+from ifkv.generation_settings import GenerationSettings
+from ifkv.greedy import GreedySettings, greedy_part, penalised
 from ifkv.patching import handle_of
 from ifkv.rows_pass import RowsPass
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache, positions_of
@@ -35,7 +37,7 @@ def generate_many(
     caches: Sequence[StitchedCache],
     prompts: Sequence[Sequence[int] | Tensor],
     *,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    max_new_tokens: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     repetition_penalty: float | None = None,
     emit: Callable[[int, int], None] | None = None,
@@ -52,7 +54,8 @@ def generate_many(
             with their contexts again.
         prompts: For each request the tokens to be answered. Those that a fused
             :func:`ifkv.recompute_many` has run already are not run again, but for the last.
-        max_new_tokens: Length of each answer at most.
+        max_new_tokens: Length of each answer at most; if None, what the generation config says of
+            lengths, or 64.
         eos_token_id: Tokens that end an answer; the generation config's if None.
         repetition_penalty: As in ``model.generate()``; the generation config's if None.
         emit: Called with a request's number and each token as it comes.
@@ -81,18 +84,26 @@ def generate_many(
     """
     check_counts(len(caches), prompts=prompts)
     check_private(caches)
-    check_positive(max_new_tokens, "max_new_tokens")
-    own: dict[str, Any] = {"eos_token_id": eos_token_id, "repetition_penalty": repetition_penalty}
-    settings = greedy_settings(model, {k: v for k, v in own.items() if v is not None})
+    own: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": eos_token_id,
+        "repetition_penalty": repetition_penalty,
+    }
+    asked = GenerationSettings.of(model, {k: v for k, v in own.items() if v is not None})
+    check_settings(model, asked)
+    settings = greedy_part(asked)
     if isinstance(settings, str):
         raise InvalidInputError(
             f"the model's generation config has {settings}, which generate_many has no part for; "
             "answer one by one with ifkv.generate, or change model.generation_config."
         )
-    ids = []
+    ids, limits = [], []
     for index, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
         with naming_request(index):
-            ids.append(_check_request(model, cache, prompt, max_new_tokens))
+            tokens, limit = _check_request(model, cache, prompt, asked)
+        ids.append(tokens)
+        limits.append(limit)
     fresh = [i for i, cache in enumerate(caches) if not has_prompt(cache, ids[i])]
     try:
         found: dict[int, Tensor] = {}
@@ -112,7 +123,7 @@ def generate_many(
             again = _step(model, [caches[i] for i in ready], [int(ids[i][-1]) for i in ready])
             found.update(zip(ready, again, strict=True))
         rows = [found[index] for index in range(len(caches))]
-        return decode(model, caches, ids, rows, settings, max_new_tokens, emit)
+        return decode(model, caches, ids, rows, settings, limits, emit)
     finally:
         for cache in caches:
             cache.crop()
@@ -122,19 +133,23 @@ def _check_request(
     model: PreTrainedModel,
     cache: StitchedCache,
     prompt_ids: Sequence[int] | Tensor,
-    max_new_tokens: int,
-) -> Tensor:
-    """The prompt's tokens, on the model's device; raises the errors of :func:`generate_many`."""
+    settings: GenerationSettings,
+) -> tuple[Tensor, int]:
+    """The prompt's tokens, on the model's device, and how many the answer may have.
+
+    Raises the errors of :func:`generate_many`.
+    """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
     if not has_prompt(cache, prompt):
         check_answerable(cache, "generate_many")
     length = cache.query_position + len(prompt)
     handle.rope.check_length(length, "context and prompt")
+    limit = settings.new_tokens(cache.context_length, len(prompt))
     if handle.rope.rope_type == "longrope":
         # The last new token is not run.
-        handle.rope.check_length(length + max_new_tokens - 1, "context, prompt and answer")
-    return prompt
+        handle.rope.check_length(length + limit - 1, "context, prompt and answer")
+    return prompt, limit
 
 
 @torch.no_grad()
@@ -144,7 +159,7 @@ def decode(
     prompts: Sequence[Tensor],
     logits: Sequence[Tensor],
     settings: GreedySettings,
-    max_new_tokens: int,
+    limits: Sequence[int],
     emit: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """Decode behind prompts that have been run.
@@ -155,7 +170,7 @@ def decode(
         prompts: For each request its prompt's tokens, on the model's device.
         logits: For each request those of its first new token, ``[vocabulary]``.
         settings: What decides the answers.
-        max_new_tokens: Length of each answer at most, at least 1.
+        limits: Length of each answer at most, at least 1.
         emit: As in :func:`generate_many`.
 
     Returns:
@@ -183,7 +198,7 @@ def decode(
         going = [
             at
             for at, token in enumerate(tokens)
-            if token not in settings.eos_token_ids and len(answers[active[at]]) < max_new_tokens
+            if token not in settings.eos_token_ids and len(answers[active[at]]) < limits[active[at]]
         ]
         active = [active[at] for at in going]
         if not active:

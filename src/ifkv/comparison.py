@@ -11,16 +11,33 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ifkv.answering import pad_token_id
+from ifkv.answering import TOKENS_ONLY, answer_settings, complete, pad_token_id
+from ifkv.finish_reason import FinishReason, finish_reason
 from ifkv.plannable import check_plannable
 from ifkv.selectors import DEFAULT_SELECTOR, Budget, resolve
 from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ifkv.answer import Answer, Prepared
     from ifkv.auto import Ratio
     from ifkv.selectors import Selector
     from ifkv.session import Session
+
+# What a comparison says of decoding, before any generation config does.
+GREEDY = {"do_sample": False, "num_beams": 1}
+
+
+def overruled(model: PreTrainedModel) -> str:
+    """Settings of a model's generation config that a comparison does not follow, in words."""
+    config = model.generation_config
+    found = {name: getattr(config, name, None) for name in GREEDY}
+    return ", ".join(
+        f"{name}={found[name]!r}"
+        for name, value in GREEDY.items()
+        if found[name] is not None and found[name] != value
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,6 +52,8 @@ class Way:
         kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats.
         text: The answer.
         answer: The answer with everything about it; None for full prefill.
+        finish_reason: As of :class:`ifkv.Answer`.
+        tokens: How many tokens the answer has.
     """
 
     name: str
@@ -44,6 +63,8 @@ class Way:
     kl: float
     text: str
     answer: Answer | None
+    finish_reason: FinishReason
+    tokens: int
 
 
 @torch.no_grad()
@@ -55,12 +76,13 @@ def compare(
     ratios: Sequence[Ratio] = (0.0, 0.15),
     reorder: bool = False,
     selector: str | Selector | None = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int | None = None,
 ) -> list[Way]:
     """Answer a question by full prefill and at several recompute ratios.
 
     Full prefill is the model's own forward over the same token ids, asked for the last row's
-    logits only. Every way decodes greedily.
+    logits only. Every way decodes greedily, whatever the model's generation config says of sampling
+    and beams: only so do answers differ by what they were read from.
 
     Args:
         session: Where the documents are.
@@ -69,7 +91,7 @@ def compare(
         ratios: Recompute ratios, as in :meth:`Session.ask`; 0 is stitch only.
         reorder: As in :meth:`Session.ask`; not applied at ratio 0.
         selector: As in :meth:`Session.ask`.
-        max_new_tokens: Length of the answers at most.
+        max_new_tokens: As in :meth:`Session.ask`, of each answer.
 
     Returns:
         Full prefill first, then one way per ratio.
@@ -84,6 +106,8 @@ def compare(
     model: Any = session.model
     context = session.context_ids(documents)
     prompt = session.format.prompt_ids(question)
+    settings = answer_settings(session, max_new_tokens, GREEDY)
+    limit = settings.new_tokens(len(context), len(prompt))
     ids = torch.cat((context, torch.tensor(prompt)))[None].to(model.device)
 
     started = time.perf_counter()
@@ -96,17 +120,21 @@ def compare(
     generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad_token_id(session.tokenizer),
+        **settings.keywords(
+            len(context),
+            len(prompt),
+            overrides=TOKENS_ONLY,
+            pad_token_id=pad_token_id(session.tokenizer),
+        ),
         **cache_keyword(model, _shorter(cache)),
     )
     reply = generated[0, ids.shape[1] :]
+    reason = finish_reason(settings, session.tokenizer, reply.cpu(), limit=limit)
     # generate() left all but the reply's last token in the cache; read the reply's rows anew.
     cache.crop(-(cache.get_seq_length() - ids.shape[1]))
     truth = _reply_logits(model, cache, first.logits[0, -1], reply)
     text = session.tokenizer.decode(reply, skip_special_tokens=True).strip()
-    ways = [Way("full prefill", full_seconds, 1.0, None, 0.0, text, None)]
+    ways = [Way("full prefill", full_seconds, 1.0, None, 0.0, text, None, reason, len(reply))]
     del first, cache
 
     for ratio in ratios:
@@ -120,7 +148,7 @@ def compare(
         )
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
         ready.cache.crop(-(len(reply) - 1))
-        answer = session.complete(ready, max_new_tokens=max_new_tokens)
+        answer = complete(model, session.tokenizer, ready, settings, stream=False)
         ways.append(
             Way(
                 name="stitch only" if stitched else _name(ready, ratio),
@@ -130,6 +158,8 @@ def compare(
                 kl=_mean_kl(truth, logits),
                 text=answer.text,
                 answer=answer,
+                finish_reason=answer.finish_reason,
+                tokens=len(answer.token_ids),
             )
         )
     return ways

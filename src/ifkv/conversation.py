@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from ifkv.answer import Answer
-from ifkv.answering import complete, stop_tokens
+from ifkv.answering import complete
 from ifkv.auto import Ratio
 from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
 from ifkv.preparation import Stopwatch
-from ifkv.streaming import pieces_of
+from ifkv.streaming import Closing, pieces_of
 from ifkv.turns import Asked, Turn, prepare_turn
 from ifkv.undoing import all_or_nothing
 
 if TYPE_CHECKING:
+    from ifkv.generation_settings import GenerationSettings
     from ifkv.selectors import Selector
     from ifkv.session import Session
     from ifkv.stitched_cache import StitchedCache
@@ -118,7 +119,7 @@ class Conversation:
         ratio: Ratio | None = None,
         revisit: bool = False,
         selector: str | Selector | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         stream: Stream = False,
         layers: Sequence[int] | None = None,
         **generate_kwargs: Any,
@@ -136,7 +137,7 @@ class Conversation:
                 are not run again.
             selector: As in :meth:`Session.ask`; behind the first turn one that scores in the
                 conversation's own positions (``geometry=global``).
-            max_new_tokens: Length of the answer at most.
+            max_new_tokens: As in :meth:`Session.ask`.
             stream: As in :meth:`Session.ask`.
             layers: As in :meth:`Session.ask`.
             **generate_kwargs: As in :meth:`Session.ask`. Beams decode copies of the cache, and
@@ -180,17 +181,15 @@ class Conversation:
         asked = Asked.checked(self._session, question, **options)
         return pieces_of(functools.partial(self._answer, asked))
 
-    def _answer(
-        self, asked: Asked, stream: Stream, stopping: Callable[..., Tensor] | None = None
-    ) -> Answer:
+    def _answer(self, asked: Asked, stream: Stream, stopping: Closing | None = None) -> Answer:
         """One turn, from the question to the rows that are kept."""
-        session, kwargs = self._session, dict(asked.generate_kwargs)
+        session, settings = self._session, asked.settings
         if stopping is not None:
-            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), stopping]
+            settings = settings.stopped_by(stopping)
         with self._alone():
             watch = Stopwatch(session.model)
             before, prompt = self._new_ids(asked.question)
-            self._check_length(len(before) + len(prompt), asked.max_new_tokens)
+            self._check_room(settings, len(before), len(prompt))
             with contextlib.ExitStack() as whole:
                 if self._cache is None:
                     ready = session.prepare(
@@ -216,16 +215,15 @@ class Conversation:
                     session.model,
                     session.tokenizer,
                     ready,
-                    max_new_tokens=asked.max_new_tokens,
+                    settings,
                     stream=stream,
-                    generate_kwargs=kwargs,
                     keep=True,
                 )
                 said = [*ready.prompt_ids, *answer.token_ids.tolist()]
                 ran = ready.cache.get_seq_length() - ready.cache.context_length
                 ready.cache.keep(said[:ran])
             self._pending = said[ran:]
-            if self._pending[-1] in stop_tokens(session.model, session.tokenizer, kwargs):
+            if self._pending[-1] in {*settings.stop_token_ids, session.tokenizer.eos_token_id}:
                 self._pending.pop()  # the template has its own end of an answer
             self._cache = ready.cache
             self._recomputed = torch.cat((self._recomputed, answer.slots))
@@ -242,15 +240,28 @@ class Conversation:
             return self._pending + layout.further_ids(), layout.prompt_ids(question)
         return [], self._pending + layout.turn_ids(question)
 
-    def _check_length(self, new: int, max_new_tokens: int = 0, documents: int = 0) -> None:
-        """Refuse tokens that do not fit behind what is there and the waiting documents."""
-        rope = handle_of(self._session.model).rope
+    def _check_length(self, new: int, documents: int = 0) -> int:
+        """Refuse tokens that do not fit behind what is there and the waiting documents.
+
+        Returns:
+            How many positions there would be.
+        """
         length = new + self._waiting_tokens + documents
         if self._cache is not None:
             length += self._cache.query_position
-        rope.check_length(length, "the conversation")
+        handle_of(self._session.model).rope.check_length(length, "the conversation")
+        return length
+
+    def _check_room(self, settings: GenerationSettings, before: int, prompt: int) -> None:
+        """Refuse a question, or an answer, that does not fit."""
+        length = self._check_length(before + prompt)
+        context = before + self._waiting_tokens
+        if self._cache is not None:
+            context += self._cache.context_length
+        limit = settings.new_tokens(context, prompt)
+        rope = handle_of(self._session.model).rope
         if rope.rope_type == "longrope":
-            rope.check_length(length + max(0, max_new_tokens - 1), "the conversation and answer")
+            rope.check_length(length + limit - 1, "the conversation and answer")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

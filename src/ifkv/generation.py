@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ifkv.checks import check_positive, token_tensor
+from ifkv.checks import token_tensor
 from ifkv.errors import InvalidInputError
+from ifkv.generation_checks import check_settings
+from ifkv.generation_settings import GenerationSettings
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
 from ifkv.upstream import cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DEFAULT_MAX_NEW_TOKENS = 32
-
-_RESERVED = (
-    "attention_mask",
-    "cache",
-    "cache_implementation",
-    "input_ids",
-    "inputs",
-    "inputs_embeds",
-    "past_key_values",
-    "position_ids",
-    "use_cache",
-)
-_UNDECLARED = ("tokenizer",)  # generate() takes it, for stop_strings, out of its **kwargs
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 @torch.no_grad()
@@ -54,8 +38,9 @@ def generate(
         cache: A stitched cache in the global geometry; afterwards it ends with its context again.
         prompt_ids: Tokens to be answered, ``[Q]`` or ``[1, Q]``.
         **generate_kwargs: For ``model.generate()``: sampling, beams, ``streamer``,
-            ``stop_strings`` with its ``tokenizer``, and so on. Lengths count from the prompt's
-            start. ``max_new_tokens`` is 32 if nothing limits the answer.
+            ``stop_strings`` with its ``tokenizer``, and so on; what they leave out, the model's
+            generation config says. Lengths count from the prompt's start (in the model's own
+            config from the context's). ``max_new_tokens`` is 64 if nothing limits the answer.
 
     Returns:
         Token ids of prompt and continuation, ``[sequences, Q + new]``, or generate's own output
@@ -68,7 +53,9 @@ def generate(
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    return run_generate(model, cache, prompt_ids, generate_kwargs, keep=False)
+    settings = GenerationSettings.of(model, generate_kwargs)
+    check_settings(model, settings)
+    return run_generate(model, cache, prompt_ids, settings, keep=False)
 
 
 @torch.no_grad()
@@ -76,14 +63,19 @@ def run_generate(
     model: PreTrainedModel,
     cache: StitchedCache,
     prompt_ids: Sequence[int] | Tensor,
-    generate_kwargs: dict[str, Any],
+    settings: GenerationSettings,
     *,
     keep: bool,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    pad_token_id: int | None = None,
 ) -> Any:
     """See :func:`generate`; with ``keep`` the rows that were run stay behind the context.
 
     Those are the prompt's and the answer's but for its last token, which has not been run; of
     beams and of several sequences, whose rows lie in copies, the prompt's but for its last.
+
+    The settings have been checked; ``overrides`` count before them, and ``pad_token_id`` where they
+    have none.
     """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
@@ -96,16 +88,15 @@ def run_generate(
             "before generate."
         )
     handle.rope.check_length(cache.query_position + len(prompt), "context and prompt")
-    check_generate_kwargs(model, generate_kwargs)
 
     context = cache.context_length
-    kwargs = _with_lengths(model, context, generate_kwargs)
+    kwargs = settings.keywords(context, len(prompt), overrides=overrides, pad_token_id=pad_token_id)
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], context)
     input_ids = torch.cat((cache.token_ids, prompt))[None]
     if ready:
         cache.crop(-1)  # generate() needs one row to run; the rest of the prompt is there
-    sequences = _sequences(model, kwargs)
+    sequences = settings.sequences
     used = cache
     if sequences > 1:
         used = cache.clone()
@@ -141,96 +132,6 @@ def has_prompt(cache: StitchedCache, prompt: Tensor) -> bool:
         and appended == len(prompt)
         and torch.equal(cache.prompt_ids, prompt)
     )
-
-
-def check_generate_kwargs(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse keywords for generate() before any work.
-
-    Args:
-        model: A model.
-        kwargs: What is meant for its ``generate()``.
-
-    Raises:
-        InvalidInputError: The cache leaves no choice about one, or generate() does not know it.
-    """
-    known = _known_kwargs(model)
-    for key in kwargs:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out."
-            raise InvalidInputError(f"{key} is no option of generate(); {hint}")
-    for key in _RESERVED:
-        if key in kwargs:
-            raise InvalidInputError(
-                f"{key} cannot be given: ifkv.generate makes it from the cache and the prompt."
-            )
-    for key in _ASSISTED:
-        if setting(model, kwargs, key) is not None:
-            raise InvalidInputError(
-                f"{key} asks for assisted decoding, which runs the whole context again behind a "
-                "cache that holds it already; leave it out."
-            )
-    kind = setting(model, kwargs, "cache_implementation")
-    if kind is not None:
-        raise InvalidInputError(
-            f"cache_implementation is {kind!r} in the generation config, but the stitched cache is "
-            "the cache. Set it to None there (model.generation_config, or the one given)."
-        )
-    if setting(model, kwargs, "token_healing"):
-        raise InvalidInputError(
-            "token_healing changes the prompt's last tokens after the cache was made for them; "
-            "leave it out."
-        )
-    if kwargs.get("max_new_tokens") is not None:
-        check_positive(kwargs["max_new_tokens"], "max_new_tokens")
-
-
-def setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
-    """A setting as ``generate()`` finds it, or None.
-
-    What a keyword does not say, a generation config given says; what that leaves out, the model's.
-    """
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-    return next((value for value in given if value is not None), None)
-
-
-def _known_kwargs(model: PreTrainedModel) -> set[str]:
-    """What ``model.generate()`` takes: its own arguments, a config's fields, the forward's."""
-    from transformers import GenerationConfig
-
-    methods: list[Any] = [model.generate, model.forward]
-    parameters = [each for method in methods for each in inspect.signature(method).parameters]
-    known = {*parameters, *vars(GenerationConfig()), *_RESERVED, *_ASSISTED, *_UNDECLARED}
-    return known - {"self", "kwargs"}
-
-
-def _with_lengths(model: PreTrainedModel, context: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Lengths counted from the prompt's start become lengths counted from the context's."""
-    kwargs = dict(given)
-    own = copy.deepcopy(kwargs.get("generation_config"))  # the caller's stays as it is
-    if own is not None:
-        kwargs["generation_config"] = own
-    for key in ("max_length", "min_length"):
-        if kwargs.get(key) is not None:
-            kwargs[key] += context
-        if getattr(own, key, None) is not None:
-            setattr(own, key, getattr(own, key) + context)
-    # A max_length in the model's own config counts the context too, and says nothing here.
-    limited = getattr(own, "max_length", None) is not None or any(
-        kwargs.get(key) is not None for key in ("max_new_tokens", "max_length")
-    )
-    if not limited and setting(model, kwargs, "max_new_tokens") is None:
-        kwargs["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
-    if setting(model, kwargs, "use_cache") is False:  # as fine-tuned checkpoints often have it
-        kwargs["use_cache"] = True
-    return kwargs
-
-
-def _sequences(model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
-    """How many rows generate() will expand the batch to, and the cache must have."""
-    names = ("num_beams", "num_return_sequences")
-    return max(int(setting(model, kwargs, name) or 1) for name in names)
 
 
 class _PromptStreamer:

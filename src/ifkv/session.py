@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ifkv.answer import Answer, Prepared
-from ifkv.answering import check_answer_kwargs, chosen_selector, complete
+from ifkv.answering import answer_settings, check_room, chosen_selector, complete
 from ifkv.auto import Ratio, Ratios
-from ifkv.checks import check_positive, token_tensor
+from ifkv.checks import token_tensor
 from ifkv.errors import StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
+from ifkv.generation_checks import functions
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.plannable import check_plannable
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ifkv.conversation import Conversation
     from ifkv.planning import Planner
     from ifkv.store import DocumentStore
-    from ifkv.streaming import AnswerStream
+    from ifkv.streaming import AnswerStream, Closing
 
 
 class Session:
@@ -167,7 +168,7 @@ class Session:
         ratio: Ratio | None = None,
         reorder: bool = False,
         selector: str | Selector | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         stream: bool | Callable[[str], None] = False,
         layers: Sequence[int] | None = None,
         **generate_kwargs: Any,
@@ -184,13 +185,18 @@ class Session:
                 answer's ``plan``; the first time the machine is measured for some seconds.
                 The session's ratio if None.
             reorder: Put the documents the question finds most in last.
-            max_new_tokens: Length of the answer at most.
+            max_new_tokens: Length of the answer at most; 64 if nothing else limits it.
             stream: True prints the answer as it comes; a function is called with each piece.
             selector: What chooses the tokens to recompute: a name, with options behind a colon, or
                 a selector; see :mod:`ifkv.selectors`. The session's if None.
             layers: Scoring layers, as in :func:`ifkv.score`, of reordering and of a selector that
                 has some and does not name them itself.
-            **generate_kwargs: For ``model.generate()``; greedy decoding by default.
+            **generate_kwargs: For ``model.generate()``, where they mean what they mean here:
+                sampling, beams, penalties, ``stop_strings``, or a ``generation_config``. What they
+                leave out, the model's own ``generation_config`` says, which
+                ``generation_config.json`` fills: a checkpoint that asks for sampling there is
+                sampled from, ``do_sample=False`` is greedy. ``max_length`` counts from the
+                prompt's start, in the model's own config from the context's.
 
         Returns:
             The answer.
@@ -200,8 +206,8 @@ class Session:
             StoreCorruptionError: A stored document cannot be trusted and this session does not
                 know its tokens. Otherwise it is prefilled again, with a ``StoreWarning``.
         """
-        check_positive(max_new_tokens, "max_new_tokens")  # before any work
-        check_answer_kwargs(self.model, generate_kwargs)
+        settings = answer_settings(self, max_new_tokens, generate_kwargs)  # before any work
+        check_room(self, settings, question, documents)
         ready = self.prepare(
             question,
             documents=documents,
@@ -210,7 +216,7 @@ class Session:
             selector=selector,
             layers=layers,
         )
-        return self.complete(ready, max_new_tokens=max_new_tokens, stream=stream, **generate_kwargs)
+        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
         """The answer to a question, piece by piece as it is generated.
@@ -241,8 +247,9 @@ class Session:
         """
         from ifkv.streaming import AnswerStream
 
-        def run(emit: Callable[[str], None], stopping: Callable[..., Tensor]) -> Answer:
-            criteria = [*(options.get("stopping_criteria") or ()), stopping]
+        def run(emit: Callable[[str], None], stopping: Closing) -> Answer:
+            own = functions("stopping_criteria", options.get("stopping_criteria"))
+            criteria = [*own, stopping]
             given = {**options, "stopping_criteria": criteria}
             return self.ask(question, stream=emit, **given)
 
@@ -256,7 +263,7 @@ class Session:
         ratio: Ratio | None = None,
         reorder: bool = False,
         selector: str | Selector | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         stream: Callable[[int, str], None] | None = None,
         layers: Sequence[int] | None = None,
         batch_tokens: int = DEFAULT_REQUEST_TOKENS,
@@ -275,7 +282,7 @@ class Session:
             ratio: As in :meth:`ask`, but for ``"auto"``.
             reorder: As in :meth:`ask`.
             selector: As in :meth:`ask`.
-            max_new_tokens: Length of each answer at most.
+            max_new_tokens: As in :meth:`ask`, of each answer.
             stream: Called with a question's number and each piece of its answer as it comes.
             layers: As in :meth:`ask`.
             batch_tokens: Tokens of context, prompt and answer that a batch holds at most, over
@@ -368,19 +375,13 @@ class Session:
         self,
         ready: Prepared,
         *,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         stream: bool | Callable[[str], None] = False,
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of :meth:`ask`."""
-        return complete(
-            self.model,
-            self.tokenizer,
-            ready,
-            max_new_tokens=max_new_tokens,
-            stream=stream,
-            generate_kwargs=generate_kwargs,
-        )
+        settings = answer_settings(self, max_new_tokens, generate_kwargs)
+        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
 
     def conversation(self, documents: Sequence[str] | None = None) -> Conversation:
         """Begin a conversation: questions that follow one another over one repaired cache.

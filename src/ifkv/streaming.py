@@ -40,6 +40,28 @@ def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
     return _Callback(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
+class Closing:
+    """A stopping criterion for ``model.generate()`` that ends an answer whose stream was closed."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream was closed."""
+        return self._event.is_set()
+
+    def close(self) -> None:
+        """End the answer with its next token."""
+        self._event.set()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each sequence shall end here, bool ``[sequences]``."""
+        import torch
+
+        return input_ids.new_full((len(input_ids),), self.closed, dtype=torch.bool)
+
+
 def pieces_of(run: Callable[..., object]) -> Iterator[str]:
     """What a run emits, piece by piece; the run goes on in a thread as pieces are taken.
 
@@ -58,15 +80,12 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
     import torch
 
     pieces: queue.Queue[str | None] = queue.Queue(maxsize=1)  # no further ahead than one piece
-    stopped, inference = threading.Event(), torch.is_inference_mode_enabled()
+    stopping, inference = Closing(), torch.is_inference_mode_enabled()
     failures: list[BaseException] = []
 
     def emit(piece: str) -> None:
-        if not stopped.is_set():
+        if not stopping.closed:
             pieces.put(piece)
-
-    def stopping(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
     def work() -> None:
         try:
@@ -75,7 +94,7 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
         except BaseException as failure:
             failures.append(failure)
         finally:
-            if not stopped.is_set():
+            if not stopping.closed:
                 pieces.put(None)
 
     worker = threading.Thread(target=work, name="ifkv-stream", daemon=True)
@@ -84,7 +103,7 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
         while (piece := pieces.get()) is not None:
             yield piece
     finally:
-        stopped.set()
+        stopping.close()
         while worker.is_alive():
             with contextlib.suppress(queue.Empty):  # a piece that it is about to hand over
                 pieces.get(timeout=0.01)

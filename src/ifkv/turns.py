@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.answering import check_answer_kwargs, chosen_selector
+from ifkv.answering import answer_settings, chosen_selector
 from ifkv.auto import Ratio
-from ifkv.checks import check_positive
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError
@@ -27,6 +26,7 @@ from ifkv.stitched_cache import check_cache
 if TYPE_CHECKING:
     from ifkv.answer import Prepared
     from ifkv.documents import DocumentCache
+    from ifkv.generation_settings import GenerationSettings
     from ifkv.session import Session
     from ifkv.stitched_cache import StitchedCache
 
@@ -39,8 +39,7 @@ class Asked:
     budget: Budget
     selector: Selector
     revisit: bool
-    max_new_tokens: int
-    generate_kwargs: dict[str, Any]
+    settings: GenerationSettings
 
     @classmethod
     def checked(
@@ -51,18 +50,17 @@ class Asked:
         ratio: Ratio | None = None,
         revisit: bool = False,
         selector: str | Selector | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         layers: Sequence[int] | None = None,
         **generate_kwargs: Any,
     ) -> Asked:
         """From its arguments; refuses bad ones before any work."""
-        check_positive(max_new_tokens, "max_new_tokens")
-        check_answer_kwargs(session.model, generate_kwargs)
+        settings = answer_settings(session, max_new_tokens, generate_kwargs)
         chosen_layers(num_layers(session.model), layers)
         session.format.prompt_ids(question)
         budget = session._ratios.fixed(ratio, "turns of a conversation")
         rule = chosen_selector(session, selector, layers)
-        return cls(question, budget, rule, revisit, max_new_tokens, generate_kwargs)
+        return cls(question, budget, rule, revisit, settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

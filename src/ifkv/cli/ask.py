@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ifkv.cli.answer_length import MaxNewTokens
 from ifkv.cli.cutting import Split
 from ifkv.cli.importing import Imports, import_all
 from ifkv.cli.reading import FILES_HELP, Field
@@ -74,7 +75,7 @@ def ask(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 64,
+    max_new_tokens: MaxNewTokens = None,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
     kv_fp8: Annotated[bool, typer.Option(help="Keep the question's cache in 8 bits.")] = False,
@@ -97,7 +98,7 @@ def ask(
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.cutting import check_request, cut
     from ifkv.cli.interrupting import documents_kept, interruptible
-    from ifkv.cli.loading import check_model, load_model, load_tokenizer
+    from ifkv.cli.loading import check_generation, check_model, load_model, load_tokenizer
     from ifkv.cli.places import check_page
     from ifkv.cli.reading import read_corpus
     from ifkv.float8 import FLOAT8, check_kv_dtype
@@ -118,12 +119,15 @@ def ask(
         check_page(html)
         found = read_corpus(files, field)
         config = check_model(model, dtype=dtype, device=device)
+        settings = check_generation(model, max_new_tokens)
         kv_dtype = FLOAT8 if kv_fp8 else None
         check_kv_dtype(kv_dtype, torch.device(device))
         tokenizer = load_tokenizer(model)
         layout = PromptFormat(tokenizer)
         documents = cut(layout, config, found, split)
         check_request(layout, config, documents, question)
+        context = len(layout.prefix_ids()) + sum(map(len, {tuple(ids) for _, ids in documents}))
+        settings.new_tokens(context, len(layout.prompt_ids(question)))  # refuses a lack of room
         opened = MemoryStore() if store == "memory" else session_store(store)
 
         with console.status(f"loading {escape(model)}"):

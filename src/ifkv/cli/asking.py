@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from ifkv.cli.places import say_written
 from ifkv.cli.wording import count
-from ifkv.comparison import Way, compare
+from ifkv.comparison import Way, compare, overruled
+from ifkv.finish_reason import cut_sign
 from ifkv.report import AnswerRow, Heatmap, Report, comparison_table, write_html
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def answer_questions(
     ratio: float | Literal["auto"],
     reorder: bool,
     selector: str | None = None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     html: Path | None,
 ) -> None:
     """Prefill documents, answer questions by full prefill, stitching alone and ifkv, and show it.
@@ -49,7 +50,7 @@ def answer_questions(
         ratio: Recompute ratio, or ``"auto"`` to have it planned.
         reorder: Whether to reorder documents.
         selector: What chooses the tokens to recompute; the session's if None.
-        max_new_tokens: Length of an answer.
+        max_new_tokens: As of :meth:`ifkv.Session.ask`.
         html: Where to write the picture, if anywhere.
     """
     started = time.perf_counter()
@@ -70,6 +71,11 @@ def answer_questions(
     # The first forward of each kind pays for threads and buffers; let no way pay for another.
     compare(session, questions[0], documents=session.keys[:1], max_new_tokens=1)
 
+    settings = overruled(session.model)
+    if settings:
+        console.print(
+            f"The model's generation config asks for {settings}; a comparison decodes greedily."
+        )
     reports: list[Report] = []
     ratios = (0.0, ratio) if ratio != 0 else (0.0,)
     for index, question in enumerate(questions):
@@ -112,6 +118,7 @@ def _report(session: Session, question: str, ways: Sequence[Way], titles: Sequen
             way=way.name,
             ttft_seconds=way.ttft_seconds,
             answer=way.text,
+            cut=cut_sign(way.finish_reason, way.tokens),
             speedup=way.speedup,
             bound=way.bound,
             kl=way.kl,
@@ -141,7 +148,7 @@ def stream_answer(
     ratio: float | Literal["auto"],
     reorder: bool,
     selector: str | None = None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     titles: Sequence[str],
     html: Path | None,
 ) -> None:
@@ -154,6 +161,9 @@ def stream_answer(
         max_new_tokens=max_new_tokens,
         stream=lambda piece: console.print(piece, end="", markup=False, highlight=False),
     )
+    cut = cut_sign(answer.finish_reason, len(answer.token_ids))
+    if cut:
+        console.print(f" [yellow]\\[{cut}][/]", end="")
     console.print(
         f"\n[dim]first token after {answer.ttft_seconds:.2f} s, {len(answer.slots)} of "
         f"{len(answer.context_ids)} tokens recomputed[/]"

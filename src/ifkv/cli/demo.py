@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ifkv.cli.answer_length import MaxNewTokens
+
 
 def demo(
     ratio: Annotated[
@@ -16,7 +18,7 @@ def demo(
     reorder: Annotated[
         bool, typer.Option("--reorder", help="Put the documents that matter most last.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 24,
+    max_new_tokens: MaxNewTokens = None,
     html: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
         "ifkv-demo.html"
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifkv.cli.importing import Imports, import_all
+from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +78,9 @@ def evaluate(
     answers: Annotated[
         bool, typer.Option(help="Decode answers too, for F1 and exact match.")
     ] = True,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=1)] = 24,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer at most.", min=1)
+    ] = DEFAULT_MAX_NEW_TOKENS,
     short_answer: Annotated[
         str | None,
         typer.Option(

@@ -13,6 +13,7 @@ from ifkv.cost import ModelShape
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.questions import Question
+from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from ifkv.patching import patch
 from ifkv.splitting import fixed_length
 from ifkv.text import PromptFormat
@@ -41,7 +42,7 @@ class Bench:
     tokenizer: Any
     short_answer: str = SHORT_ANSWER
     split: int | None = None
-    max_new_tokens: int = 24
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
         patch(self.model)

@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from ifkv.errors import InvalidInputError
+from ifkv.finish_reason import cut_sign
 from ifkv.report.pieces import token_pieces
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class AnswerRow:
         speedup: Full prefill's time over this way's; None where there is nothing to compare with.
         bound: S(r), the speed-up that the count of operations allows; None where it says nothing.
         kl: Mean KL divergence to full prefill over the answer, in nats; None if not measured.
+        cut: In words, that the answer was cut off; empty if it was not.
     """
 
     way: str
@@ -33,6 +35,7 @@ class AnswerRow:
     speedup: float | None = None
     bound: float | None = None
     kl: float | None = None
+    cut: str = ""
 
     @property
     def share_of_bound(self) -> float | None:
@@ -57,7 +60,7 @@ class Report:
         order: For each document of the cache, its index among those asked.
         rows: The ways compared, in the order they are shown.
         titles: Names of the documents in the cache's order; the opening words where empty.
-        answer: The answer's text, shown where no ways are compared.
+        answer: The answer's text, and a word if it was cut off; shown where no ways are compared.
         timings: Seconds of each step up to the first token, and of ``decode`` behind it.
         ttft_seconds: From the question's arrival to the first token's logits; None if not known.
         bound: S(r), as in :class:`AnswerRow`.
@@ -127,6 +130,7 @@ class Report:
             titles: Names of the documents, in the order they were asked.
         """
         ids = answer.context_ids.tolist()
+        cut = cut_sign(answer.finish_reason, len(answer.token_ids))
         slices = list(answer.document_slices)
         prefix_length = slices[0].start if slices else len(ids)
         texts: list[str] = []
@@ -147,7 +151,7 @@ class Report:
             order=list(answer.order),
             rows=tuple(rows),
             titles=[titles[index] for index in answer.order] if titles else [],
-            answer=answer.text,
+            answer=f"{answer.text} [{cut}]" if cut else answer.text,
             timings=dict(answer.timings),
             ttft_seconds=answer.ttft_seconds,
             bound=answer.speedup_bound,

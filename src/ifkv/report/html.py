@@ -176,7 +176,7 @@ def _row(row: AnswerRow, slowest: float) -> dict[str, str]:
         "bound": times(row.bound),
         "share": percent(row.share_of_bound),
         "kl": nats(row.kl),
-        "answer": one_line(row.answer),
+        "answer": one_line(row.answer) + (f" [{row.cut}]" if row.cut else ""),
     }
 
 

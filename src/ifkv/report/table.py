@@ -39,7 +39,7 @@ def comparison_table(rows: Sequence[AnswerRow], *, title: str | None = None) -> 
             times(row.speedup),
             percent(row.share_of_bound),
             nats(row.kl),
-            Text(one_line(row.answer)),
+            Text(one_line(row.answer)) + Text(f" [{row.cut}]" if row.cut else "", "yellow"),
         )
     return table
 
