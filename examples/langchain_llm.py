@@ -24,12 +24,12 @@ class IfkvLLM(LLM):
     Attributes:
         session: The session whose model answers.
         ratio: Recompute ratio.
-        max_new_tokens: Length of an answer at most.
+        max_new_tokens: Length of an answer at most; as of `Session.ask` if None.
     """
 
     session: Any
     ratio: float = 0.15
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
 
     @property
     def _llm_type(self) -> str:

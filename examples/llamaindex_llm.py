@@ -17,20 +17,22 @@ from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import MetadataMode
 
+from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
+
 
 class IfkvLLM(CustomLLM):
     """Answers the prompt over documents given at the call: texts, nodes, or nodes with scores."""
 
     session: Any
     ratio: float = 0.15
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
 
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex asks of a model."""
         return LLMMetadata(
             context_window=self.session.model.config.max_position_embeddings,
-            num_output=self.max_new_tokens,
+            num_output=self.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
             model_name=getattr(self.session.model, "name_or_path", "ifkv"),
         )
 

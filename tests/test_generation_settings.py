@@ -6,7 +6,6 @@ be held against `model.generate()`.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import ifkv
+import ifkv.answering
 import ifkv.batch_asking
 import ifkv.greedy
 import ifkv.preparation
@@ -253,8 +253,7 @@ def test_what_cannot_be_followed_is_refused_before_any_work(
 
     monkeypatch.setattr(ifkv.preparation, "stitch", refuse)
     monkeypatch.setattr(ifkv.batch_asking, "prepare_many", refuse)
-    generate = functools.wraps(session.model.generate)(refuse)
-    monkeypatch.setattr(session.model, "generate", generate, raising=False)
+    monkeypatch.setattr(ifkv.answering, "run_generate", refuse)
     for way, ask in WAYS.items():
         if way == "completed":
             continue
