@@ -12,22 +12,23 @@ import torch
 import transformers
 
 from ifkv.errors import UnsupportedModelError
-from ifkv.families import Family, families, parse_family, resolve_family, source_hash
+from ifkv.families import Family, families, parse_family, resolve_family
+from ifkv.source_hash import source_hash
 from ifkv.testing import FAMILIES, SLIDING_FAMILIES, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = [
     pytest.param(family, path, id=f"{family.name}-{path.rpartition('.')[2]}")
     for family in families().values()
-    for path in (family.attention_class, family.layer_class, family.model_class)
+    for path in family.upstream_paths
 ]
 
 
 @pytest.mark.parametrize(("family", "path"), CLASSES)
-def test_canary_upstream_forwards_are_the_ones_that_were_read(family: Family, path: str) -> None:
+def test_canary_upstream_code_is_what_was_read(family: Family, path: str) -> None:
     found = source_hash(path)
     assert found in family.upstream_hashes[path], (
-        f"{path}.forward has changed in transformers {transformers.__version__}: its hash is "
+        f"{path} has changed in transformers {transformers.__version__}: its hash is "
         f"{found}, patches/{family.name}.toml knows {', '.join(family.upstream_hashes[path])}. "
         "Read what changed and compare it with ifkv.forward and ifkv.attention, run the tests on "
         "it, and only then add the hash (see patches/README.md)."
@@ -43,6 +44,7 @@ def test_the_canary_sees_code_and_not_its_clothes(
         '        """Multiply."""\n        # a comment\n        return (x\n                * y)',
         "changed": "def forward(self, x, y=1):\n        return x + y",
         "default": "def forward(self, x, y=2):\n        return x * y",
+        "nothing": "def forward(self, x, y=None):\n        return x * y",
     }
     monkeypatch.syspath_prepend(str(tmp_path))
     hashes = {}
@@ -50,7 +52,7 @@ def test_the_canary_sees_code_and_not_its_clothes(
         (tmp_path / f"canary_{name}.py").write_text(f"class Layer:\n    {body}\n")
         hashes[name] = source_hash(f"canary_{name}.Layer")
     assert hashes["plain"] == hashes["dressed"]
-    assert len(set(hashes.values())) == 3
+    assert len(set(hashes.values())) == 4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -64,6 +66,8 @@ def test_facts_hold_of_a_model(name: str) -> None:
         (family.attention_class, attention),
         (family.layer_class, base.layers[1]),
         (family.model_class, base),
+        (family.causal_lm_class, model),
+        (family.rotary_class, base.rotary_emb),
     ):
         module, _, class_name = path.rpartition(".")
         assert type(part) is getattr(importlib.import_module(module), class_name)
@@ -100,8 +104,7 @@ def test_every_family_can_be_tried_on_a_tiny_model() -> None:
 
 @pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
 def test_files_agree_with_themselves(family: Family) -> None:
-    paths = (family.attention_class, family.layer_class, family.model_class)
-    assert sorted(family.upstream_hashes) == sorted(paths)
+    assert sorted(family.upstream_hashes) == sorted(family.upstream_paths)
     assert all(len(h) == 16 for hashes in family.upstream_hashes.values() for h in hashes)
     assert "dynamic" not in family.rope_types
     assert "default" in family.rope_types
@@ -129,6 +132,10 @@ BROKEN = {
     "window rule": (GOOD.replace('"none"', '"some"'), r"'some'.*layer-types"),
     "hash no list": (LAYER_HASHES.sub(r'\1"40dc"', GOOD), r"upstream_hashes is"),
     "hash a number": (LAYER_HASHES.sub(r"\1[40]", GOOD), r"upstream_hashes is"),
+    "code without a hash": (
+        re.sub(r"\n.*rotate_half.*", "", GOOD),
+        r"upstream_hashes lacks .*rotate_half; read that code",
+    ),
     "no toml": (GOOD.replace("qk_norm =", "qk_norm"), r"is not TOML.*line"),
 }
 

@@ -6,15 +6,16 @@ every other call to the attention that the model used before.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ifkv.attention_keywords import checked_spec, spec_of, strange_keywords
 from ifkv.backends.plans import UNSCALED
 from ifkv.backends.spec import AttentionSpec
 from ifkv.float8 import restore
 from ifkv.marks import is_stitched, scales_of
 from ifkv.passes import LayerCall
+from ifkv.upstream_code import attention_function
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,20 +50,20 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
     ) -> tuple[Tensor, Tensor | None]:
         current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
         if current is not None:
-            spec = AttentionSpec(kwargs["scaling"], kwargs.get("sliding_window"))
+            spec = checked_spec(module, attention_mask, kwargs)
             layer_idx: Any = module.layer_idx
             return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
         scales = scales_of(key)
-        if backend is not None and _is_decoding(query, key, attention_mask, kwargs):
-            spec = AttentionSpec(kwargs["scaling"])
-            decoded = backend.decode(query, key, value, spec, scales=scales or UNSCALED)
+        decoding = _spec_of_decoding(query, key, attention_mask, kwargs)
+        if backend is not None and decoding is not None:
+            decoded = backend.decode(query, key, value, decoding, scales=scales or UNSCALED)
             if decoded is not None:
                 return decoded, None
         if scales is not None:  # the model's own attention knows nothing of 8 bits
             key = restore(key, scales.keys, query.dtype)
             value = restore(value, scales.values, query.dtype)
         # "eager" lives in each modeling file, not in the registry.
-        eager = sys.modules[type(module).__module__].eager_attention_forward
+        eager: Any = attention_function(module, "eager_attention_forward")
         usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         return usual(module, query, key, value, attention_mask, **kwargs)
 
@@ -76,15 +77,20 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
     AttentionMaskInterface.register(name, mask)
 
 
-def _is_decoding(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this is one row per sequence that sees all of a stitched cache.
+def _spec_of_decoding(
+    query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> AttentionSpec | None:
+    """How the row attends if this is one row per sequence that sees all of a stitched cache.
 
     Without a mask nothing is padded: transformers leaves masks out only where they hide nothing.
+    A keyword that is not understood is one for the model's own attention, which knows it.
     """
     if mask is not None or query.shape[2] != 1 or not is_stitched(key):
-        return False
-    window = kwargs.get("sliding_window")
-    return "scaling" in kwargs and (window is None or key.shape[2] <= window)
+        return None
+    spec = None if strange_keywords(kwargs) else spec_of(kwargs)
+    if spec is None or (spec.window is not None and key.shape[2] > spec.window):
+        return None
+    return AttentionSpec(spec.scaling)
 
 
 def unregister(name: str) -> None:

@@ -72,5 +72,9 @@ class CalibrationWarning(UserWarning):
     """The machine's rates are being measured, cannot be kept, or are those of a busy machine."""
 
 
+class UpstreamWarning(UserWarning):
+    """A model runs code that nobody has read; ``ifkv verify`` tells whether ifkv fits it."""
+
+
 class StoreFullError(StoreError):
     """The byte budget, or the disk, has no room for the document; nothing was stored."""

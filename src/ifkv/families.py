@@ -7,12 +7,7 @@ live, how rotary embeddings are laid out, and a hash of the upstream code it was
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import hashlib
-import importlib
-import inspect
-import textwrap
 import tomllib
 from functools import cache
 from importlib import resources
@@ -27,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Functions of a modeling file that its attention calls.
+FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Facts about one family of decoder-only models.
@@ -37,6 +36,8 @@ class Family:
         attention_class: Dotted path of the attention module's class.
         layer_class: Dotted path of the decoder layer's class.
         model_class: Dotted path of the decoder stack's class (embeddings, layers, final norm).
+        causal_lm_class: Dotted path of the class that puts the head onto the stack.
+        rotary_class: Dotted path of the rotary module's class.
         rope_layout: ``"half-split"`` (pairs are ``x[i], x[i + rotary_dim / 2]``).
         rope_types: Values of ``rope_parameters["rope_type"]`` whose rotation can be moved exactly.
         qk_norm: Whether queries and keys are normalised per head before the rotation.
@@ -44,7 +45,8 @@ class Family:
         sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
             ``"all-layers"`` (``config.sliding_window`` holds for every layer).
         verified_transformers: Releases of transformers the tests ran on.
-        upstream_hashes: Class path -> :func:`source_hash` of its ``forward``.
+        upstream_hashes: For each of :attr:`upstream_paths` its :func:`ifkv.source_hash.source_hash`
+            in every release of transformers that has been read.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Family:
     attention_class: str
     layer_class: str
     model_class: str
+    causal_lm_class: str
+    rotary_class: str
     rope_layout: str
     rope_types: tuple[str, ...]
     qk_norm: bool
@@ -59,6 +63,26 @@ class Family:
     sliding_window: str
     verified_transformers: tuple[str, ...]
     upstream_hashes: dict[str, tuple[str, ...]]
+
+    def function(self, name: str) -> str:
+        """Return the dotted path of a function beside the attention's class."""
+        return f"{self.attention_class.rpartition('.')[0]}.{name}"
+
+    @property
+    def upstream_paths(self) -> tuple[str, ...]:
+        """Dotted paths of all code whose reading ifkv rests on.
+
+        The functions are there because equal attentions may call others: they rotate queries and
+        keys, and say what an attention with the family's keywords computes.
+        """
+        return (
+            self.attention_class,
+            self.layer_class,
+            self.model_class,
+            self.causal_lm_class,
+            self.rotary_class,
+            *map(self.function, FUNCTIONS),
+        )
 
 
 _CHOICES = {
@@ -117,7 +141,13 @@ def parse_family(text: str, name: str) -> Family:
         elif kind.startswith("dict"):
             value = {path: tuple(hashes) for path, hashes in value.items()}
         values[key] = value
-    return Family(name=name, **values)
+    family = Family(name=name, **values)
+    if unread := sorted(set(family.upstream_paths) - set(family.upstream_hashes)):
+        raise UnsupportedModelError(
+            f"patches/{name}.toml: upstream_hashes lacks {unread[0]}; read that code and state its "
+            "hash (ifkv.source_hash)."
+        )
+    return family
 
 
 def _are_strings(value: object) -> bool:
@@ -194,27 +224,3 @@ def family_of(config: object, name: str) -> Family:
         f"{', '.join(known)}. To add one, write patches/<name>.toml (see patches/README.md) and "
         "check it with `ifkv verify`."
     )
-
-
-def source_hash(class_path: str) -> str:
-    """Hash of the ``forward`` method of a class, blind to comments, docstrings and formatting.
-
-    Args:
-        class_path: Dotted path, e.g. ``transformers.models.llama.modeling_llama.LlamaAttention``.
-
-    Returns:
-        16 hex digits. A change means that upstream changed what the method does.
-    """
-    module, _, name = class_path.rpartition(".")
-    forward = inspect.unwrap(getattr(importlib.import_module(module), name).forward)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    function = tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    function.decorator_list = []
-    function.returns = None
-    for argument in ast.walk(function.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    if ast.get_docstring(function) is not None:
-        function.body = function.body[1:]
-    return hashlib.sha256(ast.dump(function).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ifkv.decoder_layers import decoder_layers
 from ifkv.upstream import cache_keyword
+from ifkv.watched_pass import WatchedPass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +60,15 @@ def run_layers(
 
     Returns:
         The hidden states that layer ``stop`` would be given, ``[1, rows, hidden]``.
+
+    Raises:
+        UnsupportedModelError: A layer asks for what no pass knows, or leaves the pass out.
     """
-    for layer in decoder_layers(model)[start:stop]:
-        hidden = layer(hidden, **_keywords(layer, positions, rotation, attention_pass))
+    watched = WatchedPass(attention_pass)
+    for layer_idx, layer in enumerate(decoder_layers(model)[start:stop], start):
+        watched.expect(layer_idx)
+        hidden = layer(hidden, **_keywords(layer, positions, rotation, watched))
+        watched.check(layer)
     return hidden
 
 
@@ -85,12 +92,18 @@ def run_attention(
         rotation: As in :func:`run_layers`.
         attention_pass: The pass.
         layer_idx: The layer.
+
+    Raises:
+        UnsupportedModelError: As of :func:`run_layers`.
     """
     layer: Any = decoder_layers(model)[layer_idx]
+    watched = WatchedPass(attention_pass)
+    watched.expect(layer_idx)
     layer.self_attn(
         hidden_states=layer.input_layernorm(hidden),
-        **_keywords(layer.self_attn, positions, rotation, attention_pass),
+        **_keywords(layer.self_attn, positions, rotation, watched),
     )
+    watched.check(layer)
 
 
 def row_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

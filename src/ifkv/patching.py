@@ -24,8 +24,10 @@ from ifkv.config_overlay import below, overlay
 from ifkv.cuda_graphs import Captures
 from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
+from ifkv.family_facts import check_facts
 from ifkv.fingerprint import FingerprintCache
 from ifkv.supported import check_mode, check_structure, check_weights
+from ifkv.upstream_code import warn_of_unread_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,7 +146,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         model, the outermost does).
 
     Raises:
-        UnsupportedModelError: No family covers the model, it breaks a rule of its family, its
+        UnsupportedModelError: No family covers the model, it contradicts a fact of its family, its
             weights are not all on one device, it carries adapters or hooks, or it is in training
             mode.
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
@@ -174,7 +176,10 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
                 existing.fingerprints = FingerprintCache()
                 return existing
             existing.unpatch()
-        handle = PatchHandle(model, family, chosen, Rope(model, family))
+        rope = Rope(model, family)
+        check_facts(model, family)
+        warn_of_unread_code(model, family)
+        handle = PatchHandle(model, family, chosen, rope)
         handle._attach(model)
         _handles[model] = handle
         return handle

@@ -16,7 +16,13 @@ from ifkv.cli.eval import evaluate
 from ifkv.cli.plan import plan
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
-from ifkv.errors import CalibrationWarning, IfkvError, InvalidInputError, StoreWarning
+from ifkv.errors import (
+    CalibrationWarning,
+    IfkvError,
+    InvalidInputError,
+    StoreWarning,
+    UpstreamWarning,
+)
 
 app = typer.Typer(
     name="ifkv",
@@ -86,7 +92,7 @@ def _show_warning(
 
     Takes the arguments of :func:`warnings.showwarning`.
     """
-    if issubclass(category, StoreWarning | CalibrationWarning):
+    if issubclass(category, StoreWarning | CalibrationWarning | UpstreamWarning):
         typer.secho(f"Warning: {message}", fg="yellow", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)

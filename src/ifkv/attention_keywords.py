@@ -1,0 +1,93 @@
+"""What a layer asks of an attention by keyword, read whole: none is left out without a word.
+
+A keyword that changes what attention computes, such as ``softcap`` or ``s_aux``, and that a pass
+does not know would simply vanish. So every keyword is either understood, or known to change
+nothing, or refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ifkv.backends.spec import AttentionSpec
+from ifkv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+UNDERSTOOD = ("scaling", "sliding_window")
+# Read in the modeling files of all families, from transformers 5.4 to 5.24.
+WITHOUT_EFFECT = {
+    "position_ids": "the rotation has been applied; FlashAttention alone looks there for packed "
+    "sequences, which neither passes nor decoding steps have",
+    "use_cache": "layers hand it on; nobody below the model's own forward reads it",
+    "output_hidden_states": "the model's own forward collects them around its layers",
+}
+# Of these, only what switches them off has no effect.
+SWITCHED_OFF = {
+    "dropout": "0 in eval mode, which ifkv requires",
+    "output_attentions": "asks for the weights, which neither passes nor decoding steps have",
+}
+
+
+def strange_keywords(keywords: Mapping[str, Any]) -> list[str]:
+    """Name the keywords that may change what attention computes in a way that is not understood.
+
+    Args:
+        keywords: What an attention function was given by keyword, but for ``ifkv_pass``.
+    """
+    return [
+        name
+        for name, value in keywords.items()
+        if value is not None
+        and name not in UNDERSTOOD
+        and name not in WITHOUT_EFFECT
+        and not (name in SWITCHED_OFF and isinstance(value, int | float) and value == 0)
+    ]
+
+
+def spec_of(keywords: Mapping[str, Any]) -> AttentionSpec | None:
+    """Return how a layer attends, or None if its scaling or window is no such thing."""
+    scaling, window = keywords.get("scaling"), keywords.get("sliding_window")
+    if not isinstance(scaling, int | float) or not math.isfinite(scaling):
+        return None
+    if window is not None and (not isinstance(window, int) or window < 1):
+        return None
+    return AttentionSpec(scaling, window)
+
+
+def checked_spec(module: nn.Module, mask: object, keywords: Mapping[str, Any]) -> AttentionSpec:
+    """Return how a layer attends under one of ifkv's passes.
+
+    Args:
+        module: The attention module.
+        mask: The mask it hands over; a pass makes its own, and its layers are given none.
+        keywords: What it asks for by keyword.
+
+    Raises:
+        UnsupportedModelError: It asks for something that a pass would leave out.
+    """
+    found = {name: keywords[name] for name in strange_keywords(keywords)}
+    if mask is not None:
+        found["attention_mask"] = mask
+    spec = spec_of(keywords)
+    if spec is None:
+        found |= {name: keywords.get(name) for name in UNDERSTOOD}
+    if spec is None or found:
+        asked = ", ".join(f"{name}={_shown(value)}" for name, value in found.items())
+        raise UnsupportedModelError(
+            f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')} asks for "
+            f"attention with {asked}, which ifkv does not know and will not leave out. Answer "
+            "without ifkv, or with a model whose attention a family in patches/ describes."
+        )
+    return spec
+
+
+def _shown(value: object) -> str:
+    return (
+        repr(value)
+        if isinstance(value, bool | int | float | str | None)
+        else f"a {type(value).__name__}"
+    )

@@ -1,0 +1,97 @@
+"""Is a model's code what has been read? What ifkv knows of upstream holds of the code that was."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ifkv.decoder_layers import decoder_layers
+from ifkv.errors import UpstreamWarning
+from ifkv.families import FUNCTIONS
+from ifkv.source_hash import code_of, hash_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ifkv.families import Family
+
+
+def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
+    """Warn once, naming them, of a model's classes and functions that nobody has read.
+
+    Releases of transformers, subclasses, classes that came with a checkpoint and functions that
+    something has replaced are all told by what they compute, not by their names.
+
+    Args:
+        model: A model of the family's structure.
+        family: The family.
+    """
+    unread: dict[str, None] = {}
+    for path, part in _parts(model, family):
+        if not _is_known(part, family.upstream_hashes[path]):
+            unread[_name(part, path)] = None
+    if unread:
+        warnings.warn(
+            f"{', '.join(unread)}: not the code that family {family.name!r} was written for, so "
+            "nobody has read whether ifkv fits it. Check this model with `ifkv verify` (or "
+            "ifkv.verification.verify) before you trust its answers.",
+            UpstreamWarning,
+            stacklevel=3,  # whoever calls patch()
+        )
+
+
+def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
+    """The code that the model runs, each kind once, and the path that the family has it under."""
+    base: Any = model.base_model
+    yield family.causal_lm_class, model
+    yield family.model_class, base
+    yield family.rotary_class, base.rotary_emb
+    layers: list[Any] = list(decoder_layers(model))
+    yield from {type(layer): (family.layer_class, layer) for layer in layers}.values()
+    attentions = {type(layer.self_attn): layer.self_attn for layer in layers}
+    for attention in attentions.values():
+        yield family.attention_class, attention
+        for name in FUNCTIONS:
+            yield family.function(name), attention_function(attention, name)
+
+
+def attention_function(attention: nn.Module, name: str) -> Any:
+    """Return the function that an attention module's forward finds by a name, or None.
+
+    A subclass may live elsewhere and call the forward that it inherits: the first whose own names
+    have this one counts.
+    """
+    kind: Any = type(attention)
+    return _names_of(kind, name).get(name)
+
+
+@functools.cache
+def _names_of(kind: type[nn.Module], name: str) -> dict[str, Any]:
+    for each in kind.__mro__:
+        forward = vars(each).get("forward")
+        names: dict[str, Any] = (
+            getattr(inspect.unwrap(forward), "__globals__", {}) if forward else {}
+        )
+        if name in names:
+            return names
+    return {}
+
+
+def _is_known(part: Any, hashes: tuple[str, ...]) -> bool:
+    try:
+        return hash_of(code_of(part)) in hashes
+    except (AttributeError, OSError, TypeError, SyntaxError, AssertionError):
+        return False  # no Python function, or one without source
+
+
+def _name(part: Any, path: str) -> str:
+    if part is None:
+        return f"{path} (missing)"
+    code = getattr(part, "_orig_mod", part)
+    named = code if hasattr(code, "__qualname__") else type(code)
+    return f"{named.__module__}.{named.__qualname__}"
