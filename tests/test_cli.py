@@ -150,10 +150,10 @@ def test_ask_streams_one_answer(model_folder: Path, texts: list[str]) -> None:
 
 def test_ask_in_8_bits(model_folder: Path, texts: list[str], monkeypatch) -> None:
     found = []
-    stitch = ifkv.preparation.stitch
+    stitch = ifkv.preparation.stitch_many
     monkeypatch.setattr(
-        "ifkv.preparation.stitch",
-        lambda *args, **kwargs: found.append(stitch(*args, **kwargs)) or found[-1],
+        "ifkv.preparation.stitch_many",
+        lambda *args, **kwargs: found.extend(stitch(*args, **kwargs)) or found[-1:],
     )
     arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), "--no-compare"]
     for flags in ([], ["--kv-fp8"]):

@@ -235,10 +235,10 @@ def test_select_sorts_where_the_scores_are() -> None:
 @pytest.mark.parametrize(
     "step",
     [
-        "preparation.stitch",
+        "preparation.stitch_many",
         "selectors.query_ranked.run_scorings",
-        "preparation.recompute",
-        "preparation.reorder_documents",
+        "preparation.recompute_many",
+        "preparation.score_many",
     ],
 )
 def test_time_to_first_token_counts_every_step(step: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def test_bad_arguments_are_refused_before_any_work(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(ifkv.preparation, "stitch", refuse)
+    monkeypatch.setattr(ifkv.preparation, "stitch_many", refuse)
     with pytest.raises(InvalidInputError, match=message):
         session.ask(QUESTION, **kwargs)
 

@@ -106,7 +106,7 @@ def test_a_session_tells_once_that_its_rates_are_in_doubt() -> None:
 
 def test_the_time_to_first_token_is_without_the_measuring(monkeypatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("ifkv.preparation.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ifkv.stopwatch.time.perf_counter", lambda: clock[0])
 
     def planner_for(model: Any, **options: Any) -> Planner:
         clock[0] += 1000

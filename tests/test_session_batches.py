@@ -246,7 +246,7 @@ def test_one_bad_question_is_refused_before_any_work(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(ifkv.batch_asking, "prepare_many", refuse)
+    monkeypatch.setattr(ifkv.batch_asking, "prepare", refuse)
     arguments: dict[str, Any] = {"questions": QUESTIONS[:2], "batch_tokens": 1} | change
     with pytest.raises(InvalidInputError, match=message):
         session.ask_many(**arguments)

@@ -14,7 +14,6 @@ from ifkv.answer import Answer, Prepared
 from ifkv.answering import answer_of, answer_settings, chosen_selector, complete
 from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
-from ifkv.batch_preparation import prepare_many
 from ifkv.checks import check_positive, naming_request
 from ifkv.decoder_layers import num_layers
 from ifkv.errors import InvalidInputError, StoreCorruptionError
@@ -23,10 +22,11 @@ from ifkv.greedy import GreedySettings, greedy_part
 from ifkv.library import KEYS_WANTED
 from ifkv.listing import as_list
 from ifkv.patching import handle_of
-from ifkv.preparation import Stopwatch
+from ifkv.preparation import PrepareOptions, PrepareRequest, prepare
 from ifkv.scoring import chosen_layers
 from ifkv.selectors import Selector
 from ifkv.stitching import check_stitchable
+from ifkv.stopwatch import Stopwatch
 from ifkv.streaming import text_streamer
 
 if TYPE_CHECKING:
@@ -70,21 +70,22 @@ def ask_many(
     sizes = _checked_sizes(
         session.model, [[found[key] for key in own] for own in keys], prompts, settings
     )
+    how = PrepareOptions(rule, reorder, layers, session.tokenizer, session.kv_dtype)
     answers: list[Answer] = []
     for batch in _batches(sizes, batch_tokens):
-        run = functools.partial(
-            prepare_many,
-            session.model,
-            prompts=prompts[batch],
-            questions=bare[batch],
-            timed=Stopwatch(session.model, watch),
-            budget=budget,
-            reorder=reorder,
-            selector=rule,
-            layers=layers,
-            tokenizer=session.tokenizer,
-            kv_dtype=session.kv_dtype,
-        )
+        timed = Stopwatch(session.model, watch)
+        own = list(zip(prompts[batch], bare[batch], strict=True))
+
+        def run(
+            documents: list[list[DocumentCache]],
+            own: list[tuple[list[int], list[int]]] = own,
+            timed: Stopwatch = timed,
+        ) -> list[Prepared]:
+            asked = [
+                PrepareRequest(each, *ids, budget) for each, ids in zip(documents, own, strict=True)
+            ]
+            return prepare(session.model, asked, timed, how)
+
         ready = _repairing(session, keys[batch], found, run)
         ready = [
             dataclasses.replace(one, question=question)

@@ -16,7 +16,7 @@ from ifkv.answering import complete
 from ifkv.auto import Ratio
 from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
-from ifkv.preparation import Stopwatch
+from ifkv.stopwatch import Stopwatch
 from ifkv.streaming import Closing, pieces_of
 from ifkv.turns import Asked, Turn, prepare_turn
 from ifkv.undoing import all_or_nothing

@@ -1,142 +1,125 @@
-"""Everything between a question and its first token: stitch, score, select, recompute."""
+"""Everything between questions and their first tokens: stitch, score, select, recompute.
+
+Every step takes a list of requests and runs them in one pass; a single question is a list of one.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ifkv.answer import Prepared
+from ifkv.batching import recompute_many, score_many
 from ifkv.cost import Cost, ModelShape, mean_position, scoring_cost, speedup_bound
 from ifkv.documents import DocumentCache
-from ifkv.recomputation import recompute
-from ifkv.reordering import reorder as reorder_documents
+from ifkv.reordering import order_by_hits
 from ifkv.scoring import chosen_layers
 from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
-from ifkv.stitching import stitch
+from ifkv.stitching import stitch_many
+from ifkv.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ifkv.layer_loading import LayerLoader
     from ifkv.stitched_cache import StitchedCache
-
 
 # Share of the context that counts as found by a question when documents are reordered and the
 # budget is not a ratio.
 REORDER_RATIO = 0.15
 
 
-class Stopwatch:
-    """Times named steps; on a GPU it waits for them, so that a step's time is its own.
-
-    While a step waits for a store to read, that time is ``load``'s and not the step's.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrepareRequest:
+    """A question in token ids, with what it is asked over.
 
     Attributes:
-        timings: Seconds of each step; a step that is run twice has the sum.
-        loaders: What reads the documents in the background, if anything does.
-
-    Args:
-        model: Whose device is waited for.
-        since: Count :attr:`seconds` from when this one was made.
+        documents: Documents that the model made behind one prefix.
+        prompt_ids: The prompt's tokens.
+        question_ids: The bare question's.
+        budget: How many slots to recompute; nothing has to be scored for all or none.
     """
 
-    def __init__(self, model: PreTrainedModel, since: Stopwatch | None = None):
-        self.timings: dict[str, float] = {}
-        self.loaders: list[LayerLoader] = []
-        self._device = model.device
-        self._started: float = time.perf_counter() if since is None else since._started
+    documents: Sequence[DocumentCache]
+    prompt_ids: list[int]
+    question_ids: list[int]
+    budget: Budget
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time the block as a step of this name."""
-        start, waited = time.perf_counter(), self._waited
-        try:
-            yield
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-        finally:
-            waited = self._waited - waited
-            self._add(name, time.perf_counter() - start - waited)
-            if waited:
-                self._add("load", waited)
 
-    def _add(self, name: str, seconds: float) -> None:
-        self.timings[name] = self.timings.get(name, 0.0) + seconds
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrepareOptions:
+    """How questions are prepared.
 
-    @property
-    def _waited(self) -> float:
-        return sum(loader.wait_seconds for loader in self.loaders)
+    Attributes:
+        selector: What chooses the slots.
+        reorder: Whether to put the documents that the prompt finds most in last. What counts as
+            found is the budget's ratio, or :data:`REORDER_RATIO` where it has none.
+        layers: Scoring layers for reordering, as in :func:`ifkv.score`.
+        tokenizer: Tells sentences apart, where a budget smooths by them.
+        kv_dtype: Of the requests' caches, as in :func:`ifkv.stitch`.
+    """
 
-    @property
-    def seconds(self) -> float:
-        """Since it was made."""
-        return time.perf_counter() - self._started
+    selector: Selector
+    reorder: bool = False
+    layers: Sequence[int] | None = None
+    tokenizer: Any = None
+    kv_dtype: torch.dtype | None = None
 
 
 def prepare(
-    model: PreTrainedModel,
-    documents: Sequence[DocumentCache],
-    prompt_ids: list[int],
-    question_ids: list[int],
-    timed: Stopwatch,
-    *,
-    budget: Budget,
-    reorder: bool,
-    selector: Selector,
-    layers: Sequence[int] | None,
-    tokenizer: Any,
-    kv_dtype: torch.dtype | None = None,
-) -> Prepared:
-    """Stitch documents, repair them for a prompt, and run the prompt.
+    model: PreTrainedModel, asked: Sequence[PrepareRequest], timed: Stopwatch, how: PrepareOptions
+) -> list[Prepared]:
+    """Stitch each question's documents, repair them for its prompt, and run the prompt.
 
     Args:
         model: A patched model.
-        documents: Documents it made behind one prefix.
-        prompt_ids: The prompt's tokens.
-        question_ids: The bare question's.
-        timed: Started when the question arrived.
-        budget: How many slots to recompute; nothing has to be scored for all or none.
-        reorder: Whether to put the documents the prompt finds most in last. What counts as found
-            is the budget's ratio, or :data:`REORDER_RATIO` where it has none.
-        selector: What chooses the slots.
-        layers: Scoring layers for reordering, as in :func:`ifkv.score`.
-        tokenizer: Tells sentences apart, where the budget smooths by them.
-        kv_dtype: Of the request's cache, as in :func:`ifkv.stitch`.
+        asked: The questions.
+        timed: Started when they arrived; a step's seconds are those of all questions.
+        how: How to prepare them.
 
     Returns:
-        The cache with the prompt in it, and the first token's logits.
+        For each question the cache with the prompt in it, and the first token's logits.
 
     Raises:
         InvalidInputError: As of the steps.
     """
-    order, spent = None, Cost()
-    shape = ModelShape.of(model)
-    if reorder:
-        ratio = reorder_ratio(budget)
+    documents, prompts = [one.documents for one in asked], [one.prompt_ids for one in asked]
+    with timed("load"):
+        _read_shared(documents, every=how.reorder)
+    orders = None
+    spent = [Cost() for _ in asked]
+    if how.reorder:
         with timed("reorder"):
-            order = reorder_documents(
-                model, documents, prompt_ids, ratio=ratio, layers=layers, kv_dtype=kv_dtype
-            )
+            orders, spent = _orders(model, asked, how)
     with timed("stitch"):
-        cache = stitch(model, documents, order=order, kv_dtype=kv_dtype)
-    timed.loaders = loaders_of([cache])
-    if reorder:
-        scoring = chosen_layers(shape.num_layers, layers)
-        spent += scoring_cost(shape, len(prompt_ids), cache.context_length, scoring)
+        caches = stitch_many(model, documents, orders=orders, kv_dtype=how.kv_dtype)
+    timed.loaders = [cache.loader for cache in caches if cache.loader is not None]
     with timed("select"):
-        groups = sentence_groups(tokenizer, cache) if budget.sentences else None
-        request = Request(prompt_ids, question_ids, documents, groups)
-        selection = selector.select(model, cache, request, budget)
-        spent += selection.cost
+        requests = [
+            Request(
+                one.prompt_ids,
+                one.question_ids,
+                one.documents,
+                sentence_groups(how.tokenizer, cache) if one.budget.sentences else None,
+            )
+            for one, cache in zip(asked, caches, strict=True)
+        ]
+        budgets = [one.budget for one in asked]
+        selections = how.selector.select_many(model, caches, requests, budgets)
+        spent = [before + found.cost for before, found in zip(spent, selections, strict=True)]
     with timed("recompute and prompt"):
-        logits = recompute(model, cache, selection.slots, prompt_ids=prompt_ids)
-    assert logits is not None
-    return finished(model, cache, prompt_ids, logits, selection, selector, spent, timed)
+        slots = [found.slots for found in selections]
+        logits = recompute_many(model, caches, slots, prompts=prompts)
+    prepared = []
+    for cache, prompt, row, found, cost in zip(
+        caches, prompts, logits, selections, spent, strict=True
+    ):
+        assert row is not None
+        prepared.append(finished(model, cache, prompt, row, found, how.selector, cost, timed))
+    return prepared
 
 
 def reorder_ratio(budget: Budget) -> float:
@@ -144,9 +127,40 @@ def reorder_ratio(budget: Budget) -> float:
     return REORDER_RATIO if budget.ratio is None else budget.ratio
 
 
-def loaders_of(caches: Sequence[StitchedCache]) -> list[LayerLoader]:
-    """What reads the documents of these caches in the background."""
-    return [cache.loader for cache in caches if cache.loader is not None]
+def _orders(
+    model: PreTrainedModel, asked: Sequence[PrepareRequest], how: PrepareOptions
+) -> tuple[list[list[int]], list[Cost]]:
+    """Find each question's order of documents, as :func:`ifkv.reorder` does, and what it cost."""
+    prompts = [one.prompt_ids for one in asked]
+    caches = stitch_many(
+        model, [one.documents for one in asked], geometry="hl-tp", kv_dtype=how.kv_dtype
+    )
+    scores = score_many(model, caches, prompts, layers=how.layers)
+    shape = ModelShape.of(model)
+    chosen = chosen_layers(shape.num_layers, how.layers)
+    orders = [
+        order_by_hits(cache, own, reorder_ratio(one.budget))
+        for cache, own, one in zip(caches, scores, asked, strict=True)
+    ]
+    costs = [
+        scoring_cost(shape, len(prompt), cache.context_length, chosen)
+        for cache, prompt in zip(caches, prompts, strict=True)
+    ]
+    return orders, costs
+
+
+def _read_shared(requests: Sequence[Sequence[DocumentCache]], *, every: bool) -> None:
+    """Bring documents that are read more than once into memory: a store would read them anew.
+
+    Args:
+        requests: For each request its documents.
+        every: Whether each request reads its documents twice.
+    """
+    uses = Counter(id(document) for documents in requests for document in documents)
+    for documents in requests:
+        for document in documents:
+            if document.lazy and (every or uses[id(document)] > 1):
+                _ = document.keys
 
 
 def finished(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,9 @@ from ifkv.generation_checks import functions
 from ifkv.library import Library
 from ifkv.patching import patch
 from ifkv.plannable import check_plannable
-from ifkv.preparation import Stopwatch, prepare
+from ifkv.preparation import PrepareOptions, PrepareRequest, prepare
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
+from ifkv.stopwatch import Stopwatch
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
 from ifkv.text_documents import document_pieces
@@ -346,29 +346,19 @@ class Session:
         choose = self._ratios.chooser(ratio, rule, reorder=reorder)
         timed = Stopwatch(self.model)
         prompt, bare = self.format.prompt_ids(question), self.format.encode(question)
-        run = functools.partial(
-            prepare,
-            self.model,
-            prompt_ids=prompt,
-            question_ids=bare,
-            timed=timed,
-            reorder=reorder,
-            selector=rule,
-            layers=layers,
-            tokenizer=self.tokenizer,
-            kv_dtype=self.kv_dtype,
-        )
+        how = PrepareOptions(rule, reorder, layers, self.tokenizer, self.kv_dtype)
         with timed("load"):
             # Reordering reads documents twice, so then they are read whole.
             chosen = self._library.get(documents, lazy=not reorder)
         budget, plan = choose(chosen, len(prompt), len(bare))
+        asked = PrepareRequest(chosen, prompt, bare, budget)
         try:
-            ready = run(chosen, budget=budget)
+            (ready,) = prepare(self.model, [asked], timed, how)
         except StoreCorruptionError as error:  # found on the way, in rows that were just read
             with timed("load"):
                 self._library.make_again(error.key, error)
-                chosen = self._library.get(documents)
-            ready = run(chosen, budget=budget)
+                asked = dataclasses.replace(asked, documents=self._library.get(documents))
+            (ready,) = prepare(self.model, [asked], timed, how)
         return dataclasses.replace(ready, question=question, plan=plan)
 
     def complete(

@@ -68,10 +68,7 @@ def stitch(
     """
     planned = StitchPlan.checked(model, documents, order, geometry, glance=False)
     check_kv_dtype(kv_dtype, model.device)
-    cache = _fill(model, planned, *_room(model, planned, planned.capacity, kv_dtype), shared=False)
-    # Reading weights means waiting for a card, which has rows to place meanwhile.
-    planned.check_weights(model)
-    return cache
+    return _stitch(model, [planned], kv_dtype)[0]
 
 
 @torch.no_grad()
@@ -107,24 +104,35 @@ def stitch_many(
     """
     plans = _checked(model, requests, orders, geometry)
     check_kv_dtype(kv_dtype, model.device)
+    return _stitch(model, plans, kv_dtype)
+
+
+def _stitch(
+    model: PreTrainedModel, plans: Sequence[StitchPlan], kv_dtype: torch.dtype | None
+) -> list[StitchedCache]:
+    """Stitch requests that have been checked, side by side if their documents are of one kind."""
     kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
     if len(kinds) != 1 or len(plans) == 1:
-        return [
+        caches = [
             _fill(model, plan, *_room(model, plan, plan.capacity, kv_dtype), shared=False)
             for plan in plans
         ]
-    keys, values = _room(model, plans[0], sum(plan.capacity for plan in plans), kv_dtype)
-    caches, start = [], 0
-    for plan in plans:
-        own = slice(start, start + plan.capacity)
-        start += plan.capacity
-        caches.append(_fill(model, plan, keys[..., own, :], values[..., own, :], shared=True))
+    else:
+        keys, values = _room(model, plans[0], sum(plan.capacity for plan in plans), kv_dtype)
+        caches, start = [], 0
+        for plan in plans:
+            own = slice(start, start + plan.capacity)
+            start += plan.capacity
+            caches.append(_fill(model, plan, keys[..., own, :], values[..., own, :], shared=True))
+    # Reading weights means waiting for a card, which has rows to place meanwhile.
+    if plans:
+        plans[0].check_weights(model)
     return caches
 
 
 def check_stitchable(model: PreTrainedModel, requests: Sequence[Sequence[DocumentCache]]) -> None:
     """Refuse what :func:`stitch_many` would refuse, without stitching."""
-    _checked(model, requests, None, "global")
+    _checked(model, requests, None, "global", glance=True)
 
 
 def _checked(
@@ -132,6 +140,8 @@ def _checked(
     requests: Sequence[Sequence[DocumentCache]],
     orders: Sequence[Sequence[int] | None] | None,
     geometry: str,
+    *,
+    glance: bool = False,
 ) -> list[StitchPlan]:
     given = [None] * len(requests) if orders is None else list(orders)
     if len(given) != len(requests):
@@ -141,7 +151,7 @@ def _checked(
     plans = []
     for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
         with naming_request(index):
-            plans.append(StitchPlan.checked(model, documents, order, geometry))
+            plans.append(StitchPlan.checked(model, documents, order, geometry, glance=glance))
     return plans
 
 

@@ -17,11 +17,12 @@ from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
 from ifkv.owed_rows import owe
 from ifkv.patching import handle_of
-from ifkv.preparation import Stopwatch, finished
+from ifkv.preparation import finished
 from ifkv.recomputation import recompute
 from ifkv.scoring import chosen_layers
 from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
 from ifkv.stitched_cache import check_cache
+from ifkv.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from ifkv.answer import Prepared

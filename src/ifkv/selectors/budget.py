@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,26 @@ class Budget:
     def of(cls, value: Budget | float) -> Budget:
         """A budget as it is; a number as a recompute ratio."""
         return value if isinstance(value, Budget) else cls(ratio=value)
+
+    @classmethod
+    def each(cls, value: Budget | float | Sequence[Budget | float], count: int) -> list[Budget]:
+        """Return one budget for each of so many requests.
+
+        Args:
+            value: The budget of all of them, or a list with one for each.
+            count: How many requests there are.
+
+        Raises:
+            InvalidInputError: The list is of another length, or a bad budget.
+        """
+        if not isinstance(value, Budget) and isinstance(value, Sequence):
+            if len(value) != count:
+                raise InvalidInputError(
+                    f"{len(value)} budgets were given for {count} requests; give one for all, or "
+                    "one for each."
+                )
+            return [cls.of(one) for one in value]
+        return [cls.of(value)] * count
 
     @property
     def nothing(self) -> bool:

@@ -118,16 +118,20 @@ class Selector(ABC):
         model: PreTrainedModel,
         caches: Sequence[StitchedCache],
         requests: Sequence[Request],
-        budget: Budget | float,
+        budget: Budget | float | Sequence[Budget | float],
     ) -> list[Selection]:
         """Choose slots of several requests; takes what :meth:`select` takes, for each.
 
         A selector that can look at all of them in one pass does; this one takes them one by one.
+
+        Args:
+            model: A patched model.
+            caches: For each request its cache.
+            requests: What is asked.
+            budget: Of all requests, or one for each.
         """
-        return [
-            self.select(model, cache, request, budget)
-            for cache, request in zip(caches, requests, strict=True)
-        ]
+        budgets = Budget.each(budget, len(caches))
+        return [self.select(model, *each) for each in zip(caches, requests, budgets, strict=True)]
 
     def __str__(self) -> str:
         return spec_of(self)

@@ -125,12 +125,34 @@ class QueryRanked(Ranked):
         budget: Budget | float,
     ) -> Selection:
         """See :meth:`Ranked.select`."""
-        check_stitched(cache)  # and whether it is the model's before it is run over
-        allowed = Budget.of(budget)
-        if type(self).rank is not QueryRanked.rank or without_scores(cache, allowed) is not None:
-            return super().select(model, cache, request, allowed)
-        (look,) = self._look(model, [cache], [request])
-        return self._chosen(model, cache, request, allowed, look)
+        return self.select_many(model, [cache], [request], budget)[0]
+
+    def select_many(
+        self,
+        model: PreTrainedModel,
+        caches: Sequence[StitchedCache],
+        requests: Sequence[Request],
+        budget: Budget | float | Sequence[Budget | float],
+    ) -> list[Selection]:
+        """See :meth:`Selector.select_many`; the queries of all requests run in one pass."""
+        budgets = Budget.each(budget, len(caches))
+        if type(self).select is not QueryRanked.select:
+            return super().select_many(model, caches, requests, budgets)
+        for cache in caches:
+            check_stitched(cache)  # and whether it is the model's before it is run over
+        asked = list(zip(caches, requests, budgets, strict=True))
+        scored = [at for at, own in enumerate(asked) if without_scores(own[0], own[2]) is None]
+        looks: dict[int, _Look] = {}
+        if scored and type(self).rank is QueryRanked.rank:
+            seen = [caches[at] for at in scored], [requests[at] for at in scored]
+            looks = dict(zip(scored, self._look(model, *seen), strict=True))
+        found = []
+        for at, own in enumerate(asked):
+            if at in looks:
+                found.append(self._chosen(model, *own, looks[at]))
+            else:
+                found.append(super().select(model, *own))
+        return found
 
     def _chosen(
         self,
@@ -143,24 +165,6 @@ class QueryRanked(Ranked):
         scores = self.settle(model, cache, look.scores)
         slots = budget.pick(cache, scores, request.groups)
         return Selection(slots, scores, look.cost, look.attention.to(torch.float32))
-
-    def select_many(
-        self,
-        model: PreTrainedModel,
-        caches: Sequence[StitchedCache],
-        requests: Sequence[Request],
-        budget: Budget | float,
-    ) -> list[Selection]:
-        """See :meth:`Selector.select_many`; the queries of all requests run in one pass."""
-        allowed = Budget.of(budget)
-        own_way = (type(self).rank, type(self).select) != (QueryRanked.rank, QueryRanked.select)
-        if own_way or allowed.everything or allowed.nothing or not caches:
-            return super().select_many(model, caches, requests, allowed)
-        looks = self._look(model, caches, requests)
-        return [
-            self._chosen(model, cache, request, allowed, look)
-            for cache, request, look in zip(caches, requests, looks, strict=True)
-        ]
 
 
 def queries_of(request: Request, query: Query) -> list[Sequence[int]]:
