@@ -89,7 +89,7 @@ def test_the_ids_are_what_the_template_gives_for_the_whole_history(
     )
     ids = torch.cat((last.context_ids, last.prompt_ids)).tolist()
     assert session.tokenizer.decode(ids) == rendered
-    assert ids == session.format.encode(rendered)
+    assert ids == session.format.parse(rendered)
     assert session.tokenizer.decode(chat.token_ids) == rendered + "In the valley."
 
 

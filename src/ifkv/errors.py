@@ -64,6 +64,10 @@ class StoreCorruptionError(StoreError):
         self.reason = reason or message
 
 
+class PromptWarning(UserWarning):
+    """A prompt does not say what its chat template would have said by itself."""
+
+
 class StoreWarning(UserWarning):
     """A store has lost a document; it was prefilled again, and the answer is right."""
 

@@ -10,6 +10,7 @@ import torch
 from ifkv.documents import DocumentCache
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.positions import layout
+from ifkv.prefix_difference import prefix_difference
 from ifkv.rope import place, rotate
 from ifkv.stitch_plan import check_documents
 from ifkv.stitched_cache import StitchedCache, check_answerable, check_cache
@@ -111,9 +112,10 @@ def _check_kind(cache: StitchedCache, document: DocumentCache) -> None:
     """Refuse documents that do not fit the rows that are there."""
     prefix = cache.token_ids[: cache.prefix_length].cpu()
     if not torch.equal(document.prefix_ids, prefix):
+        theirs, own = prefix_difference(document.prefix_ids, prefix)
         raise FingerprintMismatchError(
-            f"the documents were encoded behind the prefix {document.prefix_ids.tolist()}, the "
-            f"cache has {prefix.tolist()}; a request has one prefix. Prefill them behind the same."
+            f"the documents were encoded behind the prefix {theirs}, the cache has {own}; a "
+            "request has one prefix. Prefill them behind the same."
         )
     depth, kv_heads, _, head_dim = document.shape
     held, dtype = cache.layers[0].key_buffer, cache.layers[0].dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from ifkv.checks import naming_request
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import (
     DocumentNotFoundError,
+    FingerprintMismatchError,
     InvalidInputError,
     StoreCorruptionError,
     StoreError,
@@ -20,6 +21,7 @@ from ifkv.errors import (
 )
 from ifkv.listing import as_list
 from ifkv.patching import handle_of
+from ifkv.prefix_difference import prefix_difference
 from ifkv.progress import token_bar
 from ifkv.sensitivity import with_sensitivities
 from ifkv.store import document_key, encode_documents
@@ -52,14 +54,22 @@ class Library:
         model: A patched model.
         store: Where documents are kept.
         prefix_ids: What each is encoded behind.
+        decode: Turns token ids into text, for what is said of them.
     """
 
-    def __init__(self, model: PreTrainedModel, store: DocumentStore, prefix_ids: list[int]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        store: DocumentStore,
+        prefix_ids: list[int],
+        decode: Callable[[list[int]], str] | None = None,
+    ):
         self.store = store
         self.keys: list[str] = []
         self.prefilled = 0
         self._model = model
         self._prefix_ids = prefix_ids
+        self._decode = decode
         self._prefix: DocumentCache | None = None
         self._origins: dict[str, _Origin] = {}
 
@@ -126,6 +136,7 @@ class Library:
 
         Raises:
             InvalidInputError: There is none, or one is not in the store and cannot be made.
+            FingerprintMismatchError: They were encoded behind different prefixes.
             StoreCorruptionError: One cannot be trusted and cannot be made.
         """
         found = []
@@ -139,6 +150,15 @@ class Library:
             )
             self._origins.setdefault(key, origin)
             found.append(document)
+            if not torch.equal(document.prefix_ids, found[0].prefix_ids):
+                its, other = prefix_difference(
+                    document.prefix_ids, found[0].prefix_ids, self._decode
+                )
+                raise FingerprintMismatchError(
+                    f"document {key[:16]} was encoded behind the prefix {its}, the documents "
+                    f"before it behind {other}; a request has one prefix. Add their texts to one "
+                    "session, and give the keys that it returns."
+                )
         return found
 
     def get_many(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from ifkv.answer import Answer, Prepared
 from ifkv.answering import answer_settings, check_room, chosen_selector, complete
 from ifkv.auto import Ratio, Ratios
 from ifkv.checks import token_tensor
-from ifkv.errors import StoreCorruptionError
+from ifkv.control_tokens import ControlTokens
+from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.generation_checks import functions
@@ -53,6 +55,18 @@ class Session:
         prefix: Text or token ids that every document is encoded behind; by default what the
             tokenizer's chat template puts before the documents, with ``instruction``.
         instruction: Text before the documents, when the prefix is not given.
+        system: The system prompt, part of the prefix; what the chat template says by itself if
+            None.
+        chat_template_kwargs: Further variables of the chat template, such as
+            ``{"enable_thinking": False}``.
+        date: What is written where the chat template prints today's date, with which no document
+            would be found the next day: a date, as text too (``"2026-01-31"``), or ``"today"``,
+            which stays that of this call. If None, always the same date, with a
+            :class:`ifkv.errors.PromptWarning`.
+        control_tokens: ``"text"`` takes control tokens such as ``<|im_end|>`` for letters in
+            documents and questions, in the instruction and in the system prompt; ``"parse"`` takes
+            them for what they are in the chat template, so that whoever writes a document can end
+            its message.
         backend: For :func:`ifkv.patch`.
         ratio: Of requests that give none; see :meth:`ask`.
         selector: Of requests that give none; see :meth:`ask`.
@@ -79,6 +93,10 @@ class Session:
         store: DocumentStore | str | os.PathLike[str] | None = None,
         prefix: str | Sequence[int] | None = None,
         instruction: str = INSTRUCTION,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | str | None = None,
+        control_tokens: ControlTokens = "text",
         backend: str = "auto",
         ratio: Ratio = 0.15,
         selector: str | Selector = DEFAULT_SELECTOR,
@@ -90,19 +108,31 @@ class Session:
         self.selector = resolve(selector)
         if ratio == "auto":
             check_plannable(self.selector, reorder=False)
+        if prefix is not None and (system is not None or date is not None):
+            raise InvalidInputError(
+                "prefix was given together with a system prompt or date, which it replaces; write "
+                "them into the prefix."
+            )
+        self.format = PromptFormat(
+            tokenizer,
+            instruction,
+            system=system,
+            chat_template_kwargs=chat_template_kwargs,
+            date=date,
+            control_tokens=control_tokens,
+        )
         patch(model, backend=backend)
         self._ratios = Ratios(model, ratio, backend, planner)
         self.model = model
         self.kv_dtype = kv_dtype
         self.tokenizer = tokenizer
-        self.format = PromptFormat(tokenizer, instruction)
         if prefix is None:
             self.prefix_ids = self.format.prefix_ids()
         elif isinstance(prefix, str):
-            self.prefix_ids = self.format.encode(prefix)
+            self.prefix_ids = self.format.parse(prefix)
         else:
             self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
-        self._library = Library(model, session_store(store), self.prefix_ids)
+        self._library = Library(model, session_store(store), self.prefix_ids, tokenizer.decode)
 
     @property
     def store(self) -> DocumentStore:

@@ -13,6 +13,7 @@ from ifkv.document_cache import DocumentCache, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.positions import Layout, layout
+from ifkv.prefix_difference import prefix_difference
 from ifkv.stitched_layer import capacity_for
 
 if TYPE_CHECKING:
@@ -134,10 +135,10 @@ def check_documents(
 def _check_prefix(identity: str, document: DocumentCache, first: DocumentCache, index: int) -> None:
     """Refuse a document whose prefix is not the first document's, or is not what it carries."""
     if not torch.equal(document.prefix_ids, first.prefix_ids):
+        its, other = prefix_difference(document.prefix_ids, first.prefix_ids)
         raise FingerprintMismatchError(
-            f"document {index} was encoded behind the prefix {document.prefix_ids.tolist()}, "
-            f"document 0 behind {first.prefix_ids.tolist()}; a request has one prefix. Prefill "
-            "them behind the same."
+            f"document {index} was encoded behind the prefix {its}, document 0 behind {other}; a "
+            "request has one prefix. Prefill them behind the same."
         )
     held = document.prefix
     if (held is None) != (len(document.prefix_ids) == 0) or (

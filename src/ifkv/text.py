@@ -7,18 +7,38 @@ alone and the full sequence is their concatenation, so stitching and full prefil
 
 from __future__ import annotations
 
+import datetime
 import functools
-from typing import Any
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
-from ifkv.errors import InvalidInputError
+from ifkv.chat_template import ChatTemplate
+from ifkv.control_tokens import ControlTokens, Piece, TextEncoder
+from ifkv.errors import InvalidInputError, PromptWarning
 
 # What the instruction says when the caller does not. The documents follow it.
 INSTRUCTION = "Answer the question from the documents. Be brief.\n\nDocuments:\n\n"
 # What stands before documents that are added to a conversation.
 FURTHER = "Further documents:\n\n"
+_ASKING = "Question: "
 _MARK = "\ue000documents\ue001"
 _QUESTION = "\ue000question\ue001"
 _ANSWER = "\ue000answer\ue001"
+# Around the reader's texts before the documents, to tell them from the template's.
+_SYSTEM, _SYSTEM_END = "\ue000system\ue001", "\ue000/system\ue001"
+_BODY = "\ue000body\ue001"
+_INNER = re.compile("|".join((_SYSTEM, _SYSTEM_END, _BODY)))
+
+
+class PromptOptions(TypedDict, total=False):
+    """What else decides how a request is laid out; see :class:`PromptFormat`."""
+
+    system: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    date: datetime.date | str | None
+    control_tokens: ControlTokens
 
 
 def check_question(question: object) -> None:
@@ -43,35 +63,118 @@ class PromptFormat:
     Args:
         tokenizer: A tokenizer from transformers.
         instruction: Text before the documents, part of the prefix.
+        system: The system prompt, part of the prefix; the template's own if None.
+        chat_template_kwargs: Further variables of the chat template.
+        date: As of :class:`ifkv.chat_template.ChatTemplate`.
+        control_tokens: ``"text"`` takes control tokens in documents, questions, the instruction
+            and the system prompt for the letters that they are written in; ``"parse"`` takes them
+            for what they are in the chat template.
+
+    Raises:
+        InvalidInputError: The template changes a message or refuses or ignores a system prompt,
+            text and token ids of what it writes differ, or an option is wrong.
     """
 
-    def __init__(self, tokenizer: Any, instruction: str = INSTRUCTION):
-        self._tokenizer = tokenizer
-        self._body = f"{instruction}{_MARK}Question: {_QUESTION}"
-        rendered = self._render([self._body])
-        if rendered.count(_MARK) != 1 or rendered.count(_QUESTION) != 1:
+    def __init__(
+        self,
+        tokenizer: Any,
+        instruction: str = INSTRUCTION,
+        *,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | str | None = None,
+        control_tokens: ControlTokens = "text",
+    ):
+        self._template = ChatTemplate(tokenizer, chat_template_kwargs, date)
+        self._freezes = date is None and self._template.date is not None
+        self._system = system
+        self._check_system()
+        self._body = f"{_within(instruction, _BODY)}{_MARK}{_ASKING}{_QUESTION}"
+        self._first = self._render([self._body])
+        self._check_word_for_word(instruction)
+        head, rest = self._first.split(_MARK)
+        self._before, self._after = rest.split(_QUESTION)
+        self._prefix = _pieces(head)
+        self.prefix_text = "".join(piece.text for piece in self._prefix)
+        probe = self._probe(1)
+        written = f"{self._template.literals}\0{self._template.render(probe)}"
+        self._encoder = TextEncoder(tokenizer, written, control_tokens)
+        self._check_ids(probe)
+
+    def _render(self, texts: list[str], system: str | None = None) -> str:
+        """The user's message, an answer, the user's message, and so on: ready for an answer."""
+        roles = ("user", "assistant")
+        turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+        if self._system is not None:
+            system = _within(self._system, _SYSTEM, _SYSTEM_END) if system is None else system
+            turns.insert(0, {"role": "system", "content": system})
+        return self._template.render(turns)
+
+    def _probe(self, questions: int) -> list[dict[str, str]]:
+        """A conversation of words that no template has anything to say about."""
+        roles = ("user", "assistant")
+        turns = [
+            {"role": roles[i % 2], "content": f"Words {i}, and more.\n\nYes."}
+            for i in range(2 * questions - 1)
+        ]
+        return [{"role": "system", "content": "A word."}] * (self._system is not None) + turns
+
+    def _check_system(self) -> None:
+        """Refuse a system prompt that is none, or that has no place here."""
+        if self._system is None:
+            return
+        if not isinstance(self._system, str) or not self._system.strip():
+            raise InvalidInputError(
+                f"system is {self._system!r}; give text with something in it, or None for what the "
+                "chat template says by itself."
+            )
+        if not self._template.exists:
+            raise InvalidInputError(
+                "a system prompt was given, but the tokenizer has no chat template to put it "
+                "into; write it into the instruction."
+            )
+        try:
+            self._render(["?"])
+        except InvalidInputError as error:
+            raise InvalidInputError(f"system cannot be given: {error}") from error
+
+    def _check_word_for_word(self, instruction: str) -> None:
+        """Refuse a template that documents cannot be cut out of."""
+        bare = f"{instruction}{_MARK}{_ASKING}{_QUESTION}"
+        unmarked = _INNER.sub("", self._first) == self._render([bare], self._system)
+        once = self._first.count(_BODY) == self._first.count(self._body.strip()) == 1
+        if self._system is not None and (
+            self._first.count(_SYSTEM) != 1
+            or _within(self._system, _SYSTEM, _SYSTEM_END).strip() not in self._first
+        ):
+            raise InvalidInputError(
+                "the tokenizer's chat template does not repeat the system prompt once and word for "
+                f"word: it ignores or changes it. Write it into the instruction, or "
+                f"{self._template.another}."
+            )
+        if not once or not unmarked:
             raise InvalidInputError(
                 "the tokenizer's chat template does not repeat the user's message once and word "
-                "for word, so documents cannot be cut out of it. Set tokenizer.chat_template = "
-                "None, or use ifkv.prefill_documents and the steps after it with token ids."
+                f"for word, so documents cannot be cut out of it; {self._template.another}, or use "
+                "ifkv.prefill_documents and the steps after it with token ids."
             )
-        self._first = rendered
-        self.prefix_text, rest = rendered.split(_MARK)
-        self._before, self._after = rest.split(_QUESTION)
 
-    def _render(self, messages: list[str]) -> str:
-        """The user's message, an answer, the user's message, and so on: ready for an answer."""
-        if getattr(self._tokenizer, "chat_template", None):
-            roles = ("user", "assistant")
-            turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
-            rendered: str = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+    def _check_ids(self, turns: list[dict[str, str]]) -> None:
+        """Refuse a tokenizer whose ids of a conversation are not those of its text.
+
+        Of a Jinja template they are by definition.
+        """
+        if not self._template.by_class:
+            return
+        ids = self._encoder.encode([Piece(self._template.render(turns), template=True)])
+        own = self._template.token_ids(turns)
+        if ids != own:
+            raise InvalidInputError(
+                f"this tokenizer's chat template gives {len(own)} token ids for a conversation "
+                f"whose text gives {len(ids)} others, so requests cannot be laid out by it; "
+                f"{self._template.another}, or use ifkv.prefill_documents and the steps after it "
+                "with token ids."
             )
-            return rendered
-        ends = ("\nAnswer:", "\n\n")
-        return (self._tokenizer.bos_token or "") + "".join(
-            text + ends[i % 2] for i, text in enumerate(messages)
-        )
 
     @functools.cached_property
     def opening(self) -> str:
@@ -88,34 +191,40 @@ class PromptFormat:
         if pieces != [self._first, *2 * [opening + later + self._after]]:
             raise InvalidInputError(
                 "the tokenizer's chat template does not repeat a conversation's turns word for "
-                "word and all alike, so earlier turns cannot be kept. Set tokenizer.chat_template "
-                "to one that does (or to None), or ask() each question by itself."
+                "word and all alike, so earlier turns cannot be kept. To converse, "
+                f"{self._template.another}; or ask() each question by itself."
             )
+        self._check_ids(self._probe(3))
         return opening
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a part; nothing is added to it.
+        """Token ids of a reader's text; nothing is added to it.
+
+        Raises:
+            InvalidInputError: The text holds half of a surrogate pair, or a control token that
+                the tokenizer cannot write in letters.
+        """
+        return self._encoder.encode([Piece(text, template=False)])
+
+    def parse(self, text: str) -> list[int]:
+        """Token ids of text whose control tokens are meant, such as a rendered template.
 
         Raises:
             InvalidInputError: The text holds half of a surrogate pair.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start]
-            raise InvalidInputError(
-                f"a text holds {half!r}, half of a surrogate pair, which stands for no character: "
-                "it was decoded wrongly. Read it again, or replace it: "
-                "text.encode('utf-8', 'replace').decode()."
-            ) from error
-        # Not verbose: what is too long is refused by us, and a text may yet be cut into pieces.
-        made = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        ids: list[int] = made["input_ids"]
-        return ids
+        return self._encoder.encode([Piece(text, template=True)])
 
     def prefix_ids(self) -> list[int]:
-        """Token ids of the prefix."""
-        return self.encode(self.prefix_text)
+        """Token ids of the prefix; warns if the template's date has been frozen in it."""
+        if self._freezes:
+            warnings.warn(
+                "the tokenizer's chat template prints today's date, with which no document would "
+                f"be found tomorrow; {self._template.date} is printed in its place. Give "
+                "date='today' to have today's (--date on the command line), or another date.",
+                PromptWarning,
+                stacklevel=1,
+            )
+        return self._encoder.encode(self._prefix)
 
     def document_ids(self, text: str) -> list[int]:
         """Token ids of a document: its text, set off by a blank line."""
@@ -131,13 +240,38 @@ class PromptFormat:
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt that follows the documents."""
         check_question(question)
-        return self.encode(f"{self._before}{question}{self._after}")
+        return self._encoder.encode(self._asked(question))
 
     def turn_ids(self, question: str) -> list[int]:
         """Token ids of a later prompt, from the end of the answer before it."""
         check_question(question)
-        return self.encode(f"{self.opening}{self._before}{question}{self._after}")
+        return self._encoder.encode([Piece(self.opening, True), *self._asked(question)])
 
     def further_ids(self) -> list[int]:
         """Token ids between an answer and further documents; :meth:`prompt_ids` follow those."""
-        return self.encode(self.opening + FURTHER)
+        return self._encoder.encode([Piece(self.opening, True), Piece(FURTHER, False)])
+
+    def _asked(self, question: str) -> list[Piece]:
+        """A question as it stands in a message, to the message's end."""
+        return [
+            Piece(self._before + question, template=False),
+            Piece(self._after, template=True),
+        ]
+
+
+def _within(text: str, opening: str, end: str = "") -> str:
+    """A text between marks, which stand where a template that trims texts leaves them."""
+    core = text.strip()
+    lead = text[: len(text) - len(text.lstrip())]
+    return f"{lead}{opening}{core}{end}{text[len(lead) + len(core) :]}"
+
+
+def _pieces(head: str) -> list[Piece]:
+    """What stands before the documents, cut at the marks."""
+    pieces, start, template = [], 0, True
+    for found in [*_INNER.finditer(head), None]:
+        end = len(head) if found is None else found.start()
+        pieces.append(Piece(head[start:end], template))
+        if found is not None:
+            start, template = found.end(), found[0] == _SYSTEM_END
+    return [piece for piece in pieces if piece.text]

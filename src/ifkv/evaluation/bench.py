@@ -16,7 +16,7 @@ from ifkv.evaluation.questions import Question
 from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 from ifkv.patching import patch
 from ifkv.splitting import fixed_length
-from ifkv.text import PromptFormat
+from ifkv.text import PromptFormat, PromptOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ class Bench:
         split: Tokens of a document, cut from the passages one after another; None makes every
             passage a document.
         max_new_tokens: Length of an answer at most.
+        layout: How requests are laid out beyond that: ``system`` and so on.
     """
 
     model: PreTrainedModel
@@ -43,10 +44,11 @@ class Bench:
     short_answer: str = SHORT_ANSWER
     split: int | None = None
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    layout: PromptOptions = dataclasses.field(default_factory=PromptOptions)
 
     def __post_init__(self) -> None:
+        self.format = PromptFormat(self.tokenizer, **self.layout)
         patch(self.model)
-        self.format = PromptFormat(self.tokenizer)
         self.shape = ModelShape.of(self.model)
         self._prefix: DocumentCache | None = None
 

@@ -48,6 +48,8 @@ def settings_of(bench: Bench, dataset: Dataset, **further: Any) -> dict[str, Any
     """
     model: Any = bench.model
     text = bench.format.prefix_text + "\0" + bench.tokenizer.decode(bench.format.prompt_ids("?"))
+    if bench.layout.get("control_tokens", "text") != "text":
+        text += "\0" + bench.layout["control_tokens"]
     return {
         "format": FORMAT,
         "model": handle_of(model).fingerprints.of(model),
