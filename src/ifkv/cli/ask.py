@@ -10,6 +10,7 @@ import typer
 from ifkv.cli.answer_length import MaxNewTokens
 from ifkv.cli.cutting import Split
 from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.reading import FILES_HELP, Field
 
 
@@ -61,6 +62,10 @@ def ask(
     imports: Imports = None,
     split: Split = None,
     field: Field = "text",
+    system: System = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    date: Date = None,
+    control_tokens: ControlTokens = "text",
     compare: Annotated[
         bool,
         typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
@@ -116,6 +121,7 @@ def ask(
         if ratio == "auto":
             check_plannable(rule, reorder=reorder)
         check_question(question)
+        prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_page(html)
         found = read_corpus(files, field)
         config = check_model(model, dtype=dtype, device=device)
@@ -123,7 +129,7 @@ def ask(
         kv_dtype = FLOAT8 if kv_fp8 else None
         check_kv_dtype(kv_dtype, torch.device(device))
         tokenizer = load_tokenizer(model)
-        layout = PromptFormat(tokenizer)
+        layout = PromptFormat(tokenizer, **prompt)
         documents = cut(layout, config, found, split)
         check_request(layout, config, documents, question)
         context = len(layout.prefix_ids()) + sum(map(len, {tuple(ids) for _, ids in documents}))
@@ -132,7 +138,9 @@ def ask(
 
         with console.status(f"loading {escape(model)}"):
             loaded = load_model(model, dtype=dtype, device=device)
-        session = Session(loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype)
+        session = Session(
+            loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
+        )
         if store == "memory":
             kept.sentence = lambda: "With --store memory nothing is kept."
         else:

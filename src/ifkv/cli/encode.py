@@ -9,6 +9,7 @@ import typer
 
 from ifkv.cli.cutting import Split
 from ifkv.cli.loading import check_model, load_model, load_tokenizer
+from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.reading import FILES_HELP, Field
 from ifkv.cli.store import parse_bytes
 
@@ -30,6 +31,10 @@ def encode(
     ] = None,
     split: Split = None,
     field: Field = "text",
+    system: System = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    date: Date = None,
+    control_tokens: ControlTokens = "text",
     dtype: Annotated[
         str,
         typer.Option(
@@ -89,9 +94,10 @@ def encode(
     with interruptible() as kept:
         # Everything that can be refused is refused before the weights are read.
         budget = None if max_bytes is None else parse_bytes(max_bytes)
+        prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         texts = read_corpus(files, field)
         config = check_model(model, dtype=dtype, device=device)
-        layout = PromptFormat(load_tokenizer(model))
+        layout = PromptFormat(load_tokenizer(model), **prompt)
         documents = [ids for _, ids in cut(layout, config, texts, split)]
         prefix = layout.prefix_ids()
         opened = open_store(store, max_bytes=budget, codec=codec)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def evaluate(
         int | None,
         typer.Option(help="Cut passages into documents of so many tokens.", min=1),
     ] = None,
+    system: System = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    date: Date = None,
+    control_tokens: ControlTokens = "text",
     answers: Annotated[
         bool, typer.Option(help="Decode answers too, for F1 and exact match.")
     ] = True,
@@ -143,6 +148,7 @@ def evaluate(
     from ifkv.evaluation.progress import ways_bar
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
+    from ifkv.text import PromptFormat
 
     with interruptible() as kept:
         import_all(imports or [])
@@ -154,6 +160,7 @@ def evaluate(
             reorder=reorder,
             budgets=parse_budgets(budgets),
         )
+        prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_dtype(dtype)
         check_results(out)
         if (out / LOCK).exists():
@@ -163,9 +170,10 @@ def evaluate(
         questions = draw(dataset, limit=limit, passages=passages, seed=seed)
         check_model(model, dtype=dtype, device=device)
         tokenizer = load_tokenizer(model)
+        PromptFormat(tokenizer, **prompt)  # refuses what the chat template cannot do
         with console.status("loading the model"):
             loaded = load_model(model, dtype=dtype, device=device)
-        bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens)
+        bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens, layout=prompt)
         if short_answer is not None:
             bench.short_answer = short_answer
         settings = settings_of(bench, dataset, seed=seed, passages=passages)
