@@ -17,7 +17,6 @@ ROWS = torch.zeros(1, 2, 1, 8)
 # What each method or property gives on a cache of three layers and ten slots. `None` stands for a
 # method that is tried below, or changes nothing.
 WORKS: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "activate_past_recording": ((), None),
     "batch_repeat_interleave": ((1,), None),
     "batch_select_indices": ((torch.tensor([0]),), None),
     "batch_size": ((), 1),
@@ -40,6 +39,7 @@ WORKS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "reorder_cache": ((torch.tensor([0]),), None),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activate_past_recording": ((), "assisted decoding.* call ifkv.generate"),
     "get_conv_state": ((0,), "linear attention"),
     "get_recurrent_state": ((0,), "linear attention"),
     "has_previous_state": ((), "linear attention"),

@@ -22,6 +22,10 @@ RESET = (
     "stitch the documents again."
 )
 MOVED = "its rows stay on the model's device; move nothing, and let the cache go when it is done."
+ASSISTED = (
+    "assisted decoding, which begins with it, runs the whole context again behind a cache that "
+    "holds it already. Leave the assistant out, or call ifkv.generate, which refuses it first."
+)
 LINEAR = "it keeps keys and values, and none of its layers has a state of linear attention."
 
 
@@ -47,6 +51,7 @@ class CacheInterface(Cache):
     layers: list[Any]
 
     prefetch = refusing("prefetch", MOVED)
+    activate_past_recording = refusing("activate_past_recording", ASSISTED)
     get_conv_state = refusing("get_conv_state", LINEAR)
     update_conv_state = refusing("update_conv_state", LINEAR)
     get_recurrent_state = refusing("get_recurrent_state", LINEAR)

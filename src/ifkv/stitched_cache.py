@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ifkv.cache_interface import CacheInterface, check_single
 from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
+from ifkv.given_sequence import check_given
 from ifkv.patching import PatchHandle, handle_of
 from ifkv.stitched_layer import StitchedLayer
 
@@ -131,6 +133,19 @@ class StitchedCache(CacheInterface):
         """
         slots = torch.arange(self.context_length + behind, device=self.token_ids.device)
         return self.positions_at(slots)[..., None, :]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots in use, the context's and those appended.
+
+        Args:
+            layer_idx: Of which layer.
+
+        Raises:
+            InvalidInputError: ``model.generate()`` asks, for tokens that do not continue the cache.
+        """
+        rows = int(super().get_seq_length(layer_idx))
+        check_given(self, sys._getframe(1), rows)
+        return rows
 
     def choosing(self, candidates: Tensor) -> StitchedCache:
         """This cache as a selector shall see it: the same rows, other slots to choose from.
