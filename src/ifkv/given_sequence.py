@@ -78,8 +78,8 @@ def _begins_with(ids: Tensor, cache: StitchedCache, rows: int) -> bool:
 
 def _check_positions(cache: StitchedCache, positions: Any) -> None:
     """Refuse positions counted from slots where the cache's rows stand elsewhere."""
-    if cache.plain or positions is None:
-        return
+    if cache.plain or positions is None or cache.geometry != "global":
+        return  # another geometry is refused as its rows are appended
     own = cache.positions.to(positions.device)
     if positions.shape[-1] < len(own) or not bool((positions[..., : len(own)] == own).all()):
         raise InvalidInputError(
