@@ -304,6 +304,8 @@ def test_a_forward_that_was_put_back_is_called(bench: Bench) -> None:
 def test_quantized_layers_are_called(bench: Bench) -> None:
     base: Any = bench.model.base_model
     base.layers[1].mlp.up_proj.register_buffer("scales", torch.ones(1))
+    documents = ifkv.prefill_documents(bench.model, DOCUMENTS, prefix=PREFIX)
+    bench.cache = ifkv.stitch(bench.model, documents)
     bench.scores([20, 21], graphs=True)
     assert bench.graphs.runs == 0
 

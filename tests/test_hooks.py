@@ -237,6 +237,41 @@ def test_every_way_of_asking_refuses_what_could_change_it(hung: Any) -> None:
             way()
 
 
+def derived(model: Any) -> None:
+    class Negated(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = -out.logits
+            return out
+
+    model.__class__ = Negated
+
+
+def derived_stack(model: Any) -> None:
+    class Longer(type(model.model)):  # type: ignore[misc]
+        @functools.wraps(type(model.model).forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model.model.__class__ = Longer
+
+
+@pytest.mark.parametrize("derive", [derived, derived_stack])
+def test_a_forward_over_upstream_s_is_refused(derive: Callable[[Any], None]) -> None:
+    model = fresh()
+    derive(model)
+    with pytest.raises(UnsupportedModelError, match=r"forward of Llama.*logits_processor"):
+        session_of(model)
+    with pytest.raises(UnsupportedModelError, match=r"forward of Llama.*logits_processor"):
+        ifkv.patch(torch.compile(model, backend="eager"))
+
+
+def test_a_class_of_one_s_own_without_a_forward_is_not_refused() -> None:
+    model = fresh()
+    model.__class__ = type("Named", (type(model),), {})
+    session_of(model).add(TEXTS)
+
+
 def test_rows_of_a_hooked_model_are_not_served_to_the_plain_one() -> None:
     store, model = MemoryStore(), fresh()
     hook = model.model.layers[1].register_forward_hook(lambda _, args, out: out + 1)

@@ -26,6 +26,7 @@ from torch.nn.modules import module as torch_module
 from ifkv.captured_forward import Captured
 from ifkv.forward import run_attention, run_layers
 from ifkv.graph_recorder import CudaRecorder, Recorder
+from ifkv.module_state import is_foreign, settings_of
 from ifkv.module_tree import tree_of
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
             elif parameter is not None:
                 return None
     kinds = {type(module) for module in tree.modules}
-    return tuple(addresses), frozenset(kind.forward for kind in kinds)
+    settings = [settings_of(module) for module in tree.modules if is_foreign(module)]
+    return tuple(addresses), frozenset(kind.forward for kind in kinds), tuple(settings)
 
 
 def _stream(device: torch.device) -> Hashable:

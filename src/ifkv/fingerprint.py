@@ -1,10 +1,11 @@
 """What decides a document's keys and values, condensed into one identity.
 
 Two models with one fingerprint compute the same cache from the same tokens. It covers the
-architecture and rope parameters, the dtype, and the weights that keys and values depend on.
+architecture and rope parameters, the dtype, the weights that keys and values depend on, the classes
+of the modules, and what those keep beside their weights (:mod:`ifkv.module_state`).
 
-Weights are sampled, not read whole: ``SAMPLES`` elements of every parameter and buffer of the
-embeddings and decoder layers, one from each of as many equal strata, at a place within the stratum
+Weights are sampled, not read whole: ``SAMPLES`` elements of every tensor of the embeddings and
+decoder layers, one from each of as many equal strata, at a place within the stratum
 that spreads them over rows and columns, compared exactly. A fine-tune or a merged LoRA moves nearly
 every element of the matrices it touches, and is caught; so is the edit of one matrix. An edit of a
 few single weights may not be. The cost does not grow with the model's width: for 8 billion weights
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,12 +25,21 @@ from torch import Tensor
 
 from ifkv.decoder_layers import num_layers
 from ifkv.glance import Glance
+from ifkv.hooks import home_of
+from ifkv.module_state import (
+    State,
+    is_foreign,
+    module_state,
+    settings_of,
+    settle,
+    weight_state,
+)
 from ifkv.module_tree import tree_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 2
+VERSION = 3
 SAMPLES = 1024
 # What a config says beyond the computation of keys and values.
 _IRRELEVANT = {
@@ -77,15 +88,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest.update(repr(getattr(rotary, "attention_scaling", 1.0)).encode())
     samples: list[Tensor] = []
     places: dict[tuple[int, torch.device], Tensor] = {}
-    named = [*base.named_parameters(), *base.named_buffers()]
-    weights = [
-        (f"{name} {index}" if index else name, part)
-        for name, tensor in named
-        for index, part in enumerate(_plain(tensor))
-    ]
-    for name, tensor in weights:
-        if "rotary_emb" in name:
-            continue  # told above, and what a module keeps beside them changes with use
+    for name, tensor in _state_of(model):
+        if isinstance(tensor, str):
+            digest.update(f"{name}: {tensor};".encode())
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         flat = tensor.detach().reshape(-1)
         if flat.numel() > SAMPLES:
@@ -101,15 +107,27 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:32]
 
 
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a weight consists of: itself, unless it wraps others.
+def _state_of(model: PreTrainedModel) -> Iterator[State]:
+    """All that the modules of the decoder stack compute with, but for the rotary embedding."""
+    base: Any = model.base_model
+    plain_tensors = _plain_tensors_count(model)
+    for path, module in base.named_modules():
+        if "rotary_emb" in path:
+            continue  # told above, and what a module keeps beside them changes with use
+        kind: Any = type(module)
+        # Another library may have put its own forward into the class.
+        yield path, f"{kind.__module__}.{kind.__qualname__} {home_of(kind.forward)}"
+        if path:  # the model itself has but its config's
+            for name, state in module_state(module, plain_tensors=plain_tensors):
+                yield f"{path}.{name}", state
+        for name, weight in (*module._parameters.items(), *module._buffers.items()):
+            if weight is not None:
+                yield from weight_state(weight, f"{path}.{name}")
 
-    Quantized weights, such as torchao's, are often one tensor to look at and several to keep.
-    """
-    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [part for name in flatten()[0] for part in _plain(getattr(tensor, name))]
+
+def _plain_tensors_count(model: PreTrainedModel) -> bool:
+    """Whether tensors that are simply attributes of a layer are taken for its weights."""
+    return getattr(model.config, "quantization_config", None) is None
 
 
 def _places(numel: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -135,6 +153,8 @@ class FingerprintCache:
         self._counts: tuple[object, ...] | None = None
         self._glance: Glance | None = None
         self._seen = b""
+        self._kinds: tuple[type, ...] = ()
+        self._foreign: list[int] = []
         self._value = ""
 
     def of(self, model: PreTrainedModel, *, glance: bool = True) -> str:
@@ -145,16 +165,12 @@ class FingerprintCache:
             glance: Whether to look at those elements; steps within one request need not do so
                 again.
         """
-        parameters = _parameters_of(model.base_model)
-        counts = (
-            _read_by_every_forward(model),
-            *(
-                # Parameters made under torch.inference_mode() are not counted either.
-                (p.data_ptr(), -1 if p.is_inference() else p._version)
-                for p in parameters
-            ),
-        )
+        parameters, counts = self._look(model)
         known = counts == self._counts
+        if not known and self._foreign:
+            settle(model)  # so that the next forward changes nothing more
+            parameters, counts = self._look(model)
+            known = counts == self._counts
         if known and not glance:
             return self._value
         look = self._glance if known and self._glance is not None else Glance(parameters)
@@ -164,6 +180,31 @@ class FingerprintCache:
             self._counts, self._glance, self._seen = counts, look, seen
         return self._value
 
+    def _look(self, model: PreTrainedModel) -> tuple[list[Tensor], tuple[object, ...]]:
+        """All tensors that the layers compute with, and what changes when they do."""
+        tree = tree_of(model.base_model)
+        kinds = tuple(map(type, tree.modules))
+        if kinds != self._kinds:
+            self._kinds = kinds
+            # Places, not the modules, whose weights would be kept.
+            self._foreign = [i for i, module in enumerate(tree.modules) if is_foreign(module)]
+        foreign = [tree.modules[i] for i in self._foreign]
+        parameters = _parameters_of(model.base_model)
+        plain = _plain_tensors_count(model)
+        for module in foreign:
+            state = module_state(module, plain_tensors=plain)
+            parameters += [part for _, part in state if isinstance(part, Tensor)]
+        return parameters, (
+            _read_by_every_forward(model),
+            kinds,
+            *map(settings_of, foreign),
+            *(
+                # Parameters made under torch.inference_mode() are not counted either.
+                (p.data_ptr(), -1 if p.is_inference() else p._version)
+                for p in parameters
+            ),
+        )
+
 
 def _read_by_every_forward(model: PreTrainedModel) -> tuple[object, ...]:
     """What upstream reads from the config anew each time, and so can change under a patch."""
@@ -172,12 +213,15 @@ def _read_by_every_forward(model: PreTrainedModel) -> tuple[object, ...]:
 
 
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
-    """All parameters, or what they consist of, in some order that stays."""
+    """All parameters and buffers, or what they consist of, in some order that stays."""
+    tree = tree_of(model)
+    rotary: Any = model.rotary_emb
     found: list[Tensor] = []
-    for held in tree_of(model).parameters:
-        for each in held.values():
-            if type(each) is torch.nn.Parameter:
-                found.append(each)
-            elif each is not None:
-                found += _plain(each)
+    holders: list[Any] = [*tree.parameters, *(each for each in tree.buffers if each)]
+    for held in holders:
+        for weight in held.values():
+            if type(weight) is torch.nn.Parameter:
+                found.append(weight)
+            elif weight is not None and held is not rotary._buffers:
+                found += [part for _, part in weight_state(weight) if isinstance(part, Tensor)]
     return found

@@ -109,6 +109,30 @@ def check_hooks(model: PreTrainedModel) -> None:
                 _check_module(model, module)
 
 
+def check_classes(model: PreTrainedModel) -> None:
+    """Refuse a forward that was put over upstream's above the decoder layers.
+
+    Raises:
+        UnsupportedModelError: The model's class, or its decoder stack's, derives from one of
+            transformers and overrides its forward, or somebody has replaced that.
+    """
+    for module in (getattr(model, "_orig_mod", model), model.base_model):
+        kind: Any = type(module)
+        over = [each for each in kind.__mro__ if each.__module__.startswith("transformers.models.")]
+        if over and not home_of(kind.forward).startswith("transformers."):
+            raise UnsupportedModelError(
+                f"{kind.__qualname__}.forward ({_name_of(kind.forward)}) stands in place of the "
+                f"forward of {over[0].__qualname__}. Decoder layers are called without it, so what "
+                "it adds would be in some answers and not in others. Use the class of transformers "
+                "itself; what changes logits can be a logits_processor of the request."
+            )
+
+
+def home_of(function: Any) -> str:
+    """The module whose code a function is; wrappers say that they are what they wrap."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
 _WAY_OUT = (
     "Remove it (handle.remove()); if it only looks, register ifkv.observer(hook) in its place; "
     "what it adds can be put into the weights."

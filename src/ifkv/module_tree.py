@@ -11,7 +11,7 @@ import dataclasses
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,12 @@ class ModuleTree:
     Attributes:
         modules: All of them, the root not among them, in some order that stays.
         parameters: For each of them and the root what it holds parameters in, as it is now.
+        buffers: The same of buffers.
     """
 
     modules: tuple[nn.Module, ...]
     parameters: tuple[dict[str, nn.Parameter | None], ...]
+    buffers: tuple[dict[str, Tensor | None], ...]
     _children: tuple[tuple[dict[str, Any], tuple[nn.Module | None, ...]], ...]
 
     @property
@@ -53,4 +55,5 @@ def _walk(root: nn.Module) -> ModuleTree:
         children.append((module._modules, below))  # without any, too: there may be some later
         found += [each for each in below if each is not None]
     parameters = tuple(module._parameters for module in found)
-    return ModuleTree(tuple(found[1:]), parameters, tuple(children))
+    buffers = tuple(module._buffers for module in found)
+    return ModuleTree(tuple(found[1:]), parameters, buffers, tuple(children))

@@ -8,7 +8,7 @@ import torch
 
 from ifkv.decoder_layers import decoder_layers
 from ifkv.errors import UnsupportedModelError
-from ifkv.hooks import check_hooks
+from ifkv.hooks import check_classes, check_hooks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +20,8 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
     """Refuse a model whose modules are not what its family file says.
 
     Raises:
-        UnsupportedModelError: It has no language-model head, wraps another model, or its decoder
-            stack lacks a part or has another attention.
+        UnsupportedModelError: It has no language-model head, wraps another model, has a forward
+            over upstream's, or its decoder stack lacks a part or has another attention.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
@@ -33,6 +33,7 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
             f"{name} has no language-model head; patch the causal language model "
             "(…ForCausalLM) that holds it."
         )
+    check_classes(model)
     base: Any = model.base_model
     attention = family.attention_class.rpartition(".")[2]
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
