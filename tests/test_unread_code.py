@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface
+from transformers.models.cohere.modeling_cohere import CohereForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -324,13 +325,6 @@ def test_other_angles_are_refused() -> None:
         ifkv.patch(model)
 
 
-class Scaled(modeling_llama.LlamaForCausalLM):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits / 2
-        return out
-
-
 class Renamed(modeling_llama.LlamaForCausalLM):
     """A subclass that computes what it inherits."""
 
@@ -341,12 +335,15 @@ def rotate_half(x: Any) -> Any:
 
 
 UNREAD: dict[str, Callable[[pytest.MonkeyPatch], tuple[Any, str]]] = {
-    "a head": lambda _: (renamed_to(Scaled), r"test_unread_code\.Scaled"),
+    "a head": lambda patch: (
+        replaced(patch, modeling_llama.LlamaForCausalLM, "forward", CohereForCausalLM.forward),
+        "LlamaForCausalLM",
+    ),
     "a function": lambda patch: (
         replaced(patch, modeling_llama, "rotate_half", rotate_half),
         r"test_unread_code\.rotate_half",
     ),
-    "a class without source": lambda _: (renamed_to(unsourced()), "Unsourced"),
+    "a class without source": lambda _: (with_unsourced_layers(), "Unsourced"),
     "an attention's arithmetic": lambda patch: (
         replaced(patch, modeling_llama, "eager_attention_forward", lambda *_, **__: None),
         "lambda>",
@@ -354,25 +351,20 @@ UNREAD: dict[str, Callable[[pytest.MonkeyPatch], tuple[Any, str]]] = {
 }
 
 
-def renamed_to(kind: type[nn.Module]) -> Any:
-    model = llama()
-    become([model], kind)
-    return model
-
-
 def replaced(patch: pytest.MonkeyPatch, module: Any, name: str, value: Any) -> Any:
     patch.setattr(module, name, value)
     return llama()
 
 
-def unsourced() -> type[nn.Module]:
-    space: dict[str, Any] = {"base": modeling_llama.LlamaForCausalLM, "__name__": __name__}
+def with_unsourced_layers() -> Any:
+    space: dict[str, Any] = {"base": modeling_llama.LlamaDecoderLayer, "__name__": __name__}
     exec(
         "class Unsourced(base):\n    def forward(self, *a, **k): return super().forward(*a, **k)",
         space,
     )
-    kind: type[nn.Module] = space["Unsourced"]
-    return kind
+    model = llama()
+    become(model.model.layers, space["Unsourced"])
+    return model
 
 
 @pytest.mark.parametrize("what", UNREAD)

@@ -29,6 +29,7 @@ from ifkv.hooks import home_of
 from ifkv.module_state import (
     State,
     is_foreign,
+    is_quantized,
     module_state,
     settings_of,
     settle,
@@ -155,6 +156,7 @@ class FingerprintCache:
         self._seen = b""
         self._kinds: tuple[type, ...] = ()
         self._foreign: list[int] = []
+        self._quantized = False
         self._value = ""
 
     def of(self, model: PreTrainedModel, *, glance: bool = True) -> str:
@@ -167,7 +169,7 @@ class FingerprintCache:
         """
         parameters, counts = self._look(model)
         known = counts == self._counts
-        if not known and self._foreign:
+        if not known and self._quantized:
             settle(model)  # so that the next forward changes nothing more
             parameters, counts = self._look(model)
             known = counts == self._counts
@@ -188,6 +190,7 @@ class FingerprintCache:
             self._kinds = kinds
             # Places, not the modules, whose weights would be kept.
             self._foreign = [i for i, module in enumerate(tree.modules) if is_foreign(module)]
+            self._quantized = any(is_quantized(tree.modules[i]) for i in self._foreign)
         foreign = [tree.modules[i] for i in self._foreign]
         parameters = _parameters_of(model.base_model)
         plain = _plain_tensors_count(model)

@@ -42,6 +42,16 @@ def is_foreign(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(_UPSTREAM)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a foreign module holds weights that are no plain numbers."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return is_foreign(module) and any(
+        type(each) not in (Tensor, nn.Parameter) or not each.is_floating_point()
+        for each in held
+        if each is not None
+    )
+
+
 def weight_state(weight: Tensor, name: str = "") -> Iterator[State]:
     """What a parameter or buffer consists of: itself, unless it wraps others, and what it carries.
 
@@ -112,7 +122,7 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Run one row, so that layers which prepare their weights at the first forward have done so.
+    """Run one row, so that layers that prepare their weights at the first forward have done so.
 
     bitsandbytes packs 4-bit weights anew then on some processors, and moves its 8-bit scales.
     """
