@@ -53,6 +53,7 @@ def generate(
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
+    check_cache(model, cache)  # what is no patched model has no settings
     settings = GenerationSettings.of(model, generate_kwargs)
     check_settings(model, settings)
     return run_generate(model, cache, prompt_ids, settings, keep=False)
