@@ -99,12 +99,15 @@ def test_plan_recommends_plain_prefill(measured, folder: str, monkeypatch) -> No
         (["-n", "100", "--dtype", "int8"], "'int8' is unknown"),
         (["-n", "100", "--device", "abacus"], "'abacus' cannot be used"),
         (["-n", "100", "--speedup", "-1"], "speedup is -1"),
+        (["-n", "100", "--speedup", "nan"], "speedup is nan"),
+        (["-n", "510", "--query", "3"], "512 positions"),
     ],
 )
 def test_plan_refuses_bad_input(measured, folder: str, options, words) -> None:
     result = CliRunner().invoke(app, ["plan", folder, *options])
     assert result.exit_code == 1
     assert words in str(result.exception)
+    assert measured == []
 
 
 def test_plan_refuses_what_is_no_model(measured, tmp_path: Path) -> None:

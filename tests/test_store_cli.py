@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import ifkv
 from ifkv.cli.encode import encode
+from ifkv.cli.loading import Checked
 from ifkv.cli.reading import read_corpus
 from ifkv.cli.store import parse_bytes, store_app
 from ifkv.errors import InvalidInputError, StoreFullError
@@ -170,7 +171,8 @@ def test_encode_builds_a_store_that_a_session_uses(
     module = importlib.import_module("ifkv.cli.encode")
     monkeypatch.setattr(module, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
-    monkeypatch.setattr(module, "check_model", lambda *_, **__: model.config)
+    checked = Checked("any", model.config, "float64", "cpu", None)
+    monkeypatch.setattr(module, "check_model", lambda *_, **__: checked)
     texts = ["The lamp is red.", "The door is green."]
     (tmp_path / "a.txt").write_text(texts[0])
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": texts[1]}))

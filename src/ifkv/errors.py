@@ -72,6 +72,10 @@ class StoreWarning(UserWarning):
     """A store has lost a document; it was prefilled again, and the answer is right."""
 
 
+class UnloadedWeightsWarning(UserWarning):
+    """Some weights of a model did not come from the checkpoint that the others came from."""
+
+
 class CalibrationWarning(UserWarning):
     """The machine's rates are being measured, cannot be kept, or are those of a busy machine."""
 

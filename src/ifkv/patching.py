@@ -26,6 +26,7 @@ from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
 from ifkv.family_facts import check_facts
 from ifkv.fingerprint import FingerprintCache
+from ifkv.loaded_weights import warn_of_unloaded
 from ifkv.supported import check_mode, check_structure, check_weights
 from ifkv.upstream_code import warn_of_unread_code
 
@@ -167,6 +168,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         family = resolve_family(model)
         check_structure(model, family)
         check_weights(model)
+        warn_of_unloaded(model)
         check_mode(model)
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)

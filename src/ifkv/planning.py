@@ -13,7 +13,6 @@ which is exact, where no ratio is sooner.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ifkv.calibration import Rates, rates_for
-from ifkv.checks import check_positive
 from ifkv.config_shape import shape_of_config
 from ifkv.cost import ModelShape, causal_pairs, scoring_cost, speedup_bound, spread_pairs
 from ifkv.doubts import doubt_about
-from ifkv.errors import CalibrationWarning, InvalidInputError
+from ifkv.errors import CalibrationWarning
 from ifkv.forecasts import Forecast, Plan, choose
-from ifkv.plannable import check_plannable
+from ifkv.plannable import check_plannable, check_request
 from ifkv.selection import budget
 from ifkv.selectors import DEFAULT_SELECTOR, QueryRanked, Selector, resolve
 
@@ -107,26 +105,15 @@ class Planner:
                 selector whose time is not predicted.
         """
         question = prompt if question is None else question
-        for what, value in (
-            ("tokens", tokens),
-            ("documents", documents),
-            ("prompt", prompt),
-            ("question", question),
-        ):
-            check_positive(value, what)
-        if documents > tokens:
-            raise InvalidInputError(
-                f"{documents} documents cannot be made of {tokens} tokens; each has at least one."
-            )
-        if self.positions is not None and tokens + prompt > self.positions:
-            raise InvalidInputError(
-                f"{tokens} tokens and a prompt of {prompt} are {tokens + prompt}, but this model "
-                f"has {self.positions} positions; take fewer."
-            )
-        if not math.isfinite(speedup) or speedup <= 0:
-            raise InvalidInputError(f"speedup is {speedup!r}, but must be a number above 0.")
-        if not ratios:
-            raise InvalidInputError("there are no ratios to choose among; give at least one.")
+        check_request(
+            tokens,
+            documents=documents,
+            prompt=prompt,
+            question=question,
+            ratios=ratios,
+            speedup=speedup,
+            positions=self.positions,
+        )
         rule = check_plannable(resolve(selector))
         seconds, flops = self._choosing(tokens, prompt, question, rule)
         prefill = self._prefill(tokens + prompt)

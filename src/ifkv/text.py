@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 from ifkv.chat_template import ChatTemplate
 from ifkv.control_tokens import ControlTokens, Piece, TextEncoder
 from ifkv.errors import InvalidInputError, PromptWarning
+from ifkv.vocabulary import check_vocabulary
 
 # What the instruction says when the caller does not. The documents follow it.
 INSTRUCTION = "Answer the question from the documents. Be brief.\n\nDocuments:\n\n"
@@ -85,6 +86,7 @@ class PromptFormat:
         date: datetime.date | str | None = None,
         control_tokens: ControlTokens = "text",
     ):
+        check_vocabulary(tokenizer)
         self._template = ChatTemplate(tokenizer, chat_template_kwargs, date)
         self._freezes = date is None and self._template.date is not None
         self._system = system

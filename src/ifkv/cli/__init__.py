@@ -21,8 +21,11 @@ from ifkv.errors import (
     IfkvError,
     InvalidInputError,
     StoreWarning,
+    UnloadedWeightsWarning,
     UpstreamWarning,
 )
+
+_OURS = (StoreWarning, CalibrationWarning, UnloadedWeightsWarning, UpstreamWarning)
 
 app = typer.Typer(
     name="ifkv",
@@ -92,7 +95,7 @@ def _show_warning(
 
     Takes the arguments of :func:`warnings.showwarning`.
     """
-    if issubclass(category, StoreWarning | CalibrationWarning | UpstreamWarning):
+    if issubclass(category, _OURS):
         typer.secho(f"Warning: {message}", fg="yellow", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True)

@@ -10,6 +10,7 @@ import typer
 from ifkv.cli.answer_length import MaxNewTokens
 from ifkv.cli.cutting import Split
 from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.reading import FILES_HELP, Field
 
@@ -81,8 +82,8 @@ def ask(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    dtype: Dtype = AUTO,
+    device: Device = AUTO,
     kv_fp8: Annotated[bool, typer.Option(help="Keep the question's cache in 8 bits.")] = False,
     html: Annotated[
         Path | None,
@@ -102,8 +103,9 @@ def ask(
 
     from ifkv.cli.asking import answer_questions, stream_answer, titles_of
     from ifkv.cli.cutting import check_request, cut
+    from ifkv.cli.generation_file import check_generation
     from ifkv.cli.interrupting import documents_kept, interruptible
-    from ifkv.cli.loading import check_generation, check_model, load_model, load_tokenizer
+    from ifkv.cli.loading import check_model, load_model, load_tokenizer
     from ifkv.cli.places import check_page
     from ifkv.cli.reading import read_corpus
     from ifkv.float8 import FLOAT8, check_kv_dtype
@@ -124,20 +126,21 @@ def ask(
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_page(html)
         found = read_corpus(files, field)
-        config = check_model(model, dtype=dtype, device=device)
+        checked = check_model(model, dtype=dtype, device=device)
         settings = check_generation(model, max_new_tokens)
         kv_dtype = FLOAT8 if kv_fp8 else None
-        check_kv_dtype(kv_dtype, torch.device(device))
+        check_kv_dtype(kv_dtype, torch.device(checked.device))
         tokenizer = load_tokenizer(model)
         layout = PromptFormat(tokenizer, **prompt)
-        documents = cut(layout, config, found, split)
-        check_request(layout, config, documents, question)
+        documents = cut(layout, checked.config, found, split)
+        check_request(layout, checked.config, documents, question)
         context = len(layout.prefix_ids()) + sum(map(len, {tuple(ids) for _, ids in documents}))
         settings.new_tokens(context, len(layout.prompt_ids(question)))  # refuses a lack of room
         opened = MemoryStore() if store == "memory" else session_store(store)
 
+        typer.echo(checked.sentence, err=True)
         with console.status(f"loading {escape(model)}"):
-            loaded = load_model(model, dtype=dtype, device=device)
+            loaded = load_model(checked)
         session = Session(
             loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
         )

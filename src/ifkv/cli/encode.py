@@ -9,6 +9,7 @@ import typer
 
 from ifkv.cli.cutting import Split
 from ifkv.cli.loading import check_model, load_model, load_tokenizer
+from ifkv.cli.placement import AUTO, DTYPE_HELP, Device
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.reading import FILES_HELP, Field
 from ifkv.cli.store import parse_bytes
@@ -38,11 +39,11 @@ def encode(
     dtype: Annotated[
         str,
         typer.Option(
-            help="float32, float64, bfloat16 or float16: the one in which questions will be asked, "
-            "since documents of another are not found."
+            help=f"{DTYPE_HELP} Take the one in which questions will be asked: documents of "
+            "another are not found."
         ),
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    ] = AUTO,
+    device: Device = AUTO,
     codec: Annotated[
         str,
         typer.Option(
@@ -96,14 +97,15 @@ def encode(
         budget = None if max_bytes is None else parse_bytes(max_bytes)
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         texts = read_corpus(files, field)
-        config = check_model(model, dtype=dtype, device=device)
+        checked = check_model(model, dtype=dtype, device=device)
         layout = PromptFormat(load_tokenizer(model), **prompt)
-        documents = [ids for _, ids in cut(layout, config, texts, split)]
+        documents = [ids for _, ids in cut(layout, checked.config, texts, split)]
         prefix = layout.prefix_ids()
         opened = open_store(store, max_bytes=budget, codec=codec)
 
+        typer.echo(checked.sentence, err=True)
         with Console(stderr=True).status(f"loading {escape(model)}"):
-            loaded = load_model(model, dtype=dtype, device=device)
+            loaded = load_model(checked)
         with patch(loaded):
             kept.sentence = documents_kept(opened, loaded, documents, prefix)
             with token_bar("encoding") as report:

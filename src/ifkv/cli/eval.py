@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
 
@@ -95,8 +96,8 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    dtype: Dtype = AUTO,
+    device: Device = AUTO,
     seed: Annotated[
         int,
         typer.Option(
@@ -139,7 +140,8 @@ def evaluate(
             raise InvalidInputError(f"{option} is missing; give it, or use --summarize-only.")
 
     from ifkv.cli.interrupting import interruptible
-    from ifkv.cli.loading import check_dtype, check_model, load_model, load_tokenizer
+    from ifkv.cli.loading import check_model, load_model, load_tokenizer
+    from ifkv.cli.placement import check_dtype
     from ifkv.cli.places import check_results
     from ifkv.cli.wording import count
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
@@ -168,11 +170,12 @@ def evaluate(
                 pass
         dataset = load(data, seed=seed)
         questions = draw(dataset, limit=limit, passages=passages, seed=seed)
-        check_model(model, dtype=dtype, device=device)
+        checked = check_model(model, dtype=dtype, device=device)
         tokenizer = load_tokenizer(model)
         PromptFormat(tokenizer, **prompt)  # refuses what the chat template cannot do
+        typer.echo(checked.sentence, err=True)
         with console.status("loading the model"):
-            loaded = load_model(model, dtype=dtype, device=device)
+            loaded = load_model(checked)
         bench = Bench(loaded, tokenizer, split=split, max_new_tokens=max_new_tokens, layout=prompt)
         if short_answer is not None:
             bench.short_answer = short_answer

@@ -2,99 +2,187 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ifkv.cli.checkpoint import Weights, check_files, weights_of
+from ifkv.cli.placement import AUTO, check_dtype, chosen_device, chosen_dtype, first_line, own_dtype
 from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from ifkv.generation_settings import GenerationSettings
-
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 # "name" or "owner/name"; anything else can only be a path.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """A causal language model by folder or hub id, in ``eval()`` mode.
+@dataclass(frozen=True)
+class Checked:
+    """A model that can be loaded, as far as that can be told before its weights are read.
 
-    Raises:
-        InvalidInputError: The dtype is unknown, there is no such model, or no such device.
-        UnsupportedModelError: No family covers the model.
+    Attributes:
+        name: Folder or hub id.
+        config: Its config.
+        dtype: In which it will be computed; one of :data:`ifkv.cli.placement.DTYPES`.
+        device: Where.
+        nbytes: What its weights will take there; None if that is not known.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    from ifkv.progress import without_loading_bars
+    name: str
+    config: PretrainedConfig
+    dtype: str
+    device: str
+    nbytes: int | None
 
-    check_model(name, dtype=dtype, device=device)
-    try:
-        with without_loading_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(
-            f"the weights of {name!r} cannot be loaded ({_first_line(error)}); give a model that "
-            "is complete."
-        ) from error
-    try:
-        loaded: PreTrainedModel = model.eval().to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise _no_device(device, error) from error
-    return loaded
+    @property
+    def sentence(self) -> str:
+        """What will be loaded, and what that takes."""
+        from rich.filesize import decimal
+
+        size = "" if self.nbytes is None else f", {decimal(self.nbytes)} of weights"
+        own = own_dtype(self.config)
+        kept = "" if own == self.dtype else f" (the checkpoint's dtype is {own})"
+        return f"loading {self.name}: {self.dtype} on {self.device}{size}{kept}"
 
 
-def check_model(name: str, *, dtype: str, device: str) -> PretrainedConfig:
+def check_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> Checked:
     """Refuse all that can be refused of a model before its weights are read.
 
-    Returns:
-        The model's config.
+    Args:
+        name: Folder or hub id.
+        dtype: One of :data:`ifkv.cli.placement.DTYPES`, or ``auto``.
+        device: A device, or ``auto``.
 
     Raises:
-        InvalidInputError: The dtype is unknown, there is no such model, or no such device.
+        InvalidInputError: The dtype is unknown, there is no such model or it is damaged, no such
+            device, or no room for the weights.
         UnsupportedModelError: No family covers the model.
     """
+    from ifkv.cli.available_memory import check_room
     from ifkv.families import family_of
 
     check_dtype(dtype)
     config = load_config(name)
     family_of(config, (config.architectures or [name])[0])
-    check_device(device)
-    return config
+    device = chosen_device(device)
+    dtype = chosen_dtype(dtype, config, device)
+    weights = _weights(name, config)
+    if weights is not None:
+        check_room(name, weights, dtype, device)
+    nbytes = None if weights is None else weights.nbytes(dtype)
+    return Checked(name, config, dtype, device, nbytes)
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse the name of a dtype that is none of :data:`DTYPES`.
+def _weights(name: str, config: PretrainedConfig) -> Weights | None:
+    """Return what the checkpoint of a folder holds, or of a model of the hub if it can be asked.
 
     Raises:
-        InvalidInputError: It is none.
+        InvalidInputError: A folder's files are missing or damaged.
     """
-    if dtype not in DTYPES:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    if Path(name).is_dir():
+        return weights_of(Path(name), config)
+    from huggingface_hub import HfApi
+
+    from ifkv.cli.checkpoint import is_quantized
+
+    try:
+        found: Any = HfApi().get_safetensors_metadata(name)
+        return Weights(dict(found.parameter_count), is_quantized(config))
+    except Exception:  # no connection, no such files: loading will say what the matter is
+        return None
+
+
+def load_model(checked: Checked) -> PreTrainedModel:
+    """A causal language model whose weights are all its checkpoint's, in ``eval()`` mode.
+
+    Raises:
+        InvalidInputError: Weights are missing, damaged or contradict the config, or there is no
+            room for them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ifkv.loaded_weights import check_report
+    from ifkv.progress import without_loading_bars
+
+    name, dtype = checked.name, getattr(torch, checked.dtype)
+    auto: Any = AutoModelForCausalLM
+    try:
+        with without_loading_bars(), _without_report():
+            model, report = auto.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _no_room(checked, error) from error
+    except Exception as error:  # what damaged files make other libraries raise can be anything
+        raise InvalidInputError(
+            f"the weights of {name!r} cannot be loaded ({first_line(error)}); give a model that "
+            "is complete."
+        ) from error
+    check_report(report, model, name)
+    try:
+        model = model.eval()
+        if model.device != torch.device(checked.device):  # quantized models may refuse to be moved
+            model = model.to(checked.device)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _no_room(checked, error) from error
+    except Exception as error:  # each device its own
+        raise InvalidInputError(
+            f"{name!r} cannot be moved to the device {checked.device!r} ({first_line(error)}); "
+            "give another with --device."
+        ) from error
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _no_room(checked: Checked, error: BaseException) -> InvalidInputError:
+    return InvalidInputError(
+        f"there is no room for the weights of {checked.name!r} in {checked.dtype} on "
+        f"{checked.device} ({first_line(Exception(str(error)))}); give a smaller model, another "
+        "--dtype or another --device."
+    )
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' own table of missing weights out of the log; we say it in a sentence."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def load_config(name: str) -> PretrainedConfig:
     """The config of a model by folder or hub id; no weights are read.
 
     Raises:
-        InvalidInputError: There is no such model.
+        InvalidInputError: There is no such model, or its files are damaged.
     """
     _check_place(name)
     from transformers import AutoConfig
 
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a damaged file makes other libraries raise can be anything
         if Path(name).is_dir():
             raise InvalidInputError(
-                f"the config.json in {name!r} cannot be used ({_first_line(error)}); give the "
+                f"the config.json in {name!r} cannot be used ({first_line(error)}); give the "
                 "folder of a model that transformers knows."
             ) from error
         raise InvalidInputError(
             f"{name!r} is neither a folder with a model nor a hub id that can be loaded "
-            f"({_first_line(error)}); check its spelling, or give a folder."
+            f"({first_line(error)}); check its spelling, or give a folder."
         ) from error
     return config
 
@@ -112,6 +200,7 @@ def _check_place(name: str) -> None:
                 f"the folder {name!r} has no config.json, so there is no model in it; give the "
                 "folder that holds a model's config.json, weights and tokenizer."
             )
+        check_files(path)
     elif path.exists():
         raise InvalidInputError(f"{name} is a file; give the folder that holds the model.")
     elif name.startswith(("/", ".", "~")):
@@ -123,79 +212,23 @@ def _check_place(name: str) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """Refuse a device on which nothing can be computed here.
-
-    Raises:
-        InvalidInputError: There is no such device.
-    """
-    import torch
-
-    try:
-        torch.zeros(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device its own
-        raise _no_device(device, error) from error
-
-
-def _no_device(device: str, error: Exception) -> InvalidInputError:
-    return InvalidInputError(
-        f"device {device!r} cannot be used here ({_first_line(error)}); give cpu, or install a "
-        "build of torch that supports it."
-    )
-
-
-def check_generation(name: str, max_new_tokens: int | None = None) -> GenerationSettings:
-    """Refuse what a model's ``generation_config.json`` asks for and no answer has a place for.
-
-    Args:
-        name: Folder or hub id of the model.
-        max_new_tokens: Length of an answer at most, which comes before the file's.
-
-    Returns:
-        What is said there and here.
-
-    Raises:
-        InvalidInputError: It asks for such, or cannot be read.
-    """
-    from transformers import GenerationConfig
-
-    from ifkv.generation_checks import check_configs, check_one_answer
-    from ifkv.generation_settings import GenerationSettings
-
-    file, config = Path(name) / "generation_config.json", None
-    if file.exists() or not Path(name).is_dir():
-        try:
-            config = GenerationConfig.from_pretrained(name)
-        except (OSError, ValueError, TypeError) as error:
-            if file.exists():  # else of the hub, where a model need not have one
-                raise InvalidInputError(
-                    f"{file} cannot be used ({_first_line(error)}); mend it, or take it away."
-                ) from error
-    given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    settings = GenerationSettings(given, config)
-    check_one_answer(settings)
-    check_configs(settings)
-    return settings
-
-
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model that is there.
 
     Raises:
-        InvalidInputError: It has none.
+        InvalidInputError: It has none, or one that is damaged.
     """
     from transformers import AutoTokenizer
 
+    from ifkv.vocabulary import check_vocabulary
+
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise InvalidInputError(
-            f"{name!r} has no tokenizer that can be loaded ({_first_line(error)}); give the folder "
-            "of a model with its tokenizer, or a hub id."
+            f"{name!r} has no tokenizer that can be loaded ({first_line(error)}); give the folder "
+            "of a model with its tokenizer, or a hub id. A tokenizer.json that a newer release "
+            "wrote needs pip install --upgrade tokenizers transformers."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """The beginning of another library's message, as part of a sentence."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".: ") if text else repr(error)
+    check_vocabulary(tokenizer)
+    return tokenizer

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ifkv.cli.placement import AUTO, Device, Dtype
+
 
 def plan(
     model: Annotated[
@@ -57,8 +59,8 @@ def plan(
             "those matter most."
         ),
     ] = 2.0,
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    dtype: Dtype = AUTO,
+    device: Device = AUTO,
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate", help="Measure this machine anew.")
     ] = False,
@@ -82,18 +84,31 @@ def plan(
     from rich.markup import escape
     from rich.table import Table
 
-    from ifkv.cli.loading import DTYPES, check_device, load_config
-    from ifkv.errors import CalibrationWarning, InvalidInputError
-    from ifkv.plannable import check_plannable
+    from ifkv.cli.loading import load_config
+    from ifkv.cli.placement import check_dtype, chosen_device, chosen_dtype
+    from ifkv.errors import CalibrationWarning
+    from ifkv.families import family_of
+    from ifkv.plannable import check_plannable, check_request
     from ifkv.planning import RATIOS, planner_for
     from ifkv.selectors import resolve
 
-    if dtype not in DTYPES:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     rule = check_plannable(resolve(selector))
     console = Console()
     config = load_config(model)
-    check_device(device)
+    device = chosen_device(device)
+    dtype = chosen_dtype(dtype, config, device)
+    # Everything that can be refused is refused before the machine is measured.
+    family_of(config, model)
+    check_request(
+        tokens,
+        documents=documents,
+        prompt=query,
+        question=question,
+        ratios=ratio or RATIOS,
+        speedup=speedup,
+        positions=config.max_position_embeddings,
+    )
     with console.status("measuring this machine"):
         planner = planner_for(
             config, dtype=getattr(torch, dtype), device=device, recalibrate=recalibrate

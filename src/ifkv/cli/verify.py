@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
+from ifkv.cli.placement import AUTO, Device, Dtype
+
 
 def verify(
     model_path: Annotated[
         str, typer.Argument(help="Folder or hub id of a Llama, Qwen, Mistral or Phi-3 model.")
     ],
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    dtype: Dtype = AUTO,
     length: Annotated[int, typer.Option(help="Tokens of each test document.", min=8)] = 48,
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    device: Device = AUTO,
 ) -> None:
     """Check the method's laws on your own model, and print the errors that were measured.
 
@@ -26,14 +28,17 @@ def verify(
     from rich.markup import escape
     from rich.table import Table
 
-    from ifkv.cli.loading import load_model
+    from ifkv.cli.loading import check_model, load_model
     from ifkv.cli.wording import count
     from ifkv.verification import verify as check
 
     console = Console()
+    checked = check_model(model_path, dtype=dtype, device=device)
+    typer.echo(checked.sentence, err=True)
     with console.status(f"loading {escape(model_path)}"):
-        model = load_model(model_path, dtype=dtype, device=device)
-    table = Table("law", "error", "allowed", "", title=escape(f"{model_path}, {dtype}, {device}"))
+        model = load_model(checked)
+    title = escape(f"{model_path}, {checked.dtype}, {checked.device}")
+    table = Table("law", "error", "allowed", "", title=title)
     broken = 0
     with console.status("checking") as status:
         for result in check(model, length=length):

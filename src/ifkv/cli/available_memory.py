@@ -1,0 +1,104 @@
+"""How much memory is left for a model's weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from ifkv.cli.checkpoint import Weights
+
+_NO_LIMIT = 2**60  # what the kernel writes where a group has none
+
+
+def check_room(name: str, weights: Weights, dtype: str, device: str) -> None:
+    """Refuse weights that cannot fit, in memory where they are read or on the card where they go.
+
+    Args:
+        name: Folder or hub id of the model.
+        weights: What its checkpoint holds.
+        dtype: In which they are loaded.
+        device: Where they go.
+
+    Raises:
+        InvalidInputError: They take more than is free.
+    """
+    from rich.filesize import decimal
+
+    needed = weights.nbytes(dtype)
+    for place, free in (("in memory", free_in_memory()), (f"on {device}", free_on_device(device))):
+        if free is None or needed <= free:
+            continue
+        half = weights.nbytes("bfloat16")
+        less = f", --dtype bfloat16 ({decimal(half)})" if half < needed else ""
+        raise InvalidInputError(
+            f"the weights of {name!r} take {decimal(needed)} in {dtype}, but "
+            f"{decimal(max(free, 0))} are free {place}. Give a smaller model{less}, or end what "
+            "takes the memory."
+        )
+
+
+def free_on_device(device: str) -> int | None:
+    """Return the bytes that are free on a CUDA card; None for other devices, which cannot say."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def free_in_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process can still take; None if the system does not say.
+
+    On Linux: what is available, swap included, but no more than the limits of the process's
+    control groups leave, as containers have them. Elsewhere the machine's memory as a whole.
+
+    Args:
+        root: Where the system's files are.
+    """
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
+    if "MemAvailable" in found:
+        left = 1024 * (int(found["MemAvailable"]) + int(found.get("SwapFree", 0)))
+        return min([left, *_left_in_groups(root)])
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _left_in_groups(root: Path) -> list[int]:
+    """Return what each control group around this process leaves."""
+    left = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, cached = root / "sys/fs/cgroup", "inactive_file"
+            limit, usage = "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, cached = root / "sys/fs/cgroup/memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            allowed, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if allowed.isdigit() and used.isdigit() and int(allowed) < _NO_LIMIT:
+                # Files that were read count as used, but give way.
+                files = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+                left.append(int(allowed) - int(used) + (int(files[1]) if files else 0))
+            if folder == top:
+                break
+    return left
+
+
+def _read(file: Path) -> str:
+    """Return a small file of the system; nothing if it has none."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,110 @@
+"""Where a command computes, and in which numbers: the options and what they mean by themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+AUTO = "auto"
+
+DTYPE_HELP = (
+    "float32, float64, bfloat16 or float16; auto is the checkpoint's own, but float32 on a CPU "
+    "that computes half precision no faster."
+)
+Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
+Device = Annotated[
+    str, typer.Option(help="cpu or cuda, for example; auto is the CUDA card if there is one.")
+]
+
+# What torch calls the instructions that multiply these numbers, on x86 and on ARM.
+_ARITHMETIC = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
+}
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse the name of a dtype that is neither ``auto`` nor one of :data:`DTYPES`.
+
+    Raises:
+        InvalidInputError: It is none.
+    """
+    if dtype not in (AUTO, *DTYPES):
+        raise InvalidInputError(
+            f"dtype {dtype!r} is unknown; choose one of {', '.join((AUTO, *DTYPES))}."
+        )
+
+
+def chosen_device(device: str) -> str:
+    """Return the device that is meant: for ``auto`` the CUDA card if there is one, else the CPU.
+
+    Raises:
+        InvalidInputError: Nothing can be computed there.
+    """
+    import torch
+
+    if device == AUTO:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each device its own
+        raise InvalidInputError(
+            f"device {device!r} cannot be used here ({first_line(error)}); give cpu, or install a "
+            "build of torch that supports it."
+        ) from error
+    return device
+
+
+def chosen_dtype(dtype: str, config: PretrainedConfig, device: str) -> str:
+    """Return the dtype that is meant: for ``auto`` the one that suits the checkpoint and device.
+
+    That is the checkpoint's own. On a CPU without the arithmetic for a half precision it is
+    float32, which holds the same weights and is no slower there.
+
+    Args:
+        dtype: ``auto``, or one of :data:`DTYPES`.
+        config: The model's config.
+        device: Where the model runs.
+
+    Raises:
+        InvalidInputError: The checkpoint's own dtype is none to compute in.
+    """
+    if dtype != AUTO:
+        return dtype
+    own = own_dtype(config)
+    if own not in DTYPES:
+        raise InvalidInputError(
+            f"the model's config names the dtype {own}, in which ifkv cannot compute; choose one "
+            f"with --dtype: {', '.join(DTYPES)}."
+        )
+    if device.startswith("cpu") and own in _ARITHMETIC and not _cpu_computes(own):
+        return "float32"
+    return own
+
+
+def own_dtype(config: PretrainedConfig) -> str:
+    """Return the dtype that a config names for its weights; float32 if it names none."""
+    named: torch.dtype | str | None = getattr(config, "dtype", None)
+    return str(named or "float32").removeprefix("torch.")
+
+
+def _cpu_computes(dtype: str) -> bool:
+    """True if this CPU multiplies numbers of a half precision by itself."""
+    import torch
+
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name, False) for name in _ARITHMETIC[dtype])
+
+
+def first_line(error: Exception) -> str:
+    """Return the beginning of another library's message, as part of a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".: ") if text else repr(error)
