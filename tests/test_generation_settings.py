@@ -251,8 +251,8 @@ def test_what_cannot_be_followed_is_refused_before_any_work(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(ifkv.preparation, "stitch", refuse)
-    monkeypatch.setattr(ifkv.batch_asking, "prepare_many", refuse)
+    monkeypatch.setattr(ifkv.preparation, "stitch_many", refuse)
+    monkeypatch.setattr(ifkv.batch_asking, "prepare", refuse)
     monkeypatch.setattr(ifkv.answering, "run_generate", refuse)
     for way, ask in WAYS.items():
         if way == "completed":
