@@ -84,6 +84,23 @@ def test_ask_compares_three_ways_and_draws(
     assert "Which colour?" in page.read_text()
 
 
+@pytest.mark.parametrize("order", [[2, 0, 1], [0, 1, 2]])
+def test_ask_says_that_the_kl_of_reordered_documents_cannot_be_compared(
+    model_folder: Path,
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: list[int],
+) -> None:
+    monkeypatch.setattr("ifkv.preparation.order_by_hits", lambda *_: order)
+    arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder), "--reorder"]
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "2", "--html", str(page)])
+    assert result.exit_code == 0, result.output
+    for shown in (" ".join(result.output.split()), page.read_text()):
+        assert ("its distance cannot be compared" in shown) == (order != [0, 1, 2])
+
+
 def test_ask_prefills_a_file_once(model_folder: Path, texts: list[str], tmp_path: Path) -> None:
     arguments = ["ask", "Which colour?", *texts, "--model", str(model_folder)]
     arguments += ["--max-new-tokens", "2"]

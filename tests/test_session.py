@@ -85,6 +85,20 @@ def test_comparing_at_a_budget_of_nothing_is_stitching_alone(session: ifkv.Sessi
     assert ways[1].answer.order == [0, 1, 2], "not reordered"
 
 
+def test_answers_from_reordered_documents_have_no_distance_to_full_prefill(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kls(order: list[int]) -> list[float | None]:
+        monkeypatch.setattr("ifkv.preparation.order_by_hits", lambda *_: order)
+        ways = compare(session, QUESTION, ratios=(0.0, 0.3), reorder=True, max_new_tokens=2)
+        return [way.kl for way in ways]
+
+    moved, kept = kls([2, 0, 1]), kls([0, 1, 2])
+    assert moved[:2] == kept[:2]
+    assert moved[2] is None
+    assert kept[2] is not None
+
+
 def test_comparing_what_no_plan_is_made_of_is_refused_first(
     session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,9 @@ class Way:
         ttft_seconds: From the question's arrival to the first token's logits.
         speedup: Full prefill's TTFT over this one's.
         bound: S(r), or None for full prefill.
-        kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats.
+        kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats. None where
+            documents were moved: full prefill read them in another order, so the distance would
+            be that between two contexts.
         text: The answer.
         answer: The answer with everything about it; None for full prefill.
         finish_reason: As of :class:`ifkv.Answer`.
@@ -60,7 +62,7 @@ class Way:
     ttft_seconds: float
     speedup: float
     bound: float | None
-    kl: float
+    kl: float | None
     text: str
     answer: Answer | None
     finish_reason: FinishReason
@@ -149,13 +151,14 @@ def compare(
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
         ready.cache.crop(-(len(reply) - 1))
         answer = complete(model, session.tokenizer, ready, settings, stream=False)
+        moved = list(answer.order) != sorted(answer.order)
         ways.append(
             Way(
                 name="stitch only" if stitched else _name(ready, ratio),
                 ttft_seconds=ready.ttft_seconds,
                 speedup=full_seconds / ready.ttft_seconds,
                 bound=ready.speedup_bound,
-                kl=_mean_kl(truth, logits),
+                kl=None if moved else _mean_kl(truth, logits),
                 text=answer.text,
                 answer=answer,
                 finish_reason=answer.finish_reason,

@@ -52,7 +52,12 @@ def ask(
         ),
     ] = 0.15,
     reorder: Annotated[
-        bool, typer.Option("--reorder", help="Put the documents that matter most last.")
+        bool,
+        typer.Option(
+            "--reorder",
+            help="Put the documents that matter most last. Where that moves them, no KL to full "
+            "prefill is shown, which reads them in the order given.",
+        ),
     ] = False,
     selector: Annotated[
         str,

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     from ifkv.session import Session
 
+_MOVED = (
+    "KL is left out where documents were reordered: full prefill read them in the order given, and "
+    "to another order its distance cannot be compared."
+)
+
 
 def answer_questions(
     console: Console,
@@ -94,10 +99,15 @@ def answer_questions(
         console.print(comparison_table(reports[-1].rows, title=question + hint))
     if len(reports) > 1:
         console.print(_summary(reports))
+    moved = any(row.kl is None for report in reports for row in report.rows)
+    if moved:
+        console.print(f"\n{_MOVED}")
     console.print()
     console.print(Heatmap(reports[0], documents=3, lines=4))
     if html is not None:
         note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio}"
+        if moved:
+            note = f"{note}. {_MOVED}"
         write_html(html, reports, note=note)
         console.print()
         say_written(console, html)
@@ -135,8 +145,9 @@ def _summary(reports: Sequence[Report]) -> str:
     parts = []
     for rows in zip(*(report.rows[1:] for report in reports), strict=True):
         speedup = statistics.median(row.speedup or 0.0 for row in rows)
-        kl = statistics.median(row.kl or 0.0 for row in rows)
-        parts.append(f"{rows[0].way}: {speedup:.2f}× sooner, KL {kl:.3f}")
+        measured = [row.kl for row in rows if row.kl is not None]
+        kl = f", KL {statistics.median(measured):.3f}" if len(measured) == len(rows) else ""
+        parts.append(f"{rows[0].way}: {speedup:.2f}× sooner{kl}")
     return f"\nMedians over {len(reports)} questions. " + "; ".join(parts) + "."
 
 

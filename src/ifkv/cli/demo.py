@@ -16,7 +16,12 @@ def demo(
     ] = 0.15,
     questions: Annotated[int, typer.Option(help="How many questions to ask.", min=1, max=6)] = 3,
     reorder: Annotated[
-        bool, typer.Option("--reorder", help="Put the documents that matter most last.")
+        bool,
+        typer.Option(
+            "--reorder",
+            help="Put the documents that matter most last. Where that moves them, no KL to full "
+            "prefill is shown, which reads them in the order given.",
+        ),
     ] = False,
     max_new_tokens: MaxNewTokens = None,
     html: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
