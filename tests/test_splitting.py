@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_a_bar_shows_that_time_goes_by(capsys: pytest.CaptureFixture[str]) -> No
         report(7, 7)
     shown = capsys.readouterr().err
     assert "7/7 tokens 0:00:0" in " ".join(shown.split())
+
+
+def test_a_bar_in_a_notebook_needs_no_widgets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with token_bar("prefilling") as report:
+            assert report is not None
+            assert not capsys.readouterr().err, "a bar before any work"
+            report(2, 7)
+            report(7, 7)
+    shown = capsys.readouterr()
+    assert "prefilling: 100%" in shown.err
+    assert "7/7" in shown.err
+    assert not shown.out
 
 
 def test_transformers_bars_come_back() -> None:

@@ -1,4 +1,4 @@
-"""Progress bars for long work, on standard error."""
+"""Progress bars for long work: on standard error, or in a notebook's output."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def token_bar(
         yield None
         return
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_jupyter:
+        with _notebook_bar(description) as report_there:
+            yield report_there
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -46,7 +52,7 @@ def token_bar(
         TextColumn("eta"),
         TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(*columns, console=console)
     task = bar.add_task(description, total=None)
     with contextlib.ExitStack() as until_the_end:
 
@@ -55,6 +61,31 @@ def token_bar(
             # Shown from here on only: what is refused before any work leaves no bar behind.
             if not bar.live.is_started:
                 until_the_end.enter_context(bar)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _notebook_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar as a widget, or as text where ipywidgets is missing: rich shows nothing there.
+
+    Args:
+        description: What is being done.
+
+    Yields:
+        A function to be called with tokens done and tokens to do.
+    """
+    from tqdm.auto import tqdm
+
+    with contextlib.ExitStack() as until_the_end:
+        bars: list[Any] = []
+
+        def report(done: int, total: int) -> None:
+            # Made here only: what is refused before any work leaves no bar behind.
+            if not bars:
+                bars.append(tqdm(desc=description, total=total, unit=" tokens"))
+                until_the_end.callback(bars[0].close)
+            bars[0].update(done - bars[0].n)
 
         yield report
 
