@@ -2,12 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
@@ -15,8 +16,10 @@ from transformers.models.qwen3 import modeling_qwen3
 import ifkv
 from ifkv.attention_keywords import strange_keywords
 from ifkv.errors import UnsupportedModelError, UpstreamWarning
+from ifkv.families import families
 from ifkv.testing import FAMILIES, assert_bit_equal, tiny_model
 
+ROOT = Path(__file__).resolve().parents[1]
 PREFIX = [1, 2]
 DOCUMENTS = [[3, 14, 15, 92, 6], [53, 58, 9]]
 IDS = torch.tensor([[5, 9, 33, 2]])
@@ -107,6 +110,47 @@ def test_an_attention_s_keyword_that_is_not_known_is_refused(what: str) -> None:
     ):
         ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
     ifkv.unpatch(model)
+
+
+@pytest.fixture
+def facts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Families of Gemma 2 and gpt-oss that somebody has written without reading their code."""
+    written = (ROOT / "patches" / "qwen2.toml").read_text(encoding="utf-8")
+    for model_type, kind in (("gemma2", "Gemma2"), ("gpt_oss", "GptOss")):
+        text = written.replace("qwen2", model_type).replace("Qwen2", kind)
+        (tmp_path / f"{model_type}.toml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("ifkv.families._folder", lambda: tmp_path)
+    families.cache_clear()
+    yield
+    families.cache_clear()
+
+
+def foreign(model_type: str, **options: Any) -> Any:
+    config = AutoConfig.for_model(
+        model_type,
+        num_hidden_layers=2,
+        hidden_size=32,
+        intermediate_size=48,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        sliding_window=4,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **options,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.usefixtures("facts_alone")
+def test_a_family_of_facts_alone_is_not_enough() -> None:
+    refused(foreign("gemma2"), r"Gemma2Attention of layer 0 asks .*softcap=50\.0")
+    experts = dict(num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(UnsupportedModelError, match="GptOssRotaryEmbedding turns dimensions"):
+        ifkv.patch(foreign("gpt_oss", **experts))
 
 
 @pytest.mark.parametrize(
