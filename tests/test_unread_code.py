@@ -203,12 +203,16 @@ def test_decoding_with_a_keyword_is_the_model_s_own(
     """Over rows of 8 bits the backend decodes, unless a layer asks for what it does not know."""
     model = llama(dtype=torch.float32)
     model.set_attn_implementation("capped")
-    with ifkv.patch(model):
+    with pytest.warns(UpstreamWarning):
+        ifkv.patch(model)
+    try:
         documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
         cache = ifkv.stitch(model, documents, kv_dtype=torch.float8_e4m3fn)
         become(attentions(model), asking(**asked))
         seen.clear()
         model(IDS[:, :1], past_key_values=cache)
+    finally:
+        ifkv.unpatch(model)
     assert len(seen) == (2 if asked else 0)
     assert all(call.keys() >= asked.keys() for call in seen)
 
@@ -228,7 +232,7 @@ def test_ordinary_calls_keep_their_keywords(seen: list[dict[str, Any]]) -> None:
     model.set_attn_implementation("capped")
     become(attentions(model), asking(softcap=1.0))
     expected = model(IDS).logits
-    with pytest.warns(UpstreamWarning), ifkv.patch(model):
+    with pytest.warns(UpstreamWarning, match="the attention 'capped' of"), ifkv.patch(model):
         assert_bit_equal(model(IDS).logits, expected, what="logits while patched")
     assert all(call["softcap"] == 1.0 for call in seen)
 
@@ -290,6 +294,11 @@ def own_window(model: Any, window: int | None) -> Any:
     return model
 
 
+def both_ways(model: Any) -> Any:
+    attentions(model)[1].is_causal = False
+    return model
+
+
 CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "norms": (lambda: with_norms(llama()), r"layer 0 has q_norm.*qk_norm = false"),
     "one norm": (lambda: with_norms(llama(), "k"), r"layer 0 has k_norm.*qk_norm = false"),
@@ -328,6 +337,14 @@ CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
             windowed("mistral"), layer_types=["full_attention", "sliding_attention"]
         ),
         r"layer 0 is among layers of types.*'all-layers'",
+    ),
+    "both directions, by the config": (
+        lambda: configured(llama(), is_causal=False),
+        r"config\.is_causal is False",
+    ),
+    "both directions, in a layer": (
+        lambda: both_ways(llama()),
+        r"layer 1 has is_causal = False",
     ),
     "a window of its own": (lambda: own_window(windowed("phi3"), 3), r"window of 3 of its own"),
 }

@@ -32,6 +32,8 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
         UnsupportedModelError: Normalisation, projections, windows or rotation are others.
     """
     config: Any = model.base_model.config
+    if not getattr(config, "is_causal", True):
+        raise _refusal(model, family, "config.is_causal is False: rows see what comes behind them")
     for index, layer in enumerate(decoder_layers(model)):
         attention: Any = layer.self_attn
         found = (*_of_projections(attention, family), *_of_window(attention, family, config, index))
@@ -50,7 +52,9 @@ def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> Unsu
 
 
 def _of_projections(attention: Any, family: Family) -> Iterator[str]:
-    """What contradicts ``qk_norm`` and ``fused_qkv``."""
+    """What contradicts ``qk_norm`` and ``fused_qkv``, and what no family allows."""
+    if not getattr(attention, "is_causal", True):
+        yield "has is_causal = False: its rows see what comes behind them"
     for name in ("q_norm", "k_norm"):
         has = getattr(attention, name, None) is not None
         if has != family.qk_norm:

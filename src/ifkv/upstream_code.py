@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ifkv.config_overlay import below
 from ifkv.decoder_layers import decoder_layers
 from ifkv.errors import UpstreamWarning
 from ifkv.families import FUNCTIONS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ifkv.families import Family
 
@@ -35,6 +36,7 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
     for path, part in _parts(model, family):
         if not _is_known(part, family.upstream_hashes[path]):
             unread[_name(part, path)] = None
+    unread |= dict.fromkeys(_foreign_attention(model))
     if unread:
         warnings.warn(
             f"{', '.join(unread)}: not the code that family {family.name!r} was written for, so "
@@ -58,6 +60,21 @@ def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
         yield family.attention_class, attention
         for name in FUNCTIONS:
             yield family.function(name), attention_function(attention, name)
+
+
+def _foreign_attention(model: PreTrainedModel) -> Iterator[str]:
+    """Name the attention that the model uses if somebody has registered it beside upstream's own.
+
+    It may compute something else, which ifkv's passes do not: those attend by the family's facts.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = below(cast("PreTrainedConfig", model.base_model.config))
+    function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+    home = str(getattr(function, "__module__", "transformers"))
+    # Names with a slash are kernels of the hub, which transformers registers.
+    if home.partition(".")[0] != "transformers" and "/" not in config._attn_implementation:
+        yield f"the attention {config._attn_implementation!r} of {home}"
 
 
 def attention_function(attention: nn.Module, name: str) -> Any:
