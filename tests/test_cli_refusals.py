@@ -24,6 +24,7 @@ import ifkv.store.encoding
 from ifkv.cli import app
 from ifkv.cli.reading import read_corpus, read_texts
 from ifkv.errors import IfkvError, InvalidInputError, UnsupportedModelError
+from ifkv.source import Source
 from ifkv.testing import tiny_model, tiny_tokenizer
 
 POSITIONS = 256
@@ -54,7 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with two files."""
     monkeypatch.chdir(tmp_path)
     Path("lamp.txt").write_text("The lamp is red.")
-    Path("long.md").write_text("The door is green and old. " * 24)
+    Path("long.md").write_text("".join(f"The door {n} is green. " for n in range(24)))
     return tmp_path
 
 
@@ -165,7 +166,8 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused_naming_the_file(
 def test_files_that_are_too_long_together_are_refused(model_folder: Path) -> None:
     told = str(refused("ask", "Why?", "long.md", "--model", model_folder, "--split", 60))
     assert "tokens in all" in told
-    assert "Ask over fewer files" in told
+    assert "Ask over fewer: other files" in told
+    assert "--retrieve" in told
 
 
 @pytest.mark.usefixtures("here")
@@ -175,11 +177,11 @@ def test_a_long_file_is_cut_into_documents(model_folder: Path) -> None:
     assert made.exit_code == 0, made.output
     assert "documents: " in made.output
     assert ", 0 given twice" in made.output
-    Path("long.md").write_text("The door is green and old. " * 4)
+    Path("long.md").write_text("".join(f"The door {n} is green. " for n in range(4)))
     asked = ["ask", "Why?", "lamp.txt", "long.md", *options[:-1], "30", "--max-new-tokens", "2"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
-    assert re.search(r"long\.md \(\d of \d\)", result.output)
+    assert re.search(r"long\.md:1 \(\d of \d\)", result.output)
     assert "lamp.txt (" not in result.output
 
 
@@ -238,7 +240,9 @@ def test_every_bad_file_is_named_with_its_reason(here: Path) -> None:
 
 def test_a_byte_order_mark_is_no_text(here: Path) -> None:
     Path("marked.jsonl").write_text('\ufeff{"text": "hello"}\n')
-    assert read_corpus([Path("marked.jsonl")], "text") == [("marked.jsonl:1", "hello")]
+    assert read_corpus([Path("marked.jsonl")], "text") == [
+        (Source("marked.jsonl", "marked.jsonl", line=1), "hello")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_corpus_files(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
     found = list(read_corpus([tmp_path / "a.md", tmp_path / "b.jsonl"], "text"))
     assert [text for _, text in found] == ["# A\n", "one", "two"]
-    assert found[2][0].endswith("b.jsonl:3")
+    assert found[2][0].place.endswith("b.jsonl:3")
     for line in ("nonsense", "[]", "{}", '{"text": 3}', '{"text": " "}'):
         (tmp_path / "b.jsonl").write_text(line)
         with pytest.raises(InvalidInputError, match="line 1"):

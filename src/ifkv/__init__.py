@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ifkv.scoring import score
     from ifkv.selection import select
     from ifkv.session import Session
+    from ifkv.source import Source
     from ifkv.stitched_cache import StitchedCache
     from ifkv.stitching import stitch, stitch_many
 
@@ -42,6 +43,7 @@ _HOME = {
     "IfkvError": "errors",
     "PatchHandle": "patching",
     "Session": "session",
+    "Source": "source",
     "StitchedCache": "stitched_cache",
     "extend": "extending",
     "generate": "generation",
@@ -68,6 +70,7 @@ __all__ = [
     "IfkvError",
     "PatchHandle",
     "Session",
+    "Source",
     "StitchedCache",
     "extend",
     "generate",

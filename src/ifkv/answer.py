@@ -15,6 +15,7 @@ from ifkv.finish_reason import FinishReason, cut_sign
 
 if TYPE_CHECKING:
     from ifkv.planning import Plan
+    from ifkv.source import Source
     from ifkv.stitched_cache import StitchedCache
 
 
@@ -52,6 +53,8 @@ class Answer:
             ``"stop_string"``, ``"length"`` (it was cut off at its greatest length), ``"time"``
             (cut off at ``max_time``), ``"criteria"`` (the caller's ``stopping_criteria``) or
             ``"closed"`` (its stream was closed).
+        sources: Where each document is from, in the order they were asked; None where nobody said.
+            Of a text that was added under several names, the first.
 
     In a notebook, an answer is displayed as :meth:`to_html` draws it.
     """
@@ -75,6 +78,7 @@ class Answer:
     plan: Plan | None = None
     tokenizer: Any = None
     finish_reason: FinishReason = dataclasses.field(kw_only=True)
+    sources: Sequence[Source | None] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -99,8 +103,8 @@ class Answer:
 
         Args:
             path: Also write the page to this file.
-            titles: Names of the documents, in the order they were asked; their opening words if
-                not given.
+            titles: Names of the documents, in the order they were asked; their sources if not
+                given, and their opening words where these are not known.
 
         Returns:
             The page.
@@ -143,6 +147,7 @@ class Prepared:
         selector: As in :class:`Answer`.
         selection_cost: As in :class:`Answer`.
         plan: As in :class:`Answer`.
+        sources: As in :class:`Answer`.
     """
 
     cache: StitchedCache
@@ -158,3 +163,4 @@ class Prepared:
     question: str = ""
     selection_cost: Cost = NO_COST
     plan: Plan | None = None
+    sources: Sequence[Source | None] = ()

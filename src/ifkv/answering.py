@@ -157,6 +157,7 @@ def answer_of(
         plan=ready.plan,
         tokenizer=tokenizer,
         finish_reason=reason,
+        sources=ready.sources,
     )
 
 

@@ -88,8 +88,8 @@ def ask_many(
 
         ready = _repairing(session, keys[batch], found, run)
         ready = [
-            dataclasses.replace(one, question=question)
-            for one, question in zip(ready, questions[batch], strict=True)
+            dataclasses.replace(one, question=question, sources=session._catalog.first(own))
+            for one, question, own in zip(ready, questions[batch], keys[batch], strict=True)
         ]
         own_stream = None if stream is None else functools.partial(_shifted, stream, batch.start)
         answers += _complete(session, ready, settings, own_stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Conversation:
         self._cache: StitchedCache | None = None
         self._pending: list[int] = []  # tokens of the last answer that have no rows yet
         self._waiting: list[str] = []  # documents for the next question
+        self._documents: list[str] = []  # those of earlier ones
         self._waiting_tokens = 0
         self._recomputed = torch.zeros(0, dtype=torch.long)
         self._busy = threading.Lock()
@@ -211,6 +213,8 @@ class Conversation:
                         timed=watch,
                     )
                     ready = prepare_turn(session, self._cache, asked, turn, watch, save)
+                documents = [*self._documents, *self._waiting]
+                ready = dataclasses.replace(ready, sources=session._catalog.first(documents))
                 answer = complete(
                     session.model,
                     session.tokenizer,
@@ -227,7 +231,7 @@ class Conversation:
                 self._pending.pop()  # the template has its own end of an answer
             self._cache = ready.cache
             self._recomputed = torch.cat((self._recomputed, answer.slots))
-            self._waiting, self._waiting_tokens = [], 0
+            self._documents, self._waiting, self._waiting_tokens = documents, [], 0
             self.answers.append(answer)
             return answer
 

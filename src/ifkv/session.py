@@ -14,8 +14,10 @@ from torch import Tensor
 from ifkv.answer import Answer, Prepared
 from ifkv.answering import answer_settings, check_room, chosen_selector, complete
 from ifkv.auto import Ratio, Ratios
+from ifkv.catalog import Catalog
 from ifkv.checks import token_tensor
 from ifkv.control_tokens import ControlTokens
+from ifkv.corpus import Corpus
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
@@ -25,6 +27,7 @@ from ifkv.patching import patch
 from ifkv.plannable import check_plannable
 from ifkv.preparation import PrepareOptions, PrepareRequest, prepare
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
+from ifkv.source import Source
 from ifkv.stopwatch import Stopwatch
 from ifkv.store import session_store
 from ifkv.text import INSTRUCTION, PromptFormat
@@ -133,6 +136,8 @@ class Session:
         else:
             self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
         self._library = Library(model, session_store(store), self.prefix_ids, tokenizer.decode)
+        self._catalog = Catalog(self.store)
+        self._corpus = Corpus(model, tokenizer, self._library, self._catalog, self.prefix_ids)
 
     @property
     def store(self) -> DocumentStore:
@@ -154,6 +159,7 @@ class Session:
         texts: Sequence[str],
         *,
         split: int | None = None,
+        sources: Sequence[Source | str | None] | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> list[str]:
@@ -166,29 +172,80 @@ class Session:
         Args:
             texts: The documents' texts: a list, or anything else that has them in an order, such
                 as a generator or one column of a table.
-            split: Tokens of a document at most: longer texts are cut into documents of about
-                equal length, on token ids, wherever that falls. If None, a text is a document.
+            split: Tokens of a document at most: longer texts are cut into several, at headings,
+                paragraphs, sentences and, where these are too long themselves, words. If None, a
+                text is a document.
+            sources: Where each text is from: an :class:`ifkv.Source`, or a title. They are kept
+                beside the documents, are no part of their keys, and come back with answers
+                (:attr:`Answer.sources`); those of pieces say which, and where it begins.
             batch_tokens: As in :func:`ifkv.prefill_documents`.
             progress: Show a progress bar.
 
         Returns:
             The documents' keys in the store, in order. With ``split`` this is still one flat list:
-            the pieces of the first text, then those of the second. To know which are whose, add
-            texts one by one.
+            the pieces of the first text, then those of the second. To know which are whose, give
+            sources, or add texts one by one.
 
         Raises:
             InvalidInputError: A document is blank or longer than the model's positions, or
                 ``texts`` is no list of texts: a mapping, say, a set or a whole table. Of a list
-                it says which text is meant, counting from 0.
+                it says which text is meant, counting from 0. Or ``sources`` are not one for each.
             StoreFullError: The store or its disk has no room.
         """
-        ids = document_pieces(self.model, self.format, self.prefix_ids, texts, split)
-        return self._library.add(
+        ids, own = document_pieces(self.model, self.format, self.prefix_ids, texts, split, sources)
+        keys = self._library.add(
             ids,
             batch_tokens=batch_tokens,
             sensitivities=self.selector.sensitivities,
             progress=progress,
         )
+        self._catalog.add(keys, own)
+        return keys
+
+    def stored(self, only: str | Sequence[str] | None = None) -> list[str]:
+        """Return keys of what the store holds for this model and prefix, whoever added it.
+
+        Args:
+            only: Patterns such as ``"notes/*"``: documents with a source whose title or location
+                matches one of them. All if None.
+
+        Returns:
+            The keys, ordered by location and the place in it.
+
+        Raises:
+            InvalidInputError: There is none, or none that a pattern matches.
+        """
+        return self._corpus.stored(only)
+
+    def sources(self, documents: Sequence[str] | None = None) -> dict[str, list[Source]]:
+        """Return where documents are from, by key: what this session was told, then the store.
+
+        Args:
+            documents: Their keys; all that this session added if None.
+        """
+        keys = self._library.named(documents)
+        known = self._catalog.find(keys)
+        return {key: known.get(key, []) for key in keys}
+
+    def retrieve(
+        self, question: str, count: int, *, documents: Sequence[str] | None = None
+    ) -> list[str]:
+        """Return keys of the documents whose words fit a question best, by BM25.
+
+        Args:
+            question: The question.
+            count: How many at most; documents that share no word with it are left out.
+            documents: Keys of those to choose among, as :meth:`stored` gives them; all that this
+                session added if None.
+
+        Returns:
+            The keys, the best last, next to the question.
+
+        Raises:
+            InvalidInputError: The package bm25s is not installed (``ifkv[retrieve]``), or no
+                document has a word of the question.
+        """
+        return self._corpus.retrieve(question, count, documents)
 
     def ask(
         self,
@@ -389,7 +446,8 @@ class Session:
                 self._library.make_again(error.key, error)
                 asked = dataclasses.replace(asked, documents=self._library.get(documents))
             (ready,) = prepare(self.model, [asked], timed, how)
-        return dataclasses.replace(ready, question=question, plan=plan)
+        sources = self._catalog.first(self._library.named(documents))
+        return dataclasses.replace(ready, question=question, plan=plan, sources=sources)
 
     def complete(
         self,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ifkv.checks import naming
 from ifkv.listing import as_list
 from ifkv.patching import handle_of
-from ifkv.splitting import at_most
+from ifkv.source import Source, check_sources
+from ifkv.splitting import pieces_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ def document_pieces(
     prefix_ids: list[int],
     texts: Any,
     split: int | None,
-) -> list[list[int]]:
+    sources: Any = None,
+) -> tuple[list[list[int]], list[Source | None]]:
     """Return the documents that texts become.
 
     Args:
@@ -32,26 +34,34 @@ def document_pieces(
         prefix_ids: What documents are encoded behind.
         texts: The texts, as a caller gave them.
         split: Tokens of a document at most; None makes every text a document.
+        sources: Where each text is from, as a caller said it.
 
     Returns:
-        Token ids of each document: the pieces of the first text, then those of the second.
+        Token ids of each document, and where it is from: the pieces of the first text, then those
+        of the second.
 
     Raises:
         InvalidInputError: ``texts`` is no list of texts; or one of them, which is named by its
-            index, is none, blank, or longer than the model's positions.
+            index, is none, blank, or longer than the model's positions; or ``sources`` are not
+            one for each.
     """
     rope = handle_of(model).rope
-    pieces: list[list[int]] = []
-    for index, text in enumerate(as_list(texts, "texts", WANTED)):
+    given = as_list(texts, "texts", WANTED)
+    documents: list[list[int]] = []
+    origins: list[Source | None] = []
+    for index, (text, source) in enumerate(
+        zip(given, check_sources(sources, len(given)), strict=True)
+    ):
         with naming(f"document {index}"):
-            ids = layout.document_ids(text)
-        cut = [ids] if split is None else at_most(ids, split)
-        for number, piece in enumerate(cut, 1):
-            which = f"document {index}" if len(cut) == 1 else f"document {index}, piece {number},"
+            pieces = pieces_of(layout, text, split)
+        for ids, offset, part in pieces:
+            whole = part == (1, 1)
+            which = f"document {index}" if whole else f"document {index}, piece {part[0]},"
             rope.check_length(
-                len(prefix_ids) + len(piece),
-                f"{which} ({len(piece)} tokens) with its prefix",
+                len(prefix_ids) + len(ids),
+                f"{which} ({len(ids)} tokens) with its prefix",
                 "Let long texts be cut into shorter documents: add(texts, split=512), for example.",
             )
-        pieces += cut
-    return pieces
+            documents.append(ids)
+            origins.append(source if source is None or whole else source.piece(text, offset, part))
+    return documents, origins

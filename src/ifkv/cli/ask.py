@@ -13,6 +13,7 @@ from ifkv.cli.importing import Imports, import_all
 from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.reading import FILES_HELP, Field
+from ifkv.errors import InvalidInputError
 
 
 def ratio_of(text: str) -> float | Literal["auto"]:
@@ -34,14 +35,35 @@ def ratio_of(text: str) -> float | Literal["auto"]:
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
-    files: Annotated[
-        list[Path],
-        typer.Argument(help=FILES_HELP),
-    ],
     model: Annotated[
         str,
         typer.Option("--model", "-m", help="Folder or hub id of the model.", show_default=False),
     ],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help=f"{FILES_HELP} Without any, the question is asked over what is in --store.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of what is in --store, ask over documents whose title or path matches, such as "
+            "'notes/*'; may be given several times.",
+            metavar="PATTERN",
+            show_default=False,
+        ),
+    ] = None,
+    retrieve: Annotated[
+        int | None,
+        typer.Option(
+            help="Ask over so many documents at most: those whose words fit the question best, "
+            "by BM25, the best last.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     ratio: Annotated[
         Any,
         typer.Option(
@@ -81,8 +103,9 @@ def ask(
         typer.Option(
             "--store",
             "-s",
-            help="Where prefilled files are kept for the next question: a folder or URL, or "
-            "'memory' to keep nothing; the user's cache folder if not given.",
+            help="Where prefilled files are kept for the next question, and where documents are "
+            "found if no files are given: a folder or URL, or 'memory' to keep nothing; the user's "
+            "cache folder if not given.",
             show_default=False,
         ),
     ] = None,
@@ -98,23 +121,26 @@ def ask(
         ),
     ] = None,
 ) -> None:
-    """Ask your own model a question over your own files.
+    """Ask your own model a question over your own files, or over a store of them.
 
     Example: ifkv ask "When was it built?" notes/*.md --model path/to/model
+
+    Example: ifkv ask "When was it built?" --store documents --retrieve 5 --model path/to/model
     """
     import torch
     from rich.console import Console
     from rich.markup import escape
 
-    from ifkv.cli.asking import answer_questions, stream_answer, titles_of
+    from ifkv.cli.asking import add_documents, answer_questions, say_documents, stream_answer
     from ifkv.cli.cutting import check_request, cut
     from ifkv.cli.generation_file import check_generation
     from ifkv.cli.interrupting import documents_kept, interruptible
     from ifkv.cli.loading import check_model, load_model, load_tokenizer
-    from ifkv.cli.places import check_page
+    from ifkv.cli.places import check_page, check_store
     from ifkv.cli.reading import read_corpus
     from ifkv.float8 import FLOAT8, check_kv_dtype
     from ifkv.plannable import check_plannable
+    from ifkv.retrieval import load_bm25s
     from ifkv.selectors import resolve
     from ifkv.session import Session
     from ifkv.store import MemoryStore, session_store
@@ -130,7 +156,22 @@ def ask(
         check_question(question)
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_page(html)
-        found = read_corpus(files, field)
+        if files:
+            if only:
+                raise InvalidInputError(
+                    f"--only {only[0]} names documents of a store, and files were given, too; "
+                    "leave one of them out."
+                )
+        elif split is not None:
+            raise InvalidInputError(
+                f"--split {split} cuts files, and none was given; documents of a store stay as "
+                "they were encoded."
+            )
+        else:
+            check_store(store)
+        if retrieve is not None:
+            load_bm25s()
+        found = read_corpus(files or [], field)
         checked = check_model(model, dtype=dtype, device=device)
         settings = check_generation(model, max_new_tokens)
         kv_dtype = FLOAT8 if kv_fp8 else None
@@ -138,9 +179,9 @@ def ask(
         tokenizer = load_tokenizer(model)
         layout = PromptFormat(tokenizer, **prompt)
         documents = cut(layout, checked.config, found, split)
-        check_request(layout, checked.config, documents, question)
-        context = len(layout.prefix_ids()) + sum(map(len, {tuple(ids) for _, ids in documents}))
-        settings.new_tokens(context, len(layout.prompt_ids(question)))  # refuses a lack of room
+        token_ids = [document.ids for document in documents]
+        if files and retrieve is None:
+            check_request(layout, checked.config, token_ids, question, settings)
         opened = MemoryStore() if store == "memory" else session_store(store)
 
         typer.echo(checked.sentence, err=True)
@@ -149,20 +190,29 @@ def ask(
         session = Session(
             loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
         )
-        if store == "memory":
+        if not files:
+            kept.sentence = lambda: "The store is as it was."
+        elif store == "memory":
             kept.sentence = lambda: "With --store memory nothing is kept."
         else:
-            token_ids = [ids for _, ids in documents]
             kept.sentence = documents_kept(opened, loaded, token_ids, session.prefix_ids)
-        texts = [text for _, text in found]
-        titles = [Path(where).name for where, _ in documents]
+        if files:
+            texts, sources = [text for _, text in found], [source for source, _ in found]
+            keys = add_documents(console, session, texts, sources, split=split, say=compare)
+        else:
+            keys = session.stored(only)
+        if retrieve is not None:
+            keys = session.retrieve(question, retrieve, documents=keys)
+        if retrieve is not None or not files:
+            prefix = len(session.prefix_ids)
+            asked = [session.context_ids([key])[prefix:].tolist() for key in keys]
+            check_request(layout, checked.config, asked, question, settings)
+            say_documents(console, session, keys)
         if compare:
             answer_questions(
                 console,
                 session,
-                texts=texts,
-                split=split,
-                titles=titles,
+                documents=keys,
                 questions=[question],
                 expected=None,
                 ratio=ratio,
@@ -172,15 +222,14 @@ def ask(
                 html=html,
             )
             return
-        keys = session.add(texts, split=split, progress=True)
         stream_answer(
             console,
             session,
             question,
+            documents=keys,
             ratio=ratio,
             reorder=reorder,
             selector=selector,
             max_new_tokens=max_new_tokens,
-            titles=titles_of(keys, titles),
             html=html,
         )

@@ -15,11 +15,72 @@ from ifkv.cli.wording import count
 from ifkv.comparison import Way, compare, overruled
 from ifkv.finish_reason import cut_sign
 from ifkv.report import AnswerRow, Heatmap, Report, comparison_table, write_html
+from ifkv.report.shading import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ifkv.session import Session
+    from ifkv.source import Source
+
+# How many documents are named in a line.
+_NAMED = 8
+
+
+def add_documents(
+    console: Console,
+    session: Session,
+    texts: Sequence[str],
+    sources: Sequence[Source | str],
+    *,
+    split: int | None = None,
+    say: bool = True,
+) -> list[str]:
+    """Prefill documents and say what that took.
+
+    Args:
+        console: Where to print.
+        session: A session over the model.
+        texts: The texts.
+        sources: Where each is from.
+        split: As of :meth:`ifkv.Session.add`.
+        say: Whether to print.
+
+    Returns:
+        The documents' keys, each once.
+    """
+    started, before = time.perf_counter(), session.prefilled
+    added = session.add(texts, split=split, sources=sources, progress=True)
+    keys = list(dict.fromkeys(added))
+    if say:
+        seconds, made = time.perf_counter() - started, session.prefilled - before
+        present = len(keys) - made
+        console.print(
+            f"{count(len(keys), 'document')}, {len(session.context_ids(keys))} tokens with their "
+            "prefix: "
+            + (f"{made} prefilled once" if made else "")
+            + (", " if made and present else "")
+            + (f"{present} found in the store" if present else "")
+            + f" in {seconds:.1f} s. The times below begin with the question and leave that out."
+        )
+    return keys
+
+
+def say_documents(console: Console, session: Session, keys: Sequence[str]) -> None:
+    """Name the documents that a question is asked over, where somebody else has added them."""
+    names = [
+        str(sources[0]) if sources else key[:16] for key, sources in session.sources(keys).items()
+    ]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    console.print(
+        visible(
+            f"{count(len(keys), 'document')}, {len(session.context_ids(keys))} tokens with their "
+            f"prefix: {', '.join(names[:_NAMED])}{more}"
+        ),
+        markup=False,
+        highlight=False,
+    )
+
 
 _MOVED = (
     "KL is left out where documents were reordered: full prefill read them in the order given, and "
@@ -31,9 +92,7 @@ def answer_questions(
     console: Console,
     session: Session,
     *,
-    texts: Sequence[str],
-    split: int | None = None,
-    titles: Sequence[str],
+    documents: Sequence[str],
     questions: Sequence[str],
     expected: Sequence[str] | None,
     ratio: float | Literal["auto"],
@@ -42,14 +101,12 @@ def answer_questions(
     max_new_tokens: int | None,
     html: Path | None,
 ) -> None:
-    """Prefill documents, answer questions by full prefill, stitching alone and ifkv, and show it.
+    """Answer questions by full prefill, stitching alone and ifkv, and show it.
 
     Args:
         console: Where to print.
         session: A session over the model.
-        texts: The documents.
-        split: As of :meth:`ifkv.Session.add`.
-        titles: Titles of the documents that they become, for the picture.
+        documents: Keys of the documents.
         questions: The questions.
         expected: Words that a right answer holds, one per question, if known.
         ratio: Recompute ratio, or ``"auto"`` to have it planned.
@@ -58,23 +115,11 @@ def answer_questions(
         max_new_tokens: As of :meth:`ifkv.Session.ask`.
         html: Where to write the picture, if anywhere.
     """
-    started = time.perf_counter()
-    keys = session.add(texts, split=split, progress=True)
-    titles = titles_of(keys, titles)
-    tokens = len(session.context_ids())
-    seconds, present = time.perf_counter() - started, len(titles) - session.prefilled
-    console.print(
-        f"{count(len(titles), 'document')}, {tokens} tokens with their prefix: "
-        + (f"{session.prefilled} prefilled once" if session.prefilled else "")
-        + (", " if session.prefilled and present else "")
-        + (f"{present} found in the store" if present else "")
-        + f" in {seconds:.1f} s. The times below begin with the question and leave that out."
-    )
     # The first way to be timed would pay for reading what is on a disk only; let it be in memory.
-    for key in session.keys:
+    for key in documents:
         session.store.get(key)
     # The first forward of each kind pays for threads and buffers; let no way pay for another.
-    compare(session, questions[0], documents=session.keys[:1], max_new_tokens=1)
+    compare(session, questions[0], documents=documents[:1], max_new_tokens=1)
 
     settings = overruled(session.model)
     if settings:
@@ -88,12 +133,13 @@ def answer_questions(
             ways = compare(
                 session,
                 question,
+                documents=documents,
                 ratios=ratios,
                 reorder=reorder,
                 selector=selector,
                 max_new_tokens=max_new_tokens,
             )
-        reports.append(_report(session, question, ways, titles))
+        reports.append(_report(session, question, ways))
         hint = f"  (expected: {expected[index]})" if expected else ""
         console.print()
         console.print(comparison_table(reports[-1].rows, title=question + hint))
@@ -105,6 +151,7 @@ def answer_questions(
     console.print()
     console.print(Heatmap(reports[0], documents=3, lines=4))
     if html is not None:
+        tokens = len(session.context_ids(documents))
         note = f"{type(session.model).__name__}, {tokens} tokens of context, r = {ratio}"
         if moved:
             note = f"{note}. {_MOVED}"
@@ -113,15 +160,7 @@ def answer_questions(
         say_written(console, html)
 
 
-def titles_of(keys: Sequence[str], titles: Sequence[str]) -> list[str]:
-    """One title per document: equal texts are one document, under its first title."""
-    named: dict[str, str] = {}
-    for key, title in zip(keys, titles, strict=True):
-        named.setdefault(key, title)
-    return list(named.values())
-
-
-def _report(session: Session, question: str, ways: Sequence[Way], titles: Sequence[str]) -> Report:
+def _report(session: Session, question: str, ways: Sequence[Way]) -> Report:
     """What is shown of one question; the picture is that of the last way, ifkv's."""
     rows = [
         AnswerRow(
@@ -137,7 +176,7 @@ def _report(session: Session, question: str, ways: Sequence[Way], titles: Sequen
     ]
     answer = ways[-1].answer
     assert answer is not None
-    return Report.from_answer(session.tokenizer, question, answer, rows=rows, titles=titles)
+    return Report.from_answer(session.tokenizer, question, answer, rows=rows)
 
 
 def _summary(reports: Sequence[Report]) -> str:
@@ -156,16 +195,17 @@ def stream_answer(
     session: Session,
     question: str,
     *,
+    documents: Sequence[str],
     ratio: float | Literal["auto"],
     reorder: bool,
     selector: str | None = None,
     max_new_tokens: int | None,
-    titles: Sequence[str],
     html: Path | None,
 ) -> None:
     """Print one answer as it comes and its time to first token, and write its page if asked."""
     answer = session.ask(
         question,
+        documents=documents,
         ratio=ratio,
         reorder=reorder,
         selector=selector,
@@ -180,5 +220,5 @@ def stream_answer(
         f"{len(answer.context_ids)} tokens recomputed[/]"
     )
     if html is not None:
-        answer.to_html(html, titles=titles)
+        answer.to_html(html)
         say_written(console, html)

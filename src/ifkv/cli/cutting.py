@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -12,13 +12,15 @@ from ifkv.errors import InvalidInputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ifkv.generation_settings import GenerationSettings
+    from ifkv.source import Source
     from ifkv.text import PromptFormat
 
 Split = Annotated[
     int | None,
     typer.Option(
-        help="Cut files that are longer into documents of at most so many tokens; 512, say. A file "
-        "is one document if not given.",
+        help="Cut texts that are longer into documents of at most so many tokens, at headings, "
+        "paragraphs and sentences; 512, say. A text is one document if not given.",
         min=1,
         show_default=False,
     ),
@@ -27,12 +29,20 @@ Split = Annotated[
 _NAMED = 5
 
 
+class CutDocument(NamedTuple):
+    """A document of a command line: what it is named in messages, its tokens and its source."""
+
+    name: str
+    ids: list[int]
+    source: Source
+
+
 def cut(
     layout: PromptFormat,
     config: PretrainedConfig,
-    texts: Sequence[tuple[str, str]],
+    texts: Sequence[tuple[Source, str]],
     split: int | None,
-) -> list[tuple[str, list[int]]]:
+) -> list[CutDocument]:
     """The documents that texts become, as :meth:`ifkv.Session.add` cuts them.
 
     Args:
@@ -42,7 +52,7 @@ def cut(
         split: Tokens of a document at most; None makes every text a document.
 
     Returns:
-        Where each document is from, and its token ids; pieces of one text are numbered.
+        The documents; pieces of one text are numbered.
 
     Raises:
         InvalidInputError: Documents are longer than the model's positions allow, or cannot be
@@ -50,26 +60,29 @@ def cut(
     """
     from ifkv.checks import naming
     from ifkv.rope import position_limit
-    from ifkv.splitting import at_most
+    from ifkv.splitting import pieces_of
 
-    documents: list[tuple[str, list[int]]] = []
-    for title, text in texts:
+    documents: list[CutDocument] = []
+    for source, text in texts:
+        title = source.place
         with naming(title):
-            ids = layout.document_ids(text)
-        if ids and max(ids) >= config.vocab_size:
+            pieces = pieces_of(layout, text, split)
+        highest = max(max(piece.ids, default=0) for piece in pieces)
+        if highest >= config.vocab_size:
             raise InvalidInputError(
-                f"{title} becomes the token id {max(ids)}, but this model's ids run from 0 to "
+                f"{title} becomes the token id {highest}, but this model's ids run from 0 to "
                 f"{config.vocab_size - 1}; give the model's own tokenizer."
             )
-        pieces = [ids] if split is None else at_most(ids, split)
-        documents += [
-            (title if len(pieces) == 1 else f"{title} ({number} of {len(pieces)})", piece)
-            for number, piece in enumerate(pieces, 1)
-        ]
+        for ids, offset, part in pieces:
+            if part == (1, 1):
+                documents.append(CutDocument(title, ids, source))
+            else:
+                name = f"{title} ({part[0]} of {part[1]})"
+                documents.append(CutDocument(name, ids, source.piece(text, offset, part)))
     limit, reason = position_limit(config)
     prefix = len(layout.prefix_ids())
     room = limit - prefix
-    long = [f"{title} has {len(ids)} tokens" for title, ids in documents if len(ids) > room]
+    long = [f"{name} has {len(ids)} tokens" for name, ids, _ in documents if len(ids) > room]
     if long:
         more = [f"{len(long) - _NAMED} more are too long"] if len(long) > _NAMED else []
         raise InvalidInputError(
@@ -83,22 +96,31 @@ def cut(
 def check_request(
     layout: PromptFormat,
     config: PretrainedConfig,
-    documents: Sequence[tuple[str, list[int]]],
+    documents: Sequence[Sequence[int]],
     question: str,
+    settings: GenerationSettings,
 ) -> None:
     """Refuse a question over more documents than the model has positions for.
 
+    Args:
+        layout: How the model's requests are laid out.
+        config: The model's config.
+        documents: Token ids of each.
+        question: The question.
+        settings: How the answer is generated, which needs room, too.
+
     Raises:
-        InvalidInputError: They are too many.
+        InvalidInputError: They are too many, or leave the answer no room.
     """
     from ifkv.rope import position_limit
 
     limit, reason = position_limit(config)
-    tokens = sum(len(ids) for ids in {tuple(ids) for _, ids in documents})
-    needed = tokens + len(layout.prefix_ids()) + len(layout.prompt_ids(question))
-    if needed > limit:
+    tokens = sum(len(ids) for ids in {tuple(ids) for ids in documents})
+    context, prompt = tokens + len(layout.prefix_ids()), len(layout.prompt_ids(question))
+    if (needed := context + prompt) > limit:
         raise InvalidInputError(
-            f"the files have {tokens} tokens in all and take {needed} positions with prefix and "
-            f"question, but {reason}. Ask over fewer files, or over those that a search finds for "
-            "the question."
+            f"the documents have {tokens} tokens in all and take {needed} positions with prefix "
+            f"and question, but {reason}. Ask over fewer: other files, a part of a store with "
+            "--only, or those whose words fit the question with --retrieve N."
         )
+    settings.new_tokens(context, prompt)  # refuses a lack of room for the answer

@@ -39,7 +39,7 @@ def demo(
     """
     from rich.console import Console
 
-    from ifkv.cli.asking import answer_questions
+    from ifkv.cli.asking import add_documents, answer_questions
     from ifkv.cli.places import check_page
     from ifkv.demo.corpus import load_corpus
     from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
@@ -53,11 +53,12 @@ def demo(
         model, tokenizer = load_demo_model()
     corpus = load_corpus()
     session = Session(model, tokenizer, store=MemoryStore())  # every run shows the whole way
+    titles = [passage.title for passage in corpus.passages]
+    keys = add_documents(console, session, [passage.text for passage in corpus.passages], titles)
     answer_questions(
         console,
         session,
-        texts=[passage.text for passage in corpus.passages],
-        titles=[passage.title for passage in corpus.passages],
+        documents=keys,
         questions=[question.text for question in corpus.questions[:questions]],
         expected=[question.answer for question in corpus.questions[:questions]],
         ratio=ratio,

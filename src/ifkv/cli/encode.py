@@ -89,7 +89,7 @@ def encode(
     from ifkv.cli.wording import count
     from ifkv.patching import patch
     from ifkv.progress import token_bar
-    from ifkv.store import encode_documents, open_store
+    from ifkv.store import encode_documents, keeper_of, open_store
     from ifkv.text import PromptFormat
 
     with interruptible() as kept:
@@ -99,7 +99,8 @@ def encode(
         texts = read_corpus(files, field)
         checked = check_model(model, dtype=dtype, device=device)
         layout = PromptFormat(load_tokenizer(model), **prompt)
-        documents = [ids for _, ids in cut(layout, checked.config, texts, split)]
+        cut_documents = cut(layout, checked.config, texts, split)
+        documents = [each.ids for each in cut_documents]
         prefix = layout.prefix_ids()
         opened = open_store(store, max_bytes=budget, codec=codec)
 
@@ -118,6 +119,9 @@ def encode(
                     sensitivities=sensitivities,
                     on_progress=report,
                 )
+        if (keeper := keeper_of(opened)) is not None:
+            origins = [each.source for each in cut_documents]
+            keeper.add_sources(list(zip(result.keys, origins, strict=True)))
     typer.echo(
         f"{count(len(documents), 'document')}: {result.made} encoded, {result.present} already "
         f"there, {len(documents) - result.made - result.present} given twice"

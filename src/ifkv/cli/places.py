@@ -31,6 +31,32 @@ def check_page(page: Path | None) -> None:
     _check_writable(page.parent, "--html", page)
 
 
+def check_store(where: str | None) -> None:
+    """Refuse a store that is asked over and is not there; a mistyped folder is not made.
+
+    Args:
+        where: As of ``--store``: a folder or URL; the user's cache folder if None.
+
+    Raises:
+        InvalidInputError: There is none, or it is ``memory``.
+    """
+    from ifkv.store import default_store_path
+
+    if where == "memory":
+        raise InvalidInputError(
+            "--store memory holds nothing yet; give files to ask over, or a --store with documents."
+        )
+    named = os.environ.get("IFKV_STORE", "") if where is None else where
+    if "://" in named:
+        return
+    folder = default_store_path() if where is None else Path(where)
+    if not (folder / "documents").is_dir():
+        raise InvalidInputError(
+            f"there are no files to ask over and no store in {folder}; give files, name a store "
+            "with --store, or make one with ifkv encode."
+        )
+
+
 def check_results(folder: Path) -> None:
     """Refuse a folder of results that can neither be made nor written.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ifkv.errors import InvalidInputError
+from ifkv.source import Source
 
 FILES_HELP = (
     "Text or Markdown files, one document each, and .jsonl files, one document a line; longer ones "
@@ -97,7 +98,7 @@ def _not_text(file: Path) -> str:
     return f"{file} is not text (it holds zero bytes); give plain text or Markdown files."
 
 
-def read_corpus(files: Sequence[Path], field: str) -> list[tuple[str, str]]:
+def read_corpus(files: Sequence[Path], field: str) -> list[tuple[Source, str]]:
     """Documents of files: one per text or Markdown file, one per line of a JSONL file.
 
     Args:
@@ -113,12 +114,12 @@ def read_corpus(files: Sequence[Path], field: str) -> list[tuple[str, str]]:
     found = []
     for file, content in zip(files, read_texts(files), strict=True):
         if file.suffix.lower() not in _LINES:
-            found.append((str(file), content))
+            found.append((Source(file.name, str(file)), content))
             continue
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 text = _field_of(line, field, f"{file}, line {number}")
-                found.append((f"{file}:{number}", text))
+                found.append((Source(file.name, str(file), line=number), text))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from ifkv.source import Source
     from ifkv.store import DiskStore
 
 store_app = typer.Typer(
@@ -63,6 +65,16 @@ def _size(nbytes: int) -> str:
     return decimal(nbytes)
 
 
+def _named(sources: Sequence[Source]) -> str:
+    """Where a document is from, in one line; what it holds cannot reach the terminal as control."""
+    if not sources:
+        return ""
+    location = sources[0].location
+    name = f"{sources[0]}  {location}" if location not in ("", str(sources[0])) else str(sources[0])
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return "".join(char if char.isprintable() else "\ufffd" for char in name) + more
+
+
 def _entries(number: int) -> str:
     return "1 entry" if number == 1 else f"{number} entries"
 
@@ -71,12 +83,15 @@ def _entries(number: int) -> str:
 def list_entries(folder: Folder = None) -> None:
     """List entries, the most recently used first."""
     with _open(folder) as store:
-        typer.echo("key               tokens  size      codec  prefix            model     pinned")
+        sources = store.sources()
+        typer.echo(
+            "key               tokens  size      codec  prefix            model     pinned  source"
+        )
         for entry in reversed(store.entries()):
             typer.echo(
                 f"{entry.key[:16]}  {entry.tokens:>6}  {_size(entry.nbytes):<8}  "
                 f"{entry.codec:<5}  {(entry.prefix_key or '-')[:16]:<16}  {entry.fingerprint[:8]}  "
-                f"{'yes' if entry.pinned else ''}".rstrip()
+                f"{'yes' if entry.pinned else '':<6}  {_named(sources.get(entry.key, []))}".rstrip()
             )
 
 

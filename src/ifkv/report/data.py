@@ -127,8 +127,10 @@ class Report:
             question: The question.
             answer: The answer. Without scores (ratio 0 or 1) every token counts the same.
             rows: The ways compared.
-            titles: Names of the documents, in the order they were asked.
+            titles: Names of the documents, in the order they were asked; the answer's sources if
+                not given.
         """
+        titles = titles or ["" if source is None else str(source) for source in answer.sources]
         ids = answer.context_ids.tolist()
         cut = cut_sign(answer.finish_reason, len(answer.token_ids))
         slices = list(answer.document_slices)

@@ -16,6 +16,7 @@ from ifkv.store.location import default_store_path, open_store, session_store
 from ifkv.store.memory import MemoryStore
 from ifkv.store.protocol import DocumentStore, StoreStats
 from ifkv.store.remote import RemoteStore
+from ifkv.store.sources import SourceKeeper, keeper_of
 from ifkv.store.tiered import TieredStore
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "Encoded",
     "MemoryStore",
     "RemoteStore",
+    "SourceKeeper",
     "StoreStats",
     "StoredDocument",
     "TieredStore",
     "default_store_path",
     "document_key",
     "encode_documents",
+    "keeper_of",
     "key_for",
     "key_of",
     "open_store",

@@ -24,9 +24,12 @@ from ifkv.store.index import Entry
 from ifkv.store.keys import check_document, check_key, key_for, prefix_key_of
 from ifkv.store.protocol import StoreStats
 from ifkv.store.recovery import open_index
+from ifkv.store.source_table import SourceTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ifkv.source import Source
 
 # How often a put starts again because another process has evicted its prefix meanwhile.
 _ATTEMPTS = 20
@@ -82,6 +85,7 @@ class DiskStore:
         self.index = open_index(self.folder)
         self._writer = DiskWriter(self.folder, self.index, self.codec, max_bytes)
         self._reader = DiskReader(self.folder, self.index, verify)
+        self._sources = SourceTable(self.index)
         self._hits = self._misses = 0
 
     @property
@@ -173,6 +177,8 @@ class DiskStore:
         if not self._writer.delete(check_key(key)):
             raise DocumentNotFoundError(f"no document {key} to delete in {self.path}.")
         self._reader.forget(key)
+        with self.index.transaction():
+            self._sources.forget()
 
     def pin(self, key: str, pinned: bool = True) -> None:
         """Protect an entry (and so its prefix) from eviction, or stop doing so.
@@ -191,6 +197,14 @@ class DiskStore:
     def entries(self) -> list[Entry]:
         """What the index knows of all entries, least recently used first."""
         return self.index.entries()
+
+    def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
+        """Keep where documents are from; see :class:`ifkv.store.SourceKeeper`."""
+        self._sources.add(sources)
+
+    def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
+        """Return where documents are from, by key; see :class:`ifkv.store.SourceKeeper`."""
+        return self._sources.find(keys)
 
     def stats(self) -> StoreStats:
         """What the store holds and has done."""
@@ -238,7 +252,10 @@ class DiskStore:
         Raises:
             StoreFullError: Pinned entries alone exceed it; nothing was evicted.
         """
-        return self._writer.prune(self.max_bytes if max_bytes is None else max_bytes)
+        evicted = self._writer.prune(self.max_bytes if max_bytes is None else max_bytes)
+        with self.index.transaction():
+            self._sources.forget()
+        return evicted
 
     def close(self) -> None:
         """Close the index; lazily read documents stay readable."""

@@ -35,6 +35,12 @@ CREATE TABLE IF NOT EXISTS documents (
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS documents_used ON documents (used);
 CREATE INDEX IF NOT EXISTS documents_prefix ON documents (prefix_key);
+CREATE TABLE IF NOT EXISTS sources (
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    source TEXT NOT NULL,
+    UNIQUE (key, source)
+);
 """
 _COLUMNS = "key, prefix_key, fingerprint, codec, tokens, nbytes, pinned, used, created"
 _NEXT = "(SELECT coalesce(max(used), 0) + 1 FROM documents)"
@@ -119,20 +125,24 @@ class Index:
             StoreError: The database cannot be written otherwise.
         """
         with self._lock:
-            self._run("BEGIN IMMEDIATE")
+            self.run("BEGIN IMMEDIATE")
             try:
                 yield
-                self._run("COMMIT")
+                self.run("COMMIT")
             except BaseException:
                 with contextlib.suppress(StoreError):  # SQLite may have rolled back by itself
-                    self._run("ROLLBACK")
+                    self.run("ROLLBACK")
                 raise
 
-    def _run(self, statement: str, parameters: tuple[Any, ...] = ()) -> tuple[list[Any], int]:
+    def run(self, statement: str, parameters: tuple[Any, ...] = ()) -> tuple[list[Any], int]:
         """Run one statement.
 
         Returns:
             Its rows, and how many it changed.
+
+        Raises:
+            StoreFullError: The disk is full.
+            StoreError: The database failed otherwise.
         """
         try:
             with self._lock:
@@ -164,7 +174,7 @@ class Index:
     def add(self, entry: Entry) -> None:
         """Add an entry as the one used last, or replace what is there under its key."""
         values = dataclasses.astuple(entry)[:7]
-        self._run(
+        self.run(
             f"INSERT OR REPLACE INTO documents ({_COLUMNS}) "
             f"VALUES (?, ?, ?, ?, ?, ?, ?, {_NEXT}, ?)",
             (*values, time.time()),
@@ -173,7 +183,7 @@ class Index:
     def touch(self, keys: Collection[str]) -> None:
         """Mark entries as used, in order."""
         for key in keys:
-            self._run(f"UPDATE documents SET used = {_NEXT} WHERE key = ?", (key,))
+            self.run(f"UPDATE documents SET used = {_NEXT} WHERE key = ?", (key,))
 
     def note_use(self, keys: Collection[str]) -> None:
         """Mark entries as used, without waiting for whoever is writing: later, if need be."""
@@ -191,14 +201,14 @@ class Index:
             noted, self._noted = self._noted, []
             try:
                 self.touch(noted)
-                self._run("COMMIT")
+                self.run("COMMIT")
             except StoreError:  # a read must not fail because its use cannot be written down
                 with contextlib.suppress(StoreError):
-                    self._run("ROLLBACK")
+                    self.run("ROLLBACK")
 
     def remove(self, key: str) -> None:
         """Remove an entry, if it is there."""
-        self._run("DELETE FROM documents WHERE key = ?", (key,))
+        self.run("DELETE FROM documents WHERE key = ?", (key,))
 
     def pin(self, key: str, pinned: bool) -> bool:
         """Set whether an entry may be evicted.
@@ -206,11 +216,11 @@ class Index:
         Returns:
             Whether there is one.
         """
-        return self._run("UPDATE documents SET pinned = ? WHERE key = ?", (pinned, key))[1] > 0
+        return self.run("UPDATE documents SET pinned = ? WHERE key = ?", (pinned, key))[1] > 0
 
     def totals(self) -> tuple[int, int, int, int]:
         """Entries, tokens, bytes and pinned entries."""
-        rows, _ = self._run(
+        rows, _ = self.run(
             "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nbytes), 0), "
             "coalesce(sum(pinned), 0) FROM documents"
         )
@@ -236,7 +246,7 @@ class Index:
             self._connection = None
 
     def _select(self, rest: str, *parameters: str) -> list[Entry]:
-        rows, _ = self._run(f"SELECT {_COLUMNS} FROM documents {rest}", parameters)
+        rows, _ = self.run(f"SELECT {_COLUMNS} FROM documents {rest}", parameters)
         return [Entry(**dict(zip(_COLUMNS.split(", "), row, strict=True))) for row in rows]
 
 

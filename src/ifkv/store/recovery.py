@@ -39,7 +39,8 @@ def open_index(folder: Folder) -> Index:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise  # locked, or not writable: not damaged
-            # A damaged index is replaceable, the files say all it knew but use and pins.
+            # A damaged index is replaceable, the files say all it knew but use, pins and
+            # sources.
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     path.with_name(INDEX_NAME + suffix).rename(

@@ -1,0 +1,310 @@
+"""Where documents are from: kept beside them, outside their keys, and handed back."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ifkv
+from ifkv import Source
+from ifkv.errors import InvalidInputError, StoreError, StoreWarning
+from ifkv.store import DiskStore, MemoryStore, TieredStore
+from ifkv.testing import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+MODEL = tiny_model(vocab_size=len(TOKENIZER))
+TEXTS = ["The lamp is red.", "The door is green.", "It rains."]
+FERRY = "# The ferry\n\nIt leaves at two.\n\nIt takes an hour."
+
+
+def make_session(store: Any, **options: Any) -> ifkv.Session:
+    return ifkv.Session(MODEL, TOKENIZER, store=store, **options)
+
+
+def test_an_answer_says_where_its_documents_are_from() -> None:
+    session = make_session(MemoryStore())
+    lamp = Source("The lamp", "notes/lamp.md", page=3)
+    keys = session.add(TEXTS, sources=[lamp, "door.md", None])
+    for documents in (keys, keys[::-1], [keys[2]]):
+        answer = session.ask("Which?", documents=documents, max_new_tokens=2)
+        expected = dict(zip(keys, [lamp, Source("door.md"), None], strict=True))
+        assert answer.sources == [expected[key] for key in documents]
+    assert session.ask("Which?", max_new_tokens=2, reorder=True).sources == [
+        lamp,
+        Source("door.md"),
+        None,
+    ]
+    stream = session.stream("Which?", max_new_tokens=2)
+    list(stream)
+    assert stream.answer.sources[0] == lamp
+
+
+def test_the_page_of_an_answer_names_its_documents() -> None:
+    session = make_session(MemoryStore())
+    session.add(TEXTS, sources=[Source("<The> lamp"), "door.md", None])
+    page = session.ask("Which?", ratio=0.5, max_new_tokens=2).to_html()
+    assert "&lt;The&gt; lamp" in page
+    assert "door.md" in page
+    assert "It rains." in page
+    named = session.ask("Which?", max_new_tokens=2).to_html(titles=["One", "Two", "Three"])
+    assert "Two" in named
+    assert "door.md" not in named
+
+
+def test_batches_and_conversations_say_it_too() -> None:
+    session = make_session(MemoryStore())
+    lamp, door, rain = session.add(TEXTS, sources=["lamp.md", "door.md", "rain.md"])
+    answers = session.ask_many(["One?", "Two?"], documents=[[door], [rain, lamp]], max_new_tokens=2)
+    assert [list(map(str, answer.sources)) for answer in answers] == [
+        ["door.md"],
+        ["rain.md", "lamp.md"],
+    ]
+    talk = session.conversation([lamp])
+    assert list(map(str, talk.ask("Which?", max_new_tokens=2).sources)) == ["lamp.md"]
+    talk.add([rain])
+    second = talk.ask("And?", max_new_tokens=2)
+    assert list(map(str, second.sources)) == ["lamp.md", "rain.md"]
+    assert len(second.sources) == len(second.document_slices)
+    assert len(talk.ask("And now?", max_new_tokens=2).sources) == 2
+
+
+def test_sources_are_no_part_of_a_key_and_one_text_may_have_several(tmp_path: Path) -> None:
+    first = make_session(tmp_path)
+    (plain,) = first.add(TEXTS[:1])
+    assert first.sources() == {plain: []}
+    assert first.add(TEXTS[:1], sources=["a.md"]) == [plain]
+    assert first.add([TEXTS[0], TEXTS[0]], sources=["b.md", "a.md"]) == [plain, plain]
+    assert first.sources() == {plain: [Source("a.md"), Source("b.md")]}
+    assert first.prefilled == 1
+    # Another session finds them in the store, behind what it was told itself.
+    other = make_session(tmp_path)
+    other.add(TEXTS[:1], sources=["c.md"])
+    assert other.sources()[plain] == [Source("c.md"), Source("a.md"), Source("b.md")]
+    assert str(other.ask("Which?", max_new_tokens=1).sources[0]) == "c.md"
+
+
+def test_pieces_say_where_they_begin(tmp_path: Path) -> None:
+    session = make_session(tmp_path)
+    source = Source("ferry.md", "notes/ferry.md")
+    keys = session.add([FERRY, TEXTS[0]], split=40, sources=[source, "lamp.md"])
+    found = [session.sources()[key][0] for key in keys]
+    assert [str(each) for each in found] == [
+        "ferry.md:1 (1 of 2)",
+        "ferry.md:5 (2 of 2)",
+        "lamp.md",
+    ]
+    assert [each.offset for each in found] == [0, FERRY.index("It takes"), None]
+    assert {each.location for each in found[:2]} == {"notes/ferry.md"}
+    assert found[1].place == "notes/ferry.md:5"
+    # A line of a JSONL file stays that line.
+    keys = session.add([FERRY], split=40, sources=[Source("x.jsonl", line=7)])
+    assert str(session.sources(keys)[keys[1]][-1]) == "x.jsonl:7 (2 of 2)"
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        (["a.md"], "sources has 1 entries for 3 texts"),
+        ("a.md", "sources is one string"),
+        (Source("a.md"), "sources is Source"),
+        ({"a.md": 1}, "only the names"),
+        (["a.md", 3, None], r"sources\[1\] is of type int"),
+        (["a.md", "", None], "neither title nor location"),
+    ],
+)
+def test_sources_that_are_none_are_refused_before_any_work(sources: Any, words: str) -> None:
+    session = make_session(MemoryStore())
+    with pytest.raises(InvalidInputError, match=words):
+        session.add(TEXTS, sources=sources)
+    assert not len(session.store)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"title": 3}, {"title": "a", "page": 0}, {"title": "a", "line": True}]
+)
+def test_a_source_that_says_nothing_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError):
+        Source(**fields)
+
+
+def test_a_source_survives_its_text() -> None:
+    for source in (Source("é\n\x1b[2J"), Source("a", "b", 1, 2, 0, (1, 2)), Source(location="x")):
+        assert Source.from_json(source.to_json()) == source
+    for text in (
+        "[]",
+        "{",
+        "3",
+        '{"title": 3}',
+        '{"title": "a", "x": 1}',
+        '{"part": [1], "title": "a"}',
+    ):
+        with pytest.raises(ValueError):
+            Source.from_json(text)
+
+
+def test_sources_stay_through_eviction_and_leave_with_the_document(tmp_path: Path) -> None:
+    names = ["a.md", "b.md", "c.md"]
+    with DiskStore(tmp_path) as store:
+        session = make_session(store)
+        keys = session.add(TEXTS, sources=names)
+        store.max_bytes = store.stats().nbytes
+        session.add(["Something else."])
+        assert keys[0] not in store
+        store.max_bytes = None
+        with pytest.warns(StoreWarning, match="prefilled again"):
+            session.ask("Which?", documents=keys, max_new_tokens=1)
+        assert [str(store.sources(keys)[key][0]) for key in keys] == names
+        store.delete(keys[0])
+        assert set(store.sources()) == set(keys[1:])
+        store.prune(0)
+        assert store.sources() == {}
+
+
+def test_an_index_of_an_earlier_release_gets_sources(tmp_path: Path) -> None:
+    (key,) = make_session(tmp_path).add(TEXTS[:1])
+    with sqlite3.connect(tmp_path / "index.sqlite3") as db:
+        db.execute("DROP TABLE sources")
+    session = make_session(tmp_path)
+    assert session.add(TEXTS[:1], sources=["a.md"]) == [key]
+    assert session.prefilled == 0
+    with DiskStore(tmp_path) as store:
+        assert store.sources() == {key: [Source("a.md")]}
+
+
+def test_a_source_that_cannot_be_read_spoils_no_answer(tmp_path: Path) -> None:
+    session = make_session(tmp_path)
+    (key,) = session.add(TEXTS[:1], sources=["a.md"])
+    with sqlite3.connect(tmp_path / "index.sqlite3") as db:
+        db.execute("UPDATE sources SET source = '{'")
+    other = make_session(tmp_path)
+    assert other.ask("Which?", documents=[key], max_new_tokens=1).sources == [None]
+    with pytest.raises(StoreError, match="cannot be read"):
+        other.sources([key])
+
+
+def test_threads_add_sources_side_by_side(tmp_path: Path) -> None:
+    make_session(tmp_path).add(TEXTS)
+    failures: list[BaseException] = []
+
+    def add(name: str) -> None:
+        try:
+            with DiskStore(tmp_path) as store:
+                store.add_sources([(f"{n:064x}", Source(f"{name}{n}.md")) for n in range(20)])
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=add, args=(name,)) for name in "aabb"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    with DiskStore(tmp_path) as store:
+        found = store.sources()
+    assert len(found) == 20
+    assert all(len(each) == 2 for each in found.values())
+
+
+# A store's documents
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A store with three files' documents, one of them cut, and those of another prefix."""
+    session = make_session(tmp_path)
+    sources = [Source("lamp.md", "notes/lamp.md"), Source("ferry.md", "notes/ferry.md")]
+    session.add([TEXTS[0], FERRY, TEXTS[1]], split=40, sources=[*sources, None])
+    make_session(tmp_path, prefix="Other: ").add(["Nobody asks this."], sources=["notes/other.md"])
+    return tmp_path
+
+
+def texts_of(session: ifkv.Session, keys: list[str]) -> list[str]:
+    return [TOKENIZER.decode(session.store.get(key).token_ids).strip() for key in keys]
+
+
+def test_a_session_finds_what_a_store_holds_for_it(corpus: Path) -> None:
+    session = make_session(corpus)
+    ferry = [FERRY[:31].strip(), FERRY[31:].strip()]
+    assert texts_of(session, session.stored()) == [*ferry, TEXTS[0], TEXTS[1]]
+    assert texts_of(session, session.stored("notes/ferry*")) == ferry
+    assert texts_of(session, session.stored("lamp.md")) == [TEXTS[0]]
+    assert len(session.stored(["lamp.md", "*/ferry.md"])) == 3
+    assert len(session.stored("ferry.md:5 (2 of 2)")) == 1
+    answer = session.ask("Which?", documents=session.stored("notes/*"), max_new_tokens=2)
+    assert len(answer.sources) == 3
+    assert all(answer.sources)
+
+
+def test_stores_of_other_kinds_are_gone_through(corpus: Path) -> None:
+    kept = MemoryStore()
+    session = make_session(kept)
+    keys = session.add(TEXTS, sources=["a.md", "b.md", None])
+    make_session(kept, prefix="Other: ").add(["Nobody asks this."])
+    assert session.stored() == [*keys[:2], keys[2]]
+    assert session.stored("b*") == keys[1:2]
+    tiers = TieredStore(MemoryStore(), TieredStore(MemoryStore(), DiskStore(corpus)))
+    assert len(make_session(tiers).stored()) == 4
+
+
+def test_a_prefix_of_no_tokens_has_documents_too(tmp_path: Path) -> None:
+    session = make_session(tmp_path, prefix=[])
+    keys = session.add(TEXTS[:2], sources=["a.md", "b.md"])
+    assert session.stored() == keys
+
+
+def test_what_is_not_there_is_said_with_what_is(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"matches 'x\*'; there are notes/ferry.md, notes/l"
+    ):
+        make_session(corpus).stored(["lamp.md", "x*"])
+    with pytest.raises(InvalidInputError, match="holds 7 entries, and none is a document that"):
+        make_session(corpus, prefix="Third: ").stored()
+    with pytest.raises(InvalidInputError, match="holds 0 entries"):
+        make_session(tmp_path / "new").stored()
+    untitled = make_session(MemoryStore())
+    untitled.add(TEXTS)
+    with pytest.raises(InvalidInputError, match="no titles of the 3 documents"):
+        untitled.stored("a*")
+
+
+# Retrieving
+
+
+def test_the_best_fitting_documents_come_last() -> None:
+    session = make_session(MemoryStore())
+    lamp, door, rain = session.add(TEXTS)
+    assert session.retrieve("Is the DOOR green, or the lamp?", 2) == [lamp, door]
+    assert session.retrieve("the lamp, the red lamp", 3) == [door, lamp]
+    assert session.retrieve("rains", 3) == [rain]
+    assert session.retrieve("It is green, it rains", 2, documents=[lamp, rain]) == [lamp, rain]
+    assert session.retrieve("red", 9, documents=[lamp, lamp]) == [lamp]
+    (later,) = session.add(["A late door, green, green."])
+    assert session.retrieve("green door", 1) == [later], "an index of before was searched"
+
+
+@pytest.mark.parametrize(
+    ("question", "count", "words"),
+    [
+        ("Who?", 2, "none of the 3 documents has a word of the question 'Who"),
+        ("?!", 2, "none of the 3"),
+        ("the lamp", 0, "number of documents to retrieve is 0"),
+    ],
+)
+def test_nothing_found_is_nothing_to_answer_from(question: str, count: int, words: str) -> None:
+    session = make_session(MemoryStore())
+    session.add(TEXTS)
+    with pytest.raises(InvalidInputError, match=words):
+        session.retrieve(question, count)
+
+
+def test_without_bm25s_retrieving_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    session = make_session(MemoryStore())
+    session.add(TEXTS)
+    with pytest.raises(InvalidInputError, match=r"pip install bm25s"):
+        session.retrieve("lamp", 1)
