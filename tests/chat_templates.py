@@ -56,6 +56,25 @@ QWEN3 = """
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
 {%- endif %}"""
+# Mistral Small's: a system message of its own, with the date, where none is given.
+MISTRAL_SMALL = """{%- set today = strftime_now("%Y-%m-%d") %}
+{%- set default_system_message = "You are Mistral. The current date is " + today + ".\n\n" %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system_message %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '<|im_start|>' + system_message + '<|im_end|>' }}
+{%- for message in loop_messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '<|im_start|>' + message['content'] + '<|im_end|>' }}
+    {%- else %}
+        {{- message['content'] + eos_token }}
+    {%- endif %}
+{%- endfor %}"""
 # Gemma's: no system role, and a mark around what a model is trained to say.
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ifkv
-from chat_templates import DEAF, GEMMA, LLAMA2, LLAMA3, QWEN3, OwnWay, tokenizer_with
+from chat_templates import DEAF, GEMMA, LLAMA2, LLAMA3, MISTRAL_SMALL, QWEN3, OwnWay, tokenizer_with
 from ifkv.errors import FingerprintMismatchError, InvalidInputError, PromptWarning
 from ifkv.store import MemoryStore
 from ifkv.testing import tiny_model
@@ -112,6 +112,12 @@ def test_a_template_that_raises_is_named() -> None:
         PromptFormat(tokenizer)
     with pytest.raises(InvalidInputError, match="cannot be read"):
         PromptFormat(tokenizer_with("{% if %}"))
+    several: Any = tokenizer_with(None)
+    several.chat_template = {"rag": QWEN3}
+    with pytest.raises(InvalidInputError, match="no chat template by default"):
+        PromptFormat(several)
+    several.chat_template = {"rag": LLAMA2, "default": QWEN3}
+    assert "You are Qwen." in PromptFormat(several).prefix_text
 
 
 # --- A template that prints today's date
@@ -168,6 +174,18 @@ def test_a_date_can_be_given_and_is_not_warned_of() -> None:
         assert "Today Date: a Monday\n" in own.prefix_text
         assert own.prefix_ids()
         assert PromptFormat(tokenizer_with(QWEN3)).prefix_ids()
+
+
+def test_a_system_prompt_in_the_dates_place_leaves_no_date() -> None:
+    with pytest.warns(PromptWarning):
+        dated = session_of(MISTRAL_SMALL)
+    assert "The current date is 2024-07-26." in dated.format.prefix_text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)
+        told = session_of(MISTRAL_SMALL, system=SYSTEM)
+    assert "date" not in told.format.prefix_text
+    with pytest.raises(InvalidInputError, match="prints no date"):
+        session_of(MISTRAL_SMALL, system=SYSTEM, date="today")
 
 
 def test_bad_dates_are_refused() -> None:

@@ -45,6 +45,8 @@ class ChatTemplate:
         variables: Further variables of the template, such as ``{"enable_thinking": False}``.
         date: The date to write where the template prints today's: a date, as text such as
             ``"2026-01-31"``, or ``"today"``. :data:`FROZEN_DATE` if None.
+        system: Whether messages begin with a system prompt, in whose place some templates have
+            one of their own, with the date.
 
     Attributes:
         by_class: Whether the tokenizer's class lays messages out by itself.
@@ -59,18 +61,21 @@ class ChatTemplate:
         tokenizer: Any,
         variables: Mapping[str, Any] | None = None,
         date: datetime.date | str | None = None,
+        *,
+        system: bool = False,
     ):
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self.by_class = _has_own_way(tokenizer)
         self._source: str | None = None
         if not self.by_class and getattr(tokenizer, "chat_template", None):
-            self._source = tokenizer.get_chat_template(None, self._variables.get("tools"))
+            self._source = _source(tokenizer, self._variables.get("tools"))
         self._check_variables()
         wanted = _date(date)
         self.date: datetime.date | None = None
         if "strftime_now" in self._read_variables:
-            probe = [{"role": "user", "content": "?"}]
+            roles = ("system", "user") if system else ("user",)
+            probe = [{"role": role, "content": "?"} for role in roles]
             self.date = _DAYS[0]
             first = self.render(probe)
             self.date = _DAYS[1]
@@ -218,6 +223,22 @@ def _has_own_way(tokenizer: Any) -> bool:
     """True if the tokenizer's class lays messages out by itself, without a Jinja template."""
     own = getattr(type(tokenizer), "apply_chat_template", None)
     return own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
+
+
+def _source(tokenizer: Any, tools: Any) -> str:
+    """The tokenizer's Jinja template, of which it may have several.
+
+    Raises:
+        InvalidInputError: It has several, and none by default.
+    """
+    try:
+        source: str = tokenizer.get_chat_template(None, tools)
+    except ValueError as error:
+        raise InvalidInputError(
+            f"the tokenizer has no chat template by default ({str(error).splitlines()[0]}); set "
+            "tokenizer.chat_template to the one that is meant."
+        ) from error
+    return source
 
 
 def _constants(tree: nodes.Template) -> list[str]:

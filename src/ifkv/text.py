@@ -87,7 +87,9 @@ class PromptFormat:
         control_tokens: ControlTokens = "text",
     ):
         check_vocabulary(tokenizer)
-        self._template = ChatTemplate(tokenizer, chat_template_kwargs, date)
+        self._template = ChatTemplate(
+            tokenizer, chat_template_kwargs, date, system=system is not None
+        )
         self._freezes = date is None and self._template.date is not None
         self._system = system
         self._check_system()
