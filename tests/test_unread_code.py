@@ -359,6 +359,28 @@ def test_a_model_that_contradicts_its_family_is_refused(what: str) -> None:
     assert type(model.model.config) is type(model.config)
 
 
+def test_an_attention_without_an_eager_one_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = llama()
+    monkeypatch.setattr("ifkv.attention.attention_function", lambda *_: None)
+    with ifkv.patch(model):
+        model(IDS)  # by SDPA
+        model.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedModelError, match=r"LlamaAttention calls no eager_att.*sdpa"):
+            model(IDS)
+
+
+def test_a_patched_model_that_contradicts_its_family_stays_patched() -> None:
+    model = llama()
+    with ifkv.patch(model) as handle:
+        attentions(model)[1].is_causal = False
+        with pytest.raises(UnsupportedModelError, match="layer 1 has is_causal = False"):
+            ifkv.patch(model)
+        attentions(model)[1].is_causal = True
+        assert ifkv.patch(model) is handle
+
+
 def interleaved(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
     def turn(x: Any) -> Any:
         half = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)

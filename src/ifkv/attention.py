@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ifkv.attention_keywords import checked_spec, spec_of, strange_keywords
 from ifkv.backends.plans import UNSCALED
 from ifkv.backends.spec import AttentionSpec
+from ifkv.errors import UnsupportedModelError
 from ifkv.float8 import restore
 from ifkv.marks import is_stitched, scales_of
 from ifkv.passes import LayerCall
@@ -64,6 +65,12 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
             value = restore(value, scales.values, query.dtype)
         # "eager" lives in each modeling file, not in the registry.
         eager: Any = attention_function(module, "eager_attention_forward")
+        if eager is None and config._attn_implementation == "eager":
+            raise UnsupportedModelError(
+                f"{type(module).__name__} calls no eager_attention_forward, so "
+                "ifkv cannot hand its attention back to it; unpatch the model, or take "
+                "attn_implementation='sdpa'."
+            )
         usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         return usual(module, query, key, value, attention_mask, **kwargs)
 

@@ -153,6 +153,10 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
         BackendUnavailableError: The backend asked for cannot run here.
 
+    Warns:
+        UpstreamWarning: The model runs code that nobody has read; ``ifkv verify`` tells whether
+            ifkv fits it.
+
     Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model
@@ -170,6 +174,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         check_weights(model)
         warn_of_unloaded(model)
         check_mode(model)
+        rope = Rope(model, family)
+        check_facts(model, family)
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)
         if existing is not None:
@@ -178,8 +184,6 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
                 existing.fingerprints = FingerprintCache()
                 return existing
             existing.unpatch()
-        rope = Rope(model, family)
-        check_facts(model, family)
         warn_of_unread_code(model, family)
         handle = PatchHandle(model, family, chosen, rope)
         handle._attach(model)
