@@ -15,10 +15,11 @@ from torch import Tensor
 from ifkv.answer import Answer
 from ifkv.answering import complete
 from ifkv.auto import Ratio
+from ifkv.copying import Uncopied
 from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
 from ifkv.stopwatch import Stopwatch
-from ifkv.streaming import Closing, pieces_of
+from ifkv.streaming import AnswerStream, Closing
 from ifkv.turns import Asked, Turn, prepare_turn
 from ifkv.undoing import all_or_nothing
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Stream = bool | Callable[[str], None]
 
 
-class Conversation:
+class Conversation(Uncopied):
     """Turns over documents of a session, each of which costs only what is new in it.
 
     The first question is answered as :meth:`Session.ask` answers it. Then the repaired documents,
@@ -57,6 +58,8 @@ class Conversation:
             new documents.
     """
 
+    _instead = "copy.copy(conversation) goes on from here by itself, over the same session"
+
     def __init__(self, session: Session, documents: Sequence[str] | None = None):
         self.answers: list[Answer] = []
         self._session = session
@@ -69,6 +72,19 @@ class Conversation:
         self._busy = threading.Lock()
         _ = session.format.opening  # refuses a template that rewrites earlier turns
         self.add(documents)
+
+    def __copy__(self) -> Conversation:
+        """Another conversation that goes on from here; neither sees the other's turns."""
+        with self._alone():
+            twin = object.__new__(type(self))
+            twin.__dict__.update(
+                self.__dict__,
+                answers=list(self.answers),
+                _cache=None if self._cache is None else self._cache.clone(),
+                _waiting=list(self._waiting),
+                _busy=threading.Lock(),
+            )
+        return twin
 
     def __repr__(self) -> str:
         documents = len(self._waiting)
@@ -166,7 +182,7 @@ class Conversation:
         )
         return self._answer(asked, stream)
 
-    def stream(self, question: str, **options: Any) -> Iterator[str]:
+    def stream(self, question: str, **options: Any) -> AnswerStream:
         """The next answer, piece by piece as it is generated.
 
         Work begins with the first piece. To leave the loop, or to close the iterator, stops the
@@ -181,7 +197,7 @@ class Conversation:
             InvalidInputError: As of :meth:`ask`, with this call or with the first piece.
         """
         asked = Asked.checked(self._session, question, **options)
-        return pieces_of(functools.partial(self._answer, asked))
+        return AnswerStream(functools.partial(self._answer, asked))
 
     def _answer(self, asked: Asked, stream: Stream, stopping: Closing | None = None) -> Answer:
         """One turn, from the question to the rows that are kept."""

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from ifkv.generation_checks import functions
-from ifkv.streaming import Closing
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,6 +41,9 @@ def finish_reason(
         ``"stop"`` for a stop token, ``"stop_string"``, ``"length"``, ``"time"`` for ``max_time``,
         ``"closed"`` for a stream that was closed, or ``"criteria"`` for the caller's own.
     """
+    from ifkv.generation_checks import functions  # which need torch; reports do without
+    from ifkv.streaming import Closing
+
     full = len(token_ids) >= limit
     forced = full and settings.get("forced_eos_token_id") is not None
     if len(token_ids) and not forced and int(token_ids[-1]) in settings.stop_token_ids:

@@ -73,6 +73,12 @@ class Library:
         self._prefix: DocumentCache | None = None
         self._origins: dict[str, _Origin] = {}
 
+    def __copy__(self) -> Library:
+        """Another that begins with the same documents."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, keys=list(self.keys), _origins=dict(self._origins))
+        return twin
+
     def add(
         self,
         documents: Sequence[list[int]],

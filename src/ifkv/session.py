@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import os
@@ -17,6 +18,7 @@ from ifkv.auto import Ratio, Ratios
 from ifkv.catalog import Catalog
 from ifkv.checks import token_tensor
 from ifkv.control_tokens import ControlTokens
+from ifkv.copying import Uncopied
 from ifkv.corpus import Corpus
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 from ifkv.families import resolve_family
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from ifkv.streaming import AnswerStream, Closing
 
 
-class Session:
+class Session(Uncopied):
     """Documents of one model and one prefix, and the questions asked over them.
 
     Args:
@@ -87,6 +89,11 @@ class Session:
         >>> len(answer.token_ids) <= 4, sorted(answer.order)
         (True, [0, 1])
     """
+
+    _instead = (
+        "copy.copy(session) is another over the same model and store, and in another process make "
+        "one: ifkv.Session(model, tokenizer, store=path)"
+    )
 
     def __init__(
         self,
@@ -138,6 +145,15 @@ class Session:
         self._library = Library(model, session_store(store), self.prefix_ids, tokenizer.decode)
         self._catalog = Catalog(self.store)
         self._corpus = Corpus(model, tokenizer, self._library, self._catalog, self.prefix_ids)
+
+    def __copy__(self) -> Session:
+        """Another session over the same model and store, with a list of documents of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._library = copy.copy(self._library)
+        parts = twin._library, self._catalog, self.prefix_ids
+        twin._corpus = Corpus(self.model, self.tokenizer, *parts)
+        return twin
 
     @property
     def store(self) -> DocumentStore:
@@ -316,7 +332,8 @@ class Session:
             **options: As of :meth:`ask`.
 
         Returns:
-            An iterator over the pieces, whose ``answer`` is the :class:`Answer` at the end.
+            An iterator over the pieces, for ``for`` or ``async for``, whose ``answer`` is the
+            :class:`Answer` at the end.
 
         Raises:
             InvalidInputError: As of :meth:`ask`, with the first piece.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
 from ifkv.errors import (
     DocumentNotFoundError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _ATTEMPTS = 20
 
 
-class DiskStore:
+class DiskStore(Uncopied):
     """Documents in a folder that several threads and processes may use at once.
 
     Args:
@@ -64,6 +65,8 @@ class DiskStore:
         ...         store.key_for(model, [5, 6, 7], [1]) in store, store.get(key).token_ids
         (True, tensor([5, 6, 7]))
     """
+
+    _instead = "open the folder once more, in another process, too: DiskStore(path)"
 
     def __init__(
         self,

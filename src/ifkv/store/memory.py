@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
 from ifkv.errors import DocumentNotFoundError, InvalidInputError, StoreFullError
 from ifkv.store.keys import check_document, check_key, key_for, key_of, prefix_key_of
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class MemoryStore:
+class MemoryStore(Uncopied):
     """Documents in host memory; the least recently used are dropped when the budget is reached.
 
     Args:
@@ -41,6 +42,8 @@ class MemoryStore:
         (True, 3, 2)
         >>> ifkv.unpatch(model)
     """
+
+    _instead = "share it, or keep documents on disk for others: DiskStore(path)"
 
     def __init__(self, max_bytes: int | None = None, *, pin_memory: bool = False):
         if max_bytes is not None and max_bytes < 0:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
+from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreError
 from ifkv.store.codecs import resolve_codec
@@ -39,7 +40,7 @@ _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "memor
 _HEAD_BYTES = 2**18
 
 
-class RemoteStore:
+class RemoteStore(Uncopied):
     """Documents at a URL, one object each, without an index and without a budget.
 
     Everything read is checked against its checksums. Put a disk store before it, so that each
@@ -55,6 +56,8 @@ class RemoteStore:
     Raises:
         StoreError: fsspec, or the package it needs for this kind of URL, is not installed.
     """
+
+    _instead = "open the place once more, in another process, too: RemoteStore(url)"
 
     def __init__(self, url: str, *, codec: str = "exact", **storage_options: Any):
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
 from ifkv.errors import DocumentNotFoundError, StoreError, StoreFullError
 from ifkv.store.keys import key_for
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TieredStore:
+class TieredStore(Uncopied):
     """Two stores as one: puts go to both, what is found only in the slow one moves up.
 
     Tiers nest: ``TieredStore(MemoryStore(...), TieredStore(DiskStore(...), RemoteStore(...)))``.
@@ -28,6 +29,8 @@ class TieredStore:
         fast: Asked first; may hold less than all.
         slow: Holds everything; its losses are losses.
     """
+
+    _instead = "make another of the same kind: TieredStore(MemoryStore(), DiskStore(path))"
 
     def __init__(self, fast: DocumentStore, slow: DocumentStore):
         self.fast = fast
