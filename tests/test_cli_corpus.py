@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_ls_lets_no_control_character_out(tmp_path: Path) -> None:
         key = store.put(random_document(1, length=4))
         store.add_sources([(key, Source("a\x1b[2J\nb"))])
     assert "a\ufffd[2J\ufffdb" in run("store", "ls", "--store", tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_kept_and_shown(options: list[Any], tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.md")
+    (tmp_path / name).write_text("The ferry leaves at two.")
+    store = [*options[:2], "--store", tmp_path / "store"]
+    run("encode", tmp_path / name, *store)
+    assert "caf\ufffd.md" in run("store", "ls", "--store", tmp_path / "store")
+    page = tmp_path / "page.html"
+    shown = run("ask", "W?", *store, "--only", "caf*", "--max-new-tokens", 2, "--html", page)
+    assert "caf\ufffd.md" in shown
+    assert "caf\ufffd.md" in page.read_text(encoding="utf-8")
 
 
 def test_a_question_over_all_of_a_store(options: list[object]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import ifkv
 from ifkv import Source
 from ifkv.errors import InvalidInputError, StoreError, StoreWarning
-from ifkv.store import DiskStore, MemoryStore, TieredStore
+from ifkv.store import DiskStore, MemoryStore, RemoteStore, TieredStore
 from ifkv.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -133,7 +133,11 @@ def test_a_source_that_says_nothing_is_refused(fields: dict[str, Any]) -> None:
 
 
 def test_a_source_survives_its_text() -> None:
-    for source in (Source("é\n\x1b[2J"), Source("a", "b", 1, 2, 0, (1, 2)), Source(location="x")):
+    for source in (
+        Source("é\n\x1b[2J\udcff"),
+        Source("a", "b", 1, 2, 0, (1, 2)),
+        Source(location="x"),
+    ):
         assert Source.from_json(source.to_json()) == source
     for text in (
         "[]",
@@ -251,6 +255,19 @@ def test_stores_of_other_kinds_are_gone_through(corpus: Path) -> None:
     assert len(make_session(tiers).stored()) == 4
 
 
+def test_the_slowest_tier_that_can_keeps_sources(tmp_path: Path) -> None:
+    far = RemoteStore((tmp_path / "far").as_uri())
+    near, back = DiskStore(tmp_path / "near"), DiskStore(tmp_path / "back")
+    (key,) = make_session(TieredStore(near, far)).add(TEXTS[:1], sources=["a.md"])
+    assert near.sources() == {key: [Source("a.md")]}
+    make_session(TieredStore(near, back)).add(TEXTS[:1], sources=["b.md"])
+    assert back.sources() == {key: [Source("b.md")]}
+    session = make_session(far)
+    assert session.stored() == [key], "a remote store's documents are found without their names"
+    with pytest.raises(InvalidInputError, match="A store on disk keeps it"):
+        session.stored("a.md")
+
+
 def test_a_prefix_of_no_tokens_has_documents_too(tmp_path: Path) -> None:
     session = make_session(tmp_path, prefix=[])
     keys = session.add(TEXTS[:2], sources=["a.md", "b.md"])
@@ -268,7 +285,7 @@ def test_what_is_not_there_is_said_with_what_is(corpus: Path, tmp_path: Path) ->
         make_session(tmp_path / "new").stored()
     untitled = make_session(MemoryStore())
     untitled.add(TEXTS)
-    with pytest.raises(InvalidInputError, match="no titles of the 3 documents"):
+    with pytest.raises(InvalidInputError, match="nobody has said where the 3 documents"):
         untitled.stored("a*")
 
 

@@ -141,8 +141,9 @@ def _nothing_named(pattern: str, keys: set[str], sources: dict[str, list[Source]
     )
     if not names:
         return (
-            f"no document is named {pattern!r}: the store has no titles of the {len(keys)} "
-            "documents. Encode them again, which computes nothing anew and keeps the titles."
+            f"no document is named {pattern!r}: nobody has said where the {len(keys)} documents "
+            "are from. A store on disk keeps it: encode them again, which computes nothing anew, "
+            "or add() them with sources."
         )
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (

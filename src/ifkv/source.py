@@ -82,7 +82,7 @@ class Source:
     def to_json(self) -> str:
         """Return what :meth:`from_json` takes; equal sources give equal text."""
         given = {name: value for name, value in vars(self).items() if value not in ("", None)}
-        return json.dumps(given, ensure_ascii=False, sort_keys=True)
+        return json.dumps(given, sort_keys=True)  # in ASCII: a file's name need not be UTF-8
 
     @classmethod
     def from_json(cls, text: str) -> Source:

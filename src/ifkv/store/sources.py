@@ -35,7 +35,8 @@ class SourceKeeper(Protocol):
 
 
 def keeper_of(store: object) -> SourceKeeper | None:
-    """Return the part of a store that keeps sources; None if there is none."""
-    while isinstance(store, TieredStore):
-        store = store.slow
+    """Return the part of a store that keeps sources, the slowest that does; None if none does."""
+    if isinstance(store, TieredStore):
+        slow = keeper_of(store.slow)
+        return keeper_of(store.fast) if slow is None else slow  # an empty store is false
     return store if isinstance(store, SourceKeeper) else None
