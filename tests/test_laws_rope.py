@@ -1,6 +1,8 @@
 """Laws 18-22: where keys are put, and that this is all that happens to them."""
 
+import dataclasses
 import importlib
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -113,14 +115,13 @@ def test_law_19_a_constant_added_to_all_positions_changes_no_score(s: Scenario, 
     assume(s.options.rope != "longrope")  # its frequencies change behind position 64
     plain = positions.layout
 
-    def shifted(prefix_length: int, lengths: list[int], geometry: str) -> positions.Layout:
-        placed = plain(prefix_length, lengths, geometry)
-        return positions.Layout(
-            placed.positions + shift,
-            placed.document_slices,
-            placed.prefix_length,
-            placed.query_position + shift,
-            placed.geometry,
+    def shifted(*given: Any) -> positions.Layout:
+        placed = plain(*given)
+        return dataclasses.replace(
+            placed,
+            positions=placed.positions + shift,
+            query_position=placed.query_position + shift,
+            plain=False,
         )
 
     with prepared(s.model, s.request) as bench:
