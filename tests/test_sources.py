@@ -289,6 +289,12 @@ def test_what_is_not_there_is_said_with_what_is(corpus: Path, tmp_path: Path) ->
         untitled.stored("a*")
 
 
+@pytest.mark.parametrize("only", [[], "", ["a.md", ""], [3], 3, {"a.md"}, {"a.md": 1}])
+def test_a_pattern_that_is_none_is_refused(corpus: Path, only: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"^only is "):
+        make_session(corpus).stored(only)
+
+
 # Retrieving
 
 
@@ -300,6 +306,7 @@ def test_the_best_fitting_documents_come_last() -> None:
     assert session.retrieve("rains", 3) == [rain]
     assert session.retrieve("It is green, it rains", 2, documents=[lamp, rain]) == [lamp, rain]
     assert session.retrieve("red", 9, documents=[lamp, lamp]) == [lamp]
+    assert session.retrieve("red", 9, documents=[session.add(["?!"])[0], lamp]) == [lamp]
     (later,) = session.add(["A late door, green, green."])
     assert session.retrieve("green door", 1) == [later], "an index of before was searched"
 
@@ -309,10 +316,13 @@ def test_the_best_fitting_documents_come_last() -> None:
     [
         ("Who?", 2, "none of the 3 documents has a word of the question 'Who"),
         ("?!", 2, "none of the 3"),
+        (" ", 2, "the question is ' '"),
+        (None, 2, "the question is None"),
+        ("the lamp", 1.5, "number of documents to retrieve is 1.5"),
         ("the lamp", 0, "number of documents to retrieve is 0"),
     ],
 )
-def test_nothing_found_is_nothing_to_answer_from(question: str, count: int, words: str) -> None:
+def test_nothing_found_is_nothing_to_answer_from(question: Any, count: Any, words: str) -> None:
     session = make_session(MemoryStore())
     session.add(TEXTS)
     with pytest.raises(InvalidInputError, match=words):

@@ -16,10 +16,12 @@ from ifkv.errors import (
     StoreCorruptionError,
     StoreWarning,
 )
+from ifkv.listing import as_list
 from ifkv.patching import handle_of
 from ifkv.retrieval import Retriever
 from ifkv.source import Source
 from ifkv.store import DiskStore, DocumentStore, TieredStore, document_key
+from ifkv.text import check_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +61,7 @@ class Corpus:
 
     def stored(self, only: str | Sequence[str] | None) -> list[str]:
         """Return keys; see :meth:`ifkv.Session.stored`."""
+        patterns = None if only is None else _patterns(only)
         store = self._library.store
         identity = handle_of(self._model).fingerprints.of(self._model)
         prefix_key = _prefix_key(identity, torch.tensor(self._prefix_ids, dtype=torch.long))
@@ -71,8 +74,7 @@ class Corpus:
                 "and store."
             )
         sources = self._catalog.find(None)
-        if only is not None:
-            patterns = [only] if isinstance(only, str) else list(only)
+        if patterns is not None:
             for pattern in patterns:
                 if not any(_matches(sources.get(key, []), pattern) for key in fitting):
                     raise InvalidInputError(_nothing_named(pattern, fitting, sources))
@@ -85,6 +87,7 @@ class Corpus:
 
     def retrieve(self, question: str, count: int, documents: Sequence[str] | None) -> list[str]:
         """Return keys; see :meth:`ifkv.Session.retrieve`."""
+        check_question(question)
         keys = list(dict.fromkeys(self._library.named(documents)))
         if self._searched is None or self._searched[0] != tuple(keys):
             texts = [self._text(key) for key in keys]
@@ -96,6 +99,19 @@ class Corpus:
         (document,) = self._library.get([key], lazy=True)
         text: str = self._tokenizer.decode(document.token_ids)
         return text
+
+
+def _patterns(only: str | Sequence[str]) -> list[str]:
+    """The patterns that a caller gives, as a list.
+
+    Raises:
+        InvalidInputError: There is none, or one is no text.
+    """
+    wanted = "give a pattern such as 'notes/*', or a list of them"
+    patterns: list[Any] = [only] if isinstance(only, str) else as_list(only, "only", wanted)
+    if not patterns or not all(isinstance(each, str) and each for each in patterns):
+        raise InvalidInputError(f"only is {only!r}; {wanted}.")
+    return patterns
 
 
 def _kinds(store: DocumentStore) -> Iterator[tuple[str, tuple[str, str | None]]]:
@@ -131,6 +147,7 @@ def _matches(sources: Sequence[Source], pattern: str) -> bool:
         fnmatchcase(name, pattern)
         for source in sources
         for name in (source.title, source.location, str(source), source.place)
+        if name
     )
 
 

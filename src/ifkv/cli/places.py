@@ -49,7 +49,7 @@ def check_store(where: str | None) -> None:
     named = os.environ.get("IFKV_STORE", "") if where is None else where
     if "://" in named:
         return
-    folder = default_store_path() if where is None else Path(where)
+    folder = default_store_path() if where is None else Path(where).expanduser()
     if not (folder / "documents").is_dir():
         raise InvalidInputError(
             f"there are no files to ask over and no store in {folder}; give files, name a store "
