@@ -244,7 +244,11 @@ def _replace_a_module(layer: Any) -> None:
     layer.mlp.__class__ = Doubled
 
 
-@pytest.mark.parametrize("change", [_move_a_weight, _replace_a_module])
+def _change_a_factor(layer: Any) -> None:
+    layer.self_attn.scaling *= 2
+
+
+@pytest.mark.parametrize("change", [_move_a_weight, _replace_a_module, _change_a_factor])
 def test_what_has_changed_is_captured_anew(bench: Bench, change: Callable[[Any], None]) -> None:
     before = bench.scores([20, 21], graphs=True)
     base: Any = bench.model.base_model

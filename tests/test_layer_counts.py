@@ -97,6 +97,20 @@ def test_a_window_that_changes_under_a_patch_makes_another_model() -> None:
             ifkv.stitch(model, documents)
 
 
+def test_a_factor_that_changes_under_a_patch_makes_another_model() -> None:
+    model: Any = tiny_model("llama", dtype=torch.float32)
+    with ifkv.patch(model):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        model.model.layers[1].self_attn.scaling *= 2
+        with pytest.raises(FingerprintMismatchError):
+            ifkv.stitch(model, documents)
+    twin: Any = tiny_model("llama", dtype=torch.float32)
+    twin.model.layers[1].self_attn.scaling *= 2
+    with ifkv.patch(twin):
+        again = ifkv.prefill_documents(twin, DOCUMENTS, prefix=PREFIX)
+    assert again[0].fingerprint != documents[0].fingerprint
+
+
 def test_layers_out_of_place_are_refused() -> None:
     model: Any = tiny_model("llama", dtype=torch.float32)
     del model.model.layers[1]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ifkv.captured_forward import Captured
+from ifkv.decoder_layers import read_by_every_forward
 from ifkv.forward import run_attention, run_layers
 from ifkv.graph_recorder import CudaRecorder, Recorder
 from ifkv.module_state import is_foreign, settings_of
@@ -191,7 +192,8 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
                 return None
     kinds = {type(module) for module in tree.modules}
     settings = [settings_of(module) for module in tree.modules if is_foreign(module)]
-    return tuple(addresses), frozenset(kind.forward for kind in kinds), tuple(settings)
+    forwards = frozenset(kind.forward for kind in kinds)
+    return tuple(addresses), forwards, tuple(settings), read_by_every_forward(model)
 
 
 def _stream(device: torch.device) -> Hashable:

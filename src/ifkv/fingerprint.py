@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder_layers import read_by_every_forward
 from ifkv.glance import Glance
 from ifkv.hooks import home_of
 from ifkv.module_state import (
@@ -80,7 +80,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     base: Any = model.base_model
-    digest.update(f"{num_layers(model)} layers run;".encode())
+    digest.update(repr(read_by_every_forward(model)).encode())
     rotary = base.rotary_emb
     # A longrope module's current frequencies are those of the last forward.
     longrope = getattr(rotary, "rope_type", "default") == "longrope"
@@ -198,7 +198,7 @@ class FingerprintCache:
             state = module_state(module, plain_tensors=plain)
             parameters += [part for _, part in state if isinstance(part, Tensor)]
         return parameters, (
-            _read_by_every_forward(model),
+            read_by_every_forward(model),
             kinds,
             *map(settings_of, foreign),
             *(
@@ -207,12 +207,6 @@ class FingerprintCache:
                 for p in parameters
             ),
         )
-
-
-def _read_by_every_forward(model: PreTrainedModel) -> tuple[object, ...]:
-    """What upstream reads from the config anew each time, and so can change under a patch."""
-    base: Any = model.base_model
-    return num_layers(model), getattr(base.config, "sliding_window", None)
 
 
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
