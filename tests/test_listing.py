@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ifkv
-from ifkv.errors import InvalidInputError
+from ifkv.errors import InvalidInputError, StoreFullError
+from ifkv.sensitivity import with_sensitivities
 from ifkv.store import MemoryStore, encode_documents
 from ifkv.testing import tiny_model, tiny_tokenizer
 
@@ -118,7 +119,7 @@ def test_a_bad_text_is_named_by_its_place(
 
 
 def test_a_text_that_is_cut_keeps_its_place_in_the_list(session: ifkv.Session) -> None:
-    with pytest.raises(InvalidInputError, match=r"document 1, piece 1, \(\d+ tokens\) with its"):
+    with pytest.raises(InvalidInputError, match=r"document 1, piece 1 \(\d+ tokens\) with its"):
         session.add(["Rain. " * 60, "Rain. " * 230], split=600)
 
 
@@ -195,6 +196,28 @@ def test_padding_that_nothing_tells_from_text_is_refused(
         ifkv.prefill_documents(padding, documents, attention_mask=mask)
     with pytest.raises(InvalidInputError, match=message):
         encode_documents(padding, MemoryStore(), documents, attention_mask=mask)
+
+
+def test_what_only_a_batch_has_in_common_is_no_padding(padding: Any) -> None:
+    documents = [[5, 6, 1], [7, 8, 9], [10, 11, 12, 13]]  # of one length are the first two
+    store = MemoryStore()
+    encode_documents(padding, store, documents, batch_tokens=6)
+    documents = [[5, 6, 1], [7, 8, 9]]
+    made = ifkv.prefill_documents(padding, documents, attention_mask=[[1] * 3] * 2)
+    assert [len(one) for one in with_sensitivities(padding, made)] == [3, 3]
+
+
+def test_a_full_store_says_at_which_document(session: ifkv.Session) -> None:
+    with pytest.raises(StoreFullError, match=r"^document 0: a document of"):
+        encode_documents(session.model, MemoryStore(10), [[5, 6], [7]])
+    named = ["lamp.txt", "door.txt"]
+    with pytest.raises(StoreFullError, match=r"^lamp\.txt: a document of"):
+        encode_documents(session.model, MemoryStore(10), [[5, 6], [7]], names=named)
+    with pytest.raises(InvalidInputError, match=r"^door\.txt holds token id"):
+        encode_documents(session.model, MemoryStore(), [[5, 6], [10**6]], names=named)
+    small = ifkv.Session(session.model, session.tokenizer, store=MemoryStore(60_000))
+    with pytest.raises(StoreFullError, match=r"^document 1, piece \d: a document of"):
+        small.add(["Rain.", "The lamp is red. " * 20], split=200)
 
 
 def test_documents_of_one_length_that_all_end_alike_are_text(padding: Any) -> None:

@@ -28,8 +28,16 @@ _ONES = (
 )
 
 
+def no_padding(documents: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+    """Return an attention mask that says of documents that all of it is text, whatever its ends."""
+    return [torch.ones(len(ids), dtype=torch.long) for ids in documents]
+
+
 def document_tensors(
-    model: PreTrainedModel, documents: Any, attention_mask: Any = None
+    model: PreTrainedModel,
+    documents: Any,
+    attention_mask: Any = None,
+    names: Sequence[str] | None = None,
 ) -> list[Tensor]:
     """Return the token ids of every document, without padding.
 
@@ -39,6 +47,7 @@ def document_tensors(
             what a tokenizer returned for several texts, which brings its mask along.
         attention_mask: 1 where a token is a document's, 0 where it is padding,
             ``[documents, tokens]``.
+        names: What to call each document in a refusal; "document 3", say, if None.
 
     Returns:
         Long ``[tokens]`` for each document, on the CPU.
@@ -69,7 +78,8 @@ def document_tensors(
         rows = as_list(given, "documents", _WANTED)
     if attention_mask is not None:
         rows = _unpadded(rows, attention_mask)
-    tokens = [token_tensor(model, ids, f"document {index}") for index, ids in enumerate(rows)]
+    named = names or [f"document {index}" for index in range(len(rows))]
+    tokens = [token_tensor(model, ids, name) for ids, name in zip(rows, named, strict=True)]
     if attention_mask is None:
         _check_unpadded(model, tokens)
     return tokens

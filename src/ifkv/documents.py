@@ -43,7 +43,7 @@ def prefill_documents(
     model: PreTrainedModel,
     documents: Documents,
     *,
-    attention_mask: Sequence[Sequence[int]] | Tensor | None = None,
+    attention_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
     progress: bool = False,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import naming_request
+from ifkv.document_ids import no_padding
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import (
     DocumentNotFoundError,
@@ -83,6 +84,7 @@ class Library:
         self,
         documents: Sequence[list[int]],
         *,
+        names: Sequence[str],
         batch_tokens: int | None,
         sensitivities: bool,
         progress: bool,
@@ -91,6 +93,7 @@ class Library:
 
         Args:
             documents: Token ids of each.
+            names: What to call each in an error.
             batch_tokens: As in :func:`ifkv.prefill_documents`.
             sensitivities: As in :func:`ifkv.store.encode_documents`.
             progress: Show a progress bar.
@@ -103,10 +106,12 @@ class Library:
                 self._model,
                 self.store,
                 documents,
+                attention_mask=no_padding(documents),
                 prefix=self._current_prefix() or self._prefix_ids,
                 batch_tokens=batch_tokens,
                 sensitivities=sensitivities,
                 on_progress=report,
+                names=names,
             )
         self.prefilled += done.made
         self._prefix = done.prefix or self._prefix

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ifkv.cost import ModelShape
 from ifkv.document_cache import DocumentCache
+from ifkv.document_ids import no_padding
 from ifkv.documents import prefill_documents
 from ifkv.patching import handle_of
 
@@ -73,9 +74,8 @@ def measure_sensitivities(
     found: dict[int, Tensor] = {}
     for behind, numbers in groups.items():
         ids = [documents[number].token_ids for number in numbers]
-        for number, moved in zip(
-            numbers, prefill_documents(model, ids, prefix=behind), strict=True
-        ):
+        made = prefill_documents(model, ids, attention_mask=no_padding(ids), prefix=behind)
+        for number, moved in zip(numbers, made, strict=True):
             found[number] = _moved_by(documents[number].values.to(model.device), moved.values)
     return [found[number] for number in range(len(documents))]
 
@@ -149,7 +149,8 @@ class Sensitivities:
         with self._lock:  # two threads that measured the same would only wait for each other
             missing = list(dict.fromkeys(key for key in keys if key not in self._known))
             found = {key: self._known[key] for key in keys if key not in missing}
-            alone = prefill_documents(model, [ids for _, _, ids in missing], prefix=before)
+            texts = [ids for _, _, ids in missing]
+            alone = prefill_documents(model, texts, attention_mask=no_padding(texts), prefix=before)
             made = measure_sensitivities(model, alone)
             for key, sensitivity in zip(missing, made, strict=True):
                 found[key] = self._known[key] = sensitivity

@@ -208,9 +208,12 @@ class Session(Uncopied):
                 it says which text is meant, counting from 0. Or ``sources`` are not one for each.
             StoreFullError: The store or its disk has no room.
         """
-        ids, own = document_pieces(self.model, self.format, self.prefix_ids, texts, split, sources)
+        ids, names, own = document_pieces(
+            self.model, self.format, self.prefix_ids, texts, split, sources
+        )
         keys = self._library.add(
             ids,
+            names=names,
             batch_tokens=batch_tokens,
             sensitivities=self.selector.sensitivities,
             progress=progress,

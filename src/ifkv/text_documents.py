@@ -25,8 +25,8 @@ def document_pieces(
     texts: Any,
     split: int | None,
     sources: Any = None,
-) -> tuple[list[list[int]], list[Source | None]]:
-    """Return the documents that texts become.
+) -> tuple[list[list[int]], list[str], list[Source | None]]:
+    """Return the documents that texts become, and what to call each.
 
     Args:
         model: A patched model.
@@ -37,8 +37,8 @@ def document_pieces(
         sources: Where each text is from, as a caller said it.
 
     Returns:
-        Token ids of each document, and where it is from: the pieces of the first text, then those
-        of the second.
+        Token ids of each document: the pieces of the first text, then those of the second. For
+        each "document 3", or "document 3, piece 1", counting texts from 0. And where it is from.
 
     Raises:
         InvalidInputError: ``texts`` is no list of texts; or one of them, which is named by its
@@ -48,6 +48,7 @@ def document_pieces(
     rope = handle_of(model).rope
     given = as_list(texts, "texts", WANTED)
     documents: list[list[int]] = []
+    names: list[str] = []
     origins: list[Source | None] = []
     for index, (text, source) in enumerate(
         zip(given, check_sources(sources, len(given)), strict=True)
@@ -56,12 +57,12 @@ def document_pieces(
             pieces = pieces_of(layout, text, split)
         for ids, offset, part in pieces:
             whole = part == (1, 1)
-            which = f"document {index}" if whole else f"document {index}, piece {part[0]},"
+            names.append(f"document {index}" + ("" if whole else f", piece {part[0]}"))
             rope.check_length(
                 len(prefix_ids) + len(ids),
-                f"{which} ({len(ids)} tokens) with its prefix",
+                f"{names[-1]} ({len(ids)} tokens) with its prefix",
                 "Let long texts be cut into shorter documents: add(texts, split=512), for example.",
             )
             documents.append(ids)
             origins.append(source if source is None or whole else source.piece(text, offset, part))
-    return documents, origins
+    return documents, names, origins

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ifkv.document_ids import no_padding
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.generation import generate
 from ifkv.patching import patch
@@ -112,7 +113,8 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
         truth = DynamicCache()
         expected = native(ids, use_cache=True, **cache_keyword(native, truth)).logits[0, -1]
         layers = range(len(truth.layers))
-        documents = prefill_documents(model, parts, prefix=prefix)
+        mask = no_padding(parts)  # random ids may end in one that ends texts
+        documents = prefill_documents(model, parts, attention_mask=mask, prefix=prefix)
         yield from _laws(
             model, documents, prompt, truth, expected, _Sizes(total, first, layers), tolerance
         )

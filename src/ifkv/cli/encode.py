@@ -87,6 +87,7 @@ def encode(
     from ifkv.cli.interrupting import documents_kept, interruptible
     from ifkv.cli.reading import read_corpus
     from ifkv.cli.wording import count
+    from ifkv.document_ids import no_padding
     from ifkv.patching import patch
     from ifkv.progress import token_bar
     from ifkv.store import encode_documents, keeper_of, open_store
@@ -114,6 +115,8 @@ def encode(
                     loaded,
                     opened,
                     documents,
+                    attention_mask=no_padding(documents),
+                    names=[each.name for each in cut_documents],
                     prefix=prefix,
                     batch_tokens=batch_tokens,
                     sensitivities=sensitivities,

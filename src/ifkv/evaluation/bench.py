@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.cost import ModelShape
+from ifkv.document_ids import no_padding
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.questions import Question
@@ -62,7 +63,12 @@ class Bench:
                 f"question {question.id!r} has one document, which is exact as it is: there is "
                 "nothing to recompute. Cut it into pieces of a fixed length (split)."
             )
-        made = prefill_documents(self.model, parts, prefix=self._prefix or self.format.prefix_ids())
+        made = prefill_documents(
+            self.model,
+            parts,
+            attention_mask=no_padding(parts),
+            prefix=self._prefix or self.format.prefix_ids(),
+        )
         self._prefix = made[0].prefix
         return made
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
-from ifkv.document_ids import document_tensors
+from ifkv.document_ids import document_tensors, no_padding
 from ifkv.documents import DocumentCache, Documents, default_batch_tokens, prefill_documents
-from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
+from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreFullError
 from ifkv.patching import handle_of
 from ifkv.sensitivity import with_sensitivities
 from ifkv.store.keys import document_key
@@ -45,11 +45,12 @@ def encode_documents(
     store: DocumentStore,
     documents: Documents,
     *,
-    attention_mask: Sequence[Sequence[int]] | Tensor | None = None,
+    attention_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
     batch_tokens: int | None = None,
     sensitivities: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Encoded:
     """Prefill documents that a store lacks and put them, a batch at a time.
 
@@ -68,6 +69,8 @@ def encode_documents(
             are made again, and replaced when that is done.
         on_progress: Called with tokens done and tokens to do, at the start and after each batch;
             documents that were there count as done.
+        names: What to call each document in an error: the file it is from, say. "document 3" if
+            not given.
 
     Returns:
         Keys and counts.
@@ -75,16 +78,17 @@ def encode_documents(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: A document is none, or is too long for the model.
-        StoreFullError: The store has no room for more.
+        StoreFullError: The store has no room for more; it says at which document.
     """
     handle = handle_of(model)
     if batch_tokens is not None:
         check_positive(batch_tokens, "batch_tokens")
     given = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
     prefix_ids = token_tensor(model, given, "the prefix", empty=True)
-    tokens = document_tensors(model, documents, attention_mask)
-    for index, ids in enumerate(tokens):  # all of them before any work
-        handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
+    tokens = document_tensors(model, documents, attention_mask, names)
+    named = names or [f"document {index}" for index in range(len(tokens))]
+    for ids, name in zip(tokens, named, strict=True):  # all of them before any work
+        handle.rope.check_length(len(prefix_ids) + len(ids), f"{name} with its prefix")
     identity = handle.fingerprints.of(model)
     keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
@@ -105,13 +109,21 @@ def encode_documents(
             size += len(missing[count][1])
             count += 1
         batch, missing = missing[:count], missing[count:]
+        texts = [ids for _, ids in batch]
         fresh = prefill_documents(
-            model, [ids for _, ids in batch], prefix=behind, batch_tokens=batch_tokens
+            model,
+            texts,
+            attention_mask=no_padding(texts),  # of which it is the rest, if there was any
+            prefix=behind,
+            batch_tokens=batch_tokens,
         )
         if sensitivities:
             fresh = with_sensitivities(model, fresh)
-        for document in fresh:
-            store.put(document, replace=sensitivities)
+        for document, (key, _) in zip(fresh, batch, strict=True):
+            try:
+                store.put(document, replace=sensitivities)
+            except StoreFullError as error:
+                raise StoreFullError(f"{named[keys.index(key)]}: {error}") from error
             behind = document.prefix or prefix_ids
         done += size
         report(done, total)
