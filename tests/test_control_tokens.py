@@ -5,6 +5,8 @@ The strings are those by which documents are known to have taken over a conversa
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from typing import Any
 
@@ -15,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 import ifkv
-from chat_templates import QWEN3, tokenizer_with
+from chat_templates import LLAMA3, QWEN3, tokenizer_with
 from ifkv.control_tokens import Piece, TextEncoder
 from ifkv.errors import InvalidInputError
 from ifkv.store import MemoryStore
@@ -98,6 +100,15 @@ def test_words_that_were_added_stay_words() -> None:
     assert controls_in(tokenizer, both) == []
     tokenizer.chat_control_tokens = ["<note>"]
     assert words[0] not in PromptFormat(tokenizer).document_ids("<note>")
+
+
+@pytest.mark.parametrize("template", [QWEN3, LLAMA3])
+def test_copies_are_the_same(template: str) -> None:
+    format = PromptFormat(tokenizer_with(template))
+    expected = format.prompt_ids(INJECTIONS[0]), format.document_ids(INJECTIONS[1])
+    for other in (copy.deepcopy(format), pickle.loads(pickle.dumps(format))):
+        assert (other.prompt_ids(INJECTIONS[0]), other.document_ids(INJECTIONS[1])) == expected
+        assert other.prefix_text == format.prefix_text
 
 
 def test_threads_do_not_disturb_one_another() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +50,9 @@ class ChatTemplate:
 
     Attributes:
         by_class: Whether the tokenizer's class lays messages out by itself.
-        date: The date that is written in today's place; None if the template prints none.
+        date: The date that is written where the template asks for today's.
+        dated: Whether it does.
+        literals: All that the template itself can write, its literal texts one after another.
 
     Raises:
         InvalidInputError: A variable or date that the template does not use, or no date.
@@ -68,23 +70,36 @@ class ChatTemplate:
         self._variables = dict(variables or {})
         self.by_class = _has_own_way(tokenizer)
         self._source: str | None = None
-        if not self.by_class and getattr(tokenizer, "chat_template", None):
+        self.literals = ""
+        self._constants: list[str] = []
+        self._read: set[str] = set()
+        if self.by_class:
+            own = inspect.signature(tokenizer.apply_chat_template).parameters.values()
+            self._read = {each.name for each in own if each.kind != each.VAR_KEYWORD}
+        elif getattr(tokenizer, "chat_template", None):
             self._source = _source(tokenizer, self._variables.get("tools"))
+            tree = _tree(self._source)
+            self._constants = _constants(tree)
+            texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+            self.literals = "\0".join([*texts, *self._constants])
+            self._read = find_undeclared_variables(tree)
         self._check_variables()
-        wanted = _date(date)
-        self.date: datetime.date | None = None
-        if "strftime_now" in self._read_variables:
+        self.date, self.dated = _date(date), False
+        if "strftime_now" in self._read:
             roles = ("system", "user") if system else ("user",)
             probe = [{"role": role, "content": "?"} for role in roles]
-            self.date = _DAYS[0]
-            first = self.render(probe)
-            self.date = _DAYS[1]
-            self.date = wanted if self.render(probe) != first else None
-        if date is not None and self.date is None:
+            self.dated = self._on(_DAYS[0], probe) != self._on(_DAYS[1], probe)
+        if date is not None and not self.dated:
             raise InvalidInputError(
                 f"date is {date!r}, but this tokenizer's chat template prints no date; leave it "
                 "out, or write the date into the instruction or the system prompt."
             )
+
+    def _on(self, date: datetime.date, messages: Sequence[Message]) -> str:
+        """The text of messages on another date."""
+        other = copy.copy(self)
+        other.date = date
+        return other.render(messages)
 
     @property
     def exists(self) -> bool:
@@ -100,15 +115,6 @@ class ChatTemplate:
                 f"{type(self._tokenizer).__name__}, such as PreTrainedTokenizerFast.from_pretrained"
             )
         return "set tokenizer.chat_template to one that does, or to None"
-
-    @functools.cached_property
-    def literals(self) -> str:
-        """All that the template itself can write, its literal texts one after another."""
-        tree = self._tree
-        if tree is None:
-            return self._source or ""
-        texts = [node.data for node in tree.find_all(nodes.TemplateData)]
-        return "\0".join([*texts, *_constants(tree)])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of messages, ready for an answer.
@@ -136,11 +142,9 @@ class ChatTemplate:
         return list(self._apply(messages, tokenize=True, return_dict=False))
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        if self.date is not None and self._source is not None:
-            tree = self._tree
-            formats = [] if tree is None else _constants(tree)
+        if self._source is not None and "strftime_now" in self._read:
             options["chat_template"] = _CLOCK + self._source
-            options["ifkv_dates"] = {each: _written(self.date, each) for each in formats}
+            options["ifkv_dates"] = {each: _written(self.date, each) for each in self._constants}
         try:
             return self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, **self._variables, **options
@@ -172,40 +176,12 @@ class ChatTemplate:
                     f"chat_template_kwargs names {name!r}, which is not the caller's to set; give "
                     "variables that the chat template reads."
                 )
-            if name not in self._read_variables:
-                known = sorted(self._read_variables - fixed)
+            if name not in self._read:
+                known = sorted(self._read - fixed)
                 raise InvalidInputError(
                     f"chat_template_kwargs names {name!r}, which this tokenizer's chat template "
                     f"does not read; it reads {', '.join(known) or 'none'}."
                 )
-
-    @functools.cached_property
-    def _read_variables(self) -> frozenset[str]:
-        """What callers can tell the template."""
-        if self.by_class:
-            own = inspect.signature(self._tokenizer.apply_chat_template).parameters.values()
-            return frozenset(each.name for each in own if each.kind != each.VAR_KEYWORD)
-        tree = self._tree
-        return frozenset() if tree is None else frozenset(find_undeclared_variables(tree))
-
-    @functools.cached_property
-    def _tree(self) -> nodes.Template | None:
-        """The template as a tree; None without one.
-
-        Raises:
-            InvalidInputError: It is no template.
-        """
-        if self._source is None:
-            return None
-        try:
-            return jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(
-                self._source
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise InvalidInputError(
-                f"the tokenizer's chat template cannot be read ({error}); set "
-                "tokenizer.chat_template to one that can."
-            ) from error
 
 
 class _Generation(Extension):
@@ -239,6 +215,21 @@ def _source(tokenizer: Any, tools: Any) -> str:
             "tokenizer.chat_template to the one that is meant."
         ) from error
     return source
+
+
+def _tree(source: str) -> nodes.Template:
+    """A template as a tree.
+
+    Raises:
+        InvalidInputError: It is no template.
+    """
+    try:
+        return jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InvalidInputError(
+            f"the tokenizer's chat template cannot be read ({error}); set "
+            "tokenizer.chat_template to one that can."
+        ) from error
 
 
 def _constants(tree: nodes.Template) -> list[str]:

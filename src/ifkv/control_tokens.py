@@ -148,6 +148,7 @@ class TextEncoder:
             else piece.text
             for piece in pieces
         )
+        core.encode_special_tokens = True  # here, since copies of a tokenizer forget it
         made: list[int] = core.encode(text, add_special_tokens=False).ids
         return [back.get(token, token) for token in made]
 
@@ -184,7 +185,6 @@ class TextEncoder:
             renamed = core.token_to_id(names[text])
             assert renamed is not None
             back[renamed] = control
-        core.encode_special_tokens = True
         return core, names, back
 
 

@@ -90,7 +90,7 @@ class PromptFormat:
         self._template = ChatTemplate(
             tokenizer, chat_template_kwargs, date, system=system is not None
         )
-        self._freezes = date is None and self._template.date is not None
+        self._freezes = date is None and self._template.dated
         self._system = system
         self._check_system()
         self._body = f"{_within(instruction, _BODY)}{_MARK}{_ASKING}{_QUESTION}"
