@@ -98,6 +98,12 @@ def test_words_that_were_added_stay_words() -> None:
     both = format.document_ids("<note></s>")
     assert [token for token in both if token in words] == words
     assert controls_in(tokenizer, both) == []
+    # Not those that a template's words happen to have in them, or ours.
+    more = ["more", "Yes", "Answer", "art"]
+    tokenizer.add_tokens(more)
+    taught = PromptFormat(tokenizer)
+    for word, index in zip(more, tokenizer.convert_tokens_to_ids(more), strict=True):
+        assert index in taught.document_ids(f"{word}</s>")
     tokenizer.chat_control_tokens = ["<note>"]
     assert words[0] not in PromptFormat(tokenizer).document_ids("<note>")
 

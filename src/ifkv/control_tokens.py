@@ -59,7 +59,7 @@ class TextEncoder:
             )
         self._tokenizer = tokenizer
         self._parsing = control_tokens == "parse"
-        self._ids = _control_ids(tokenizer, written)
+        self._ids = _control_ids(tokenizer, frozenset(self._plainly(written)))
         self._strings = _any_of(self._ids)
         # Letters that a tokenizer does not know become this one without anybody writing it.
         self._unknown: str | None = getattr(tokenizer, "unk_token", None)
@@ -188,7 +188,7 @@ class TextEncoder:
         return core, names, back
 
 
-def _control_ids(tokenizer: Any, written: str) -> dict[str, int]:
+def _control_ids(tokenizer: Any, written: frozenset[int]) -> dict[str, int]:
     """Ids of a tokenizer's control tokens, by what they are written as."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", None)
@@ -196,7 +196,7 @@ def _control_ids(tokenizer: Any, written: str) -> dict[str, int]:
     for index, token in added.items() if isinstance(added, dict) else ():
         text = str(token.content)
         # Some have runs of spaces for tokens, which templates write as anybody does.
-        in_template = text in written and not text.isspace()
+        in_template = index in written and not text.isspace()
         if token.special or in_template or text in named or _BRACKETED.fullmatch(text):
             found[text] = index
     return {text: index for text, index in found.items() if text}

@@ -100,10 +100,8 @@ class PromptFormat:
         self._before, self._after = rest.split(_QUESTION)
         self._prefix = _pieces(head)
         self.prefix_text = "".join(piece.text for piece in self._prefix)
-        probe = self._probe(1)
-        written = f"{self._template.literals}\0{self._template.render(probe)}"
-        self._encoder = TextEncoder(tokenizer, written, control_tokens)
-        self._check_ids(probe)
+        self._encoder = TextEncoder(tokenizer, self._written(), control_tokens)
+        self._check_ids(self._probe(1))
 
     def _render(self, texts: list[str], system: str | None = None) -> str:
         """The user's message, an answer, the user's message, and so on: ready for an answer."""
@@ -113,6 +111,14 @@ class PromptFormat:
             system = _within(self._system, _SYSTEM, _SYSTEM_END) if system is None else system
             turns.insert(0, {"role": "system", "content": system})
         return self._template.render(turns)
+
+    def _written(self) -> str:
+        """All that the template writes, without anything that it is given to write."""
+        if not self._template.exists:
+            return ""
+        blank = "\ue000\ue001"
+        rendered = self._template.render([{**turn, "content": blank} for turn in self._probe(1)])
+        return f"{self._template.literals}\n{rendered.replace(blank, '')}"
 
     def _probe(self, questions: int) -> list[dict[str, str]]:
         """A conversation of words that no template has anything to say about."""
