@@ -191,6 +191,20 @@ def test_a_source_that_cannot_be_read_spoils_no_answer(tmp_path: Path) -> None:
         other.sources([key])
 
 
+def test_a_store_that_cannot_keep_sources_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("the disk is full")
+
+    session = make_session(tmp_path)
+    monkeypatch.setattr(DiskStore, "add_sources", refuse)
+    with pytest.warns(StoreWarning, match="known to this session only: the disk is full"):
+        (key,) = session.add(TEXTS[:1], sources=["a.md"])
+    assert session.ask("Which?", max_new_tokens=1).sources == [Source("a.md")]
+    assert session.sources() == {key: [Source("a.md")]}
+
+
 def test_threads_add_sources_side_by_side(tmp_path: Path) -> None:
     make_session(tmp_path).add(TEXTS)
     failures: list[BaseException] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Sequence
 
-from ifkv.errors import StoreError
+from ifkv.errors import StoreError, StoreWarning
 from ifkv.source import Source
 from ifkv.store import DocumentStore, keeper_of
 
@@ -24,11 +25,7 @@ class Catalog:
         self._lock = threading.Lock()
 
     def add(self, keys: Sequence[str], sources: Sequence[Source | None]) -> None:
-        """Note where documents are from, here and in the store.
-
-        Raises:
-            StoreError: The store cannot write it down.
-        """
+        """Note where documents are from, here and, with a warning if it cannot, in the store."""
         known = [(key, one) for key, one in zip(keys, sources, strict=True) if one is not None]
         with self._lock:
             for key, source in known:
@@ -36,7 +33,14 @@ class Catalog:
                 if source not in own:
                     own.append(source)
         if known and self._keeper is not None:
-            self._keeper.add_sources(known)
+            try:
+                self._keeper.add_sources(known)
+            except StoreError as error:
+                warnings.warn(
+                    f"where documents are from is known to this session only: {error}",
+                    StoreWarning,
+                    stacklevel=3,
+                )
 
     def find(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
         """Return sources by key, the session's own first; of all keys if None.
@@ -53,7 +57,9 @@ class Catalog:
 
     def first(self, keys: Sequence[str]) -> list[Source | None]:
         """Return one source for each key, or None; an answer does not fail for want of them."""
-        found: dict[str, list[Source]] = {}
-        with contextlib.suppress(StoreError):
-            found = self.find(keys)
+        with self._lock:
+            found = {key: self._own[key] for key in keys if key in self._own}
+        if missing := [key for key in keys if key not in found]:
+            with contextlib.suppress(StoreError):
+                found.update(self.find(missing))
         return [found[key][0] if key in found else None for key in keys]
