@@ -140,10 +140,10 @@ def load_model(checked: Checked) -> PreTrainedModel:
     return loaded
 
 
-def _no_room(checked: Checked, error: BaseException) -> InvalidInputError:
+def _no_room(checked: Checked, error: Exception) -> InvalidInputError:
     return InvalidInputError(
         f"there is no room for the weights of {checked.name!r} in {checked.dtype} on "
-        f"{checked.device} ({first_line(Exception(str(error)))}); give a smaller model, another "
+        f"{checked.device} ({first_line(error)}); give a smaller model, another "
         "--dtype or another --device."
     )
 
