@@ -287,6 +287,14 @@ def _words(place: str) -> list[str]:
         (dict(custom_generate="a/b"), "custom_generate='a/b' cannot be given here"),
         (dict(early_stopping="soon"), "early_stopping"),
         (dict(num_return_sequences=2), "num_return_sequences"),
+        (dict(num_beams=0), "num_beams is 0"),
+        (dict(num_beams="4"), "num_beams is '4'"),
+        (dict(num_beams=2.5), "num_beams is 2.5"),
+        (dict(min_new_tokens="x"), "min_new_tokens is 'x'"),
+        (dict(min_new_tokens=-1), "min_new_tokens is -1"),
+        (dict(max_time="x"), "max_time is 'x'"),
+        (dict(guidance_scale="x"), "guidance_scale is 'x'"),
+        (dict(eos_token_id="x"), "cannot be told"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -295,6 +303,20 @@ def test_bad_settings_are_refused(
     for ask in WAYS.values():
         with pytest.raises(InvalidInputError, match=message):
             ask(session, **options)
+
+
+def test_settings_of_the_config_that_is_none_of_generation_are_refused(
+    session: ifkv.Session,
+) -> None:
+    """generate() refuses them too, after all the work; greedy batches would ignore them."""
+    config: Any = session.model.config
+    config.num_beams = 4
+    try:
+        for ask in WAYS.values():
+            with pytest.raises(InvalidInputError, match=r"model.config holds {'num_beams': 4}"):
+                ask(session)
+    finally:
+        del config.num_beams
 
 
 def test_stop_strings_by_hand_need_a_tokenizer(session: ifkv.Session) -> None:
@@ -347,6 +369,21 @@ def test_a_comparison_is_greedy_whatever_the_file_says(session: ifkv.Session) ->
 
 
 # The command line
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"stop_strings": ["a"]},
+        {"suppress_tokens": EVEN, "num_beams": 2, "do_sample": True},
+    ],
+)
+def test_the_laws_hold_whatever_the_file_says(folder: Path, said: dict[str, Any]) -> None:
+    (folder / "model" / "generation_config.json").write_text(json.dumps(said))
+    result = CliRunner().invoke(app, ["verify", str(folder / "model"), "--length", "16"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ TOKENS_ONLY = {
 def answer_settings(
     session: Session, max_new_tokens: int | None, generate_kwargs: Mapping[str, Any]
 ) -> GenerationSettings:
-    """Settings of answers, checked before any work.
+    """Make the settings of answers, checked before any work.
 
     Args:
         session: The session, whose model's generation config counts where nothing else is said.

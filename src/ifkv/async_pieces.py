@@ -13,7 +13,7 @@ from ifkv.streaming import Closing
 
 
 async def async_pieces(run: Callable[..., object], stopping: Closing) -> AsyncIterator[str]:
-    """As :func:`ifkv.streaming.pieces_of`, for ``async for``.
+    """Yield pieces as :func:`ifkv.streaming.pieces_of` does, for ``async for``.
 
     To close the iterator asks the run to stop, and waits until it has, without holding up the loop.
 

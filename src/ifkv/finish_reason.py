@@ -69,7 +69,7 @@ def finish_reason(
 
 
 def cut_sign(reason: FinishReason, tokens: int) -> str:
-    """Words for an answer that ended before the model ended it; empty if the model did.
+    """Say in words that an answer ended before the model ended it; empty if the model did.
 
     Args:
         reason: Why it ended.

@@ -6,6 +6,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,9 @@ _ASSISTED = (
 )
 # Ways of decoding that transformers fetches as code from its hub.
 _FETCHED = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
+# Settings that count something, and the least that each may be.
+_COUNTS = {"num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "min_length": 0}
+_NUMBERS = ("max_time", "temperature", "guidance_scale", "repetition_penalty", "length_penalty")
 # What comes beside the tokens, and has no place in an Answer.
 _BESIDE = (
     "streamer",
@@ -128,7 +132,23 @@ def check_configs(settings: GenerationSettings) -> None:
             "of transformers any more but code from its hub; leave it out."
         )
     settings.check_lengths()
+    _check_numbers(settings)
     _ = settings.effective  # refuses combinations
+
+
+def _check_numbers(settings: GenerationSettings) -> None:
+    """Refuse what is no number, or no count, where one is wanted."""
+    for name, least in _COUNTS.items():
+        value, place = settings.said(name)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= least):
+            raise InvalidInputError(
+                f"{name} is {value!r} {place}, but must be a whole number of at least {least}."
+            )
+    for name in _NUMBERS:
+        value, place = settings.said(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise InvalidInputError(f"{name} is {value!r} {place}, but must be a number.")
 
 
 def _check_keywords(model: PreTrainedModel, settings: GenerationSettings) -> None:
@@ -157,7 +177,7 @@ def _check_keywords(model: PreTrainedModel, settings: GenerationSettings) -> Non
 
 
 def functions(name: str, given: Any) -> list[Any]:
-    """What was given as a list of functions; none for None.
+    """Return what was given as a list of functions; none for None.
 
     Args:
         name: Of the keyword.
@@ -175,7 +195,7 @@ def functions(name: str, given: Any) -> list[Any]:
 
 
 def _known_keywords(model: PreTrainedModel) -> set[str]:
-    """What ``model.generate()`` takes: its own arguments, a config's fields, the forward's."""
+    """List what ``model.generate()`` takes: its own arguments, a config's fields, the forward's."""
     from transformers import GenerationConfig
 
     methods: list[Any] = [model.generate, model.forward]
@@ -198,6 +218,12 @@ def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
                 f"stop_strings {place} are found with the tokenizer; give tokenizer=, too."
             )
     upstream: Any = model
+    misplaced: dict[str, Any] = getattr(upstream.config, "_get_generation_parameters", dict)()
+    if misplaced and settings.config is None:
+        raise InvalidInputError(
+            f"model.config holds {misplaced}, which generate() does not follow; set them in "
+            "model.generation_config."
+        )
     config = copy.deepcopy(settings.effective)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     arguments = {

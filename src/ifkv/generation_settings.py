@@ -42,21 +42,21 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, model: PreTrainedModel, given: Mapping[str, Any]) -> GenerationSettings:
-        """Those of a model and of keywords that come before its own config."""
+        """Make them of a model and of keywords that come before its own config."""
         return cls(dict(given), model.generation_config)
 
     @property
     def config(self) -> Any:
-        """The generation config that was given with the question, or None."""
+        """Return the generation config that was given with the question, or None."""
         return self.given.get("generation_config")
 
     def stopped_by(self, criterion: Callable[..., Any]) -> GenerationSettings:
-        """These settings with one more stopping criterion."""
+        """Return these settings with one more stopping criterion."""
         criteria = [*(self.given.get("stopping_criteria") or ()), criterion]
         return GenerationSettings({**self.given, "stopping_criteria": criteria}, self.own)
 
     def said(self, name: str) -> tuple[Any, str]:
-        """A setting as ``generate()`` finds it, and where it was said.
+        """Find a setting as ``generate()`` does, and where it was said.
 
         Returns:
             Its value, None if nobody says it, and the place in words.
@@ -69,12 +69,12 @@ class GenerationSettings:
         return getattr(self.own, name, None), _OWN
 
     def get(self, name: str) -> Any:
-        """A setting as ``generate()`` finds it; None if nobody says it."""
+        """Return a setting as ``generate()`` finds it; None if nobody says it."""
         return self.said(name)[0]
 
     @functools.cached_property
     def effective(self) -> GenerationConfig:
-        """All places in one config, as ``generate()`` puts them together; lengths apart.
+        """Put all places into one config, as ``generate()`` does; lengths apart.
 
         Raises:
             InvalidInputError: transformers refuses their combination.
@@ -96,17 +96,17 @@ class GenerationSettings:
 
     @property
     def beams(self) -> int:
-        """How many beams the answer is searched with."""
+        """Return how many beams the answer is searched with."""
         return int(self.get("num_beams") or 1)
 
     @property
     def sequences(self) -> int:
-        """How many rows ``generate()`` makes of one sequence, and the cache must have."""
+        """Return how many rows ``generate()`` makes of a sequence, and the cache must have."""
         return max(self.beams, int(self.get("num_return_sequences") or 1))
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Return the tokens that end an answer."""
         import torch
 
         given = self.get("eos_token_id")
@@ -116,7 +116,7 @@ class GenerationSettings:
 
     @property
     def counts_prompt(self) -> bool:
-        """Whether the answer's length depends on the prompt's, and maybe the context's."""
+        """True if the answer's length depends on the prompt's, and maybe the context's."""
         return self._most()[0] == "max_length"
 
     def check_lengths(self) -> None:
@@ -128,7 +128,7 @@ class GenerationSettings:
         self._most()
 
     def new_tokens(self, context: int, prompt: int) -> int:
-        """How many tokens the answer may have.
+        """Count how many tokens the answer may have.
 
         ``max_length`` counts from the prompt's start, but in the model's own config from the
         context's, as after a full prefill.
@@ -155,7 +155,7 @@ class GenerationSettings:
         return value - before
 
     def least_new_tokens(self, context: int, prompt: int) -> int | None:
-        """How many tokens the answer has at least, before its stop token; None if nobody says."""
+        """Count the tokens before a stop token may come; None if nobody says."""
         for _, says, before in self._places(context, prompt):
             if says.get("min_new_tokens") is not None:
                 return int(says["min_new_tokens"])
@@ -166,7 +166,7 @@ class GenerationSettings:
     def keywords(
         self, context: int, prompt: int, *, overrides: Mapping[str, Any], **defaults: Any
     ) -> dict[str, Any]:
-        """Keywords for ``model.generate()`` over context and prompt.
+        """Make keywords for ``model.generate()`` over context and prompt.
 
         Args:
             context: Tokens before the prompt.
@@ -206,7 +206,7 @@ class GenerationSettings:
         return kwargs
 
     def _places(self, context: int, prompt: int) -> list[tuple[str, Mapping[str, Any], int]]:
-        """Each place with what it says and the tokens that its lengths count besides the answer."""
+        """List each place, what it says, and the tokens that its lengths count beside an answer."""
         configs = [{} if each is None else vars(each) for each in (self.config, self.own)]
         return [
             (_KEYWORD, self.given, prompt),
@@ -215,7 +215,7 @@ class GenerationSettings:
         ]
 
     def _most(self) -> tuple[str, int, str]:
-        """What limits the answer: the setting, its value, and the place."""
+        """Find what limits the answer: the setting, its value, and the place."""
         for place, says, _ in self._places(0, 0):
             for name in ("max_new_tokens", "max_length"):
                 value = says.get(name)
@@ -226,6 +226,6 @@ class GenerationSettings:
 
 
 def refused_upstream(error: Exception) -> InvalidInputError:
-    """What transformers says against settings, as one of our refusals."""
+    """Turn what transformers says against settings into a refusal of ours."""
     found = " ".join(str(error).split())
     return InvalidInputError(f"generate() cannot be told this: {found}")

@@ -69,7 +69,7 @@ def check_given(cache: StitchedCache, asking: FrameType, rows: int) -> None:
 
 
 def _begins_with(ids: Tensor, cache: StitchedCache, rows: int) -> bool:
-    """Whether every sequence begins with the tokens of the cache's rows that it knows."""
+    """True if every sequence begins with the tokens of the cache's rows that it knows."""
     known = cache.token_ids
     if cache.prompt_ids is not None and rows == len(known) + len(cache.prompt_ids):
         known = torch.cat((known, cache.prompt_ids))

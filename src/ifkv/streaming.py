@@ -53,7 +53,7 @@ class Closing:
 
     @property
     def closed(self) -> bool:
-        """Whether the stream was closed."""
+        """True if the stream was closed."""
         return self._event.is_set()
 
     def on_close(self, wake: Callable[[], object]) -> None:
@@ -67,7 +67,7 @@ class Closing:
             wake()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Whether each sequence shall end here, bool ``[sequences]``."""
+        """Tell whether each sequence shall end here, bool ``[sequences]``."""
         import torch
 
         return input_ids.new_full((len(input_ids),), self.closed, dtype=torch.bool)
