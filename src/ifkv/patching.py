@@ -130,6 +130,19 @@ def _restore(name: str, covered: list[tuple[nn.Module, PreTrainedConfig]]) -> No
     unregister(name)
 
 
+def check_model(model: PreTrainedModel) -> Family:
+    """Refuse a model that cannot be patched as it is, and return its family.
+
+    Raises:
+        UnsupportedModelError: As of :func:`patch`.
+    """
+    family = resolve_family(model)
+    check_structure(model, family)
+    check_weights(model)
+    check_mode(model)
+    return family
+
+
 def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHandle:
     """Patch a causal language model in place.
 
@@ -169,11 +182,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     from ifkv.rope import Rope
 
     with _lock:
-        family = resolve_family(model)
-        check_structure(model, family)
-        check_weights(model)
+        family = check_model(model)
         warn_of_unloaded(model)
-        check_mode(model)
         rope = Rope(model, family)
         check_facts(model, family)
         chosen = resolve_backend(backend, model)

@@ -2,39 +2,47 @@
 
 Each law compares the fast path with a native forward of the same model on the same token ids, so
 nothing but the model is trusted. Tolerances: 1e-10 in float64 and 1e-5 in float32, relative to the
-largest value compared. In half precision the yardstick is the model's own rounding: how far its
-native forward lies from that of a float32 copy; two computations that each keep within it may lie
-twice as far apart. Laws that promise equal bits are held to equal bits.
+largest value compared; in half precision, and of quantized models, twice what the model's own
+computations lie apart (:mod:`ifkv.yardsticks`). Laws that promise equal bits are held to equal
+bits. Tokens are not compared: of two that are as good as equally likely either may be chosen.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ifkv.document_ids import no_padding
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.generation import generate
-from ifkv.patching import patch
+from ifkv.module_state import settle
+from ifkv.patching import check_model, patch
 from ifkv.plain_decoding import plain_decoding
 from ifkv.recomputation import recompute
 from ifkv.scoring import score
 from ifkv.selection import select
 from ifkv.stitching import stitch
-from ifkv.upstream import cache_keyword
+from ifkv.yardsticks import (
+    TOLERANCE,
+    NativePass,
+    Yardstick,
+    cache_error,
+    error,
+    native_pass,
+    native_scores,
+    yardstick,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.stitched_cache import StitchedCache
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+SINGLE = TOLERANCE[torch.float32]
 POISON = 1e9
 
 
@@ -58,22 +66,6 @@ class LawResult:
         return self.error <= self.tolerance
 
 
-def _error(actual: Tensor, expected: Tensor) -> float:
-    scale = float(expected.abs().max())
-    error = float((actual.double() - expected.double()).abs().max()) / (scale or 1.0)
-    return error if error == error else float("inf")
-
-
-def _cache_error(cache: Any, truth: Any, slots: slice | Tensor, layers: range) -> float:
-    return max(
-        max(
-            _error(cache.layers[i].keys[:, :, slots], truth.layers[i].keys[:, :, slots]),
-            _error(cache.layers[i].values[:, :, slots], truth.layers[i].values[:, :, slots]),
-        )
-        for i in layers
-    )
-
-
 @torch.no_grad()
 def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[LawResult]:
     """Check the laws on a model with random token ids.
@@ -90,6 +82,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
     Raises:
         IfkvError: The model is not supported; nothing has been measured then.
     """
+    check_model(model)
     native: Any = model
     draw = torch.Generator().manual_seed(seed)
     vocabulary = int(native.get_input_embeddings().weight.shape[0])
@@ -102,8 +95,10 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
     context = prefix + [t for part in parts for t in part]
     ids = torch.tensor([context + prompt], device=model.device)
     total, first = len(context), len(prefix) + len(parts[0])
+    settle(model)
     before = native(ids).logits
-    tolerance = TOLERANCE.get(before.dtype) or 2 * _rounding(native, ids, total)
+    truth = native_pass(model, ids, total)
+    allowed = yardstick(model, ids, total, truth)
 
     with patch(model):
         yield LawResult(
@@ -111,35 +106,19 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
             0.0 if torch.equal(native(ids).logits, before) else float("inf"),
             0.0,
         )
-        truth = DynamicCache()
-        expected = native(ids, use_cache=True, **cache_keyword(native, truth)).logits[0, -1]
-        layers = range(len(truth.layers))
         mask = no_padding(parts)  # random ids may end in one that ends texts
         documents = prefill_documents(model, parts, attention_mask=mask, prefix=prefix)
-        yield from _laws(
-            model, documents, prompt, truth, expected, _Sizes(total, first, layers), tolerance
-        )
+        sizes = _Sizes(total, first, range(len(truth.cache.layers)))
+        yield from _laws(model, documents, prompt, truth, sizes, allowed)
         alone = prefill_documents(model, [parts[1]], prefix=prefix)[0]
         yield LawResult(
             "8: a document's cache does not depend on its neighbours",
             max(
-                _error(alone.keys, documents[1].keys),
-                _error(alone.values, documents[1].values),
+                error(alone.keys, documents[1].keys),
+                error(alone.values, documents[1].values),
             ),
-            tolerance,
+            allowed.rows,
         )
-
-
-def _rounding(native: Any, ids: Tensor, total: int) -> float:
-    """How far a half-precision model lies from a float32 copy of itself."""
-    exact = copy.deepcopy(native).float()
-    caches = (DynamicCache(), DynamicCache())
-    logits = [
-        one(ids, use_cache=True, **cache_keyword(one, cache)).logits[0, -1]
-        for one, cache in zip((native, exact), caches, strict=True)
-    ]
-    layers = range(len(caches[0].layers))
-    return max(_error(*logits), _cache_error(*caches, slice(0, total), layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,22 +134,22 @@ def _laws(
     model: PreTrainedModel,
     documents: list[DocumentCache],
     prompt: list[int],
-    truth: Any,
-    expected: Tensor,
+    native: NativePass,
     sizes: _Sizes,
-    tolerance: float,
+    allowed: Yardstick,
 ) -> Iterator[LawResult]:
     total, first, layers = sizes.total, sizes.first, sizes.layers
+    truth, expected, tolerance = native.cache, native.logits, allowed.rows
     everything = slice(0, total)
     stitched = stitch(model, documents)
     yield LawResult(
         "4: layer 0 is exact for all slots without recompute",
-        _cache_error(stitched, truth, everything, range(1)),
+        cache_error(stitched, truth, everything, range(1)),
         tolerance,
     )
     yield LawResult(
         "5: prefix and first document are exact in every layer",
-        _cache_error(stitched, truth, slice(0, first), layers),
+        cache_error(stitched, truth, slice(0, first), layers),
         tolerance,
     )
 
@@ -179,25 +158,38 @@ def _laws(
     assert logits is not None
     yield LawResult(
         "1: with everything recomputed, keys and values equal full prefill",
-        _cache_error(whole, truth, everything, layers),
+        cache_error(whole, truth, everything, layers),
         tolerance,
     )
-    yield LawResult("1: ... and so do the logits", _error(logits, expected), tolerance)
+    yield LawResult("1: ... and so do the logits", error(logits, expected), tolerance)
     rest = stitched.clone()
     logits = recompute(model, rest, range(first, total), prompt_ids=prompt)
     assert logits is not None
     yield LawResult(
-        "2: prefix and first document need no recompute", _error(logits, expected), tolerance
+        "2: prefix and first document need no recompute", error(logits, expected), tolerance
     )
     with plain_decoding(model):
-        same = generate(model, rest, prompt, max_new_tokens=4)
+        answer = generate(
+            model,
+            rest,
+            prompt,
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     yield LawResult(
-        "generate() continues with the token the logits choose",
-        0.0 if int(same[0, len(prompt)]) == int(logits.argmax()) else float("inf"),
-        0.0,
+        "generate() goes on from these logits",
+        error(answer.logits[0][0], expected),
+        max(tolerance, SINGLE),  # transformers hands them out in float32
     )
 
     scores = score(model, stitched, prompt)
+    asked = torch.tensor([prompt], device=model.device)
+    yield LawResult(
+        "scores are the norms of the attentions that the model itself computes",
+        error(scores, native_scores(model, asked, total, stitched.clone(), [len(prompt)])),
+        max(allowed.scores, SINGLE),  # eager attention is computed in float32
+    )
     slots = select(stitched, scores, ratio=0.2)
     yield from _selection_laws(model, stitched, slots, prompt, truth, tolerance)
 
@@ -217,7 +209,7 @@ def _selection_laws(
     if len(layers) > 1:
         yield LawResult(
             "7: layer 1 is exact at selected slots",
-            _cache_error(cache, truth, slots, range(1, 2)),
+            cache_error(cache, truth, slots, range(1, 2)),
             tolerance,
         )
     kept = torch.ones(stitched.context_length, dtype=torch.bool, device=slots.device)
@@ -236,7 +228,7 @@ def _selection_laws(
     recompute(model, again, slots)
     yield LawResult(
         "9: recomputing twice changes nothing more",
-        _cache_error(again, cache, everything, layers),
+        cache_error(again, cache, everything, layers),
         tolerance,
     )
     poisoned = stitched.clone()
@@ -246,14 +238,14 @@ def _selection_laws(
     recompute(model, poisoned, slots)
     yield LawResult(
         "10: old values at selected slots are never read",
-        _cache_error(poisoned, cache, everything, layers),
+        cache_error(poisoned, cache, everything, layers),
         tolerance,
     )
     blocks = stitched.clone()
     recompute(model, blocks, slots, block_tokens=5)
     yield LawResult(
         "14: ascending blocks equal one pass",
-        _cache_error(blocks, cache, everything, layers),
+        cache_error(blocks, cache, everything, layers),
         tolerance,
     )
     fused = stitched.clone()
@@ -263,6 +255,6 @@ def _selection_laws(
     assert one_by_one is not None
     yield LawResult(
         "17: recompute and prompt in one forward equal one after the other",
-        _error(together, one_by_one),
+        error(together, one_by_one),
         tolerance,
     )
