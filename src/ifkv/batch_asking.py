@@ -16,7 +16,7 @@ from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
 from ifkv.checks import check_positive, naming_request
 from ifkv.decoder_layers import num_layers
-from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.errors import DocumentUnreadableError, InvalidInputError
 from ifkv.finish_reason import finish_reason
 from ifkv.greedy import GreedySettings, greedy_part
 from ifkv.library import KEYS_WANTED
@@ -104,12 +104,12 @@ def _repairing(
     found: dict[str, DocumentCache],
     run: Callable[[list[list[DocumentCache]]], list[Prepared]],
 ) -> list[Prepared]:
-    """Run over documents by key; one that turns out damaged as it is read is made again, once."""
+    """Run over documents by key; one that cannot be had as it is read is made again, once."""
     repaired: set[str] = set()
     while True:
         try:
             return run([[found[key] for key in own] for own in keys])
-        except StoreCorruptionError as error:
+        except DocumentUnreadableError as error:
             if error.key in repaired or error.key not in found:
                 raise
             repaired.add(error.key)

@@ -64,6 +64,11 @@ class DocumentCache:
         """Whether rows are read from a store when they are used (:mod:`ifkv.store.lazy`)."""
         return False
 
+    @property
+    def distant(self) -> bool:
+        """Whether those reads wait for a network."""
+        return False
+
     def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
         """Keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
 

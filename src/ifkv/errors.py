@@ -50,12 +50,16 @@ class DocumentNotFoundError(StoreError, KeyError):
         return Exception.__str__(self)  # KeyError would print the message's repr
 
 
-class StoreCorruptionError(StoreError):
-    """What the store holds under a key cannot be trusted; it has been set aside.
+class StoreNotFoundError(StoreError, InvalidInputError):
+    """The place that was named is no store and cannot become one; nothing has been done there."""
+
+
+class DocumentUnreadableError(StoreError):
+    """A store has a document, but it cannot be had from there; it can be prefilled again.
 
     Attributes:
-        key: The key, or an empty string if even that could not be told.
-        reason: What is wrong with it.
+        key: The document's key, or an empty string if it is about none.
+        reason: What is in the way.
     """
 
     def __init__(self, message: str, *, key: str = "", reason: str = ""):
@@ -64,12 +68,20 @@ class StoreCorruptionError(StoreError):
         self.reason = reason or message
 
 
+class StoreCorruptionError(DocumentUnreadableError):
+    """What the store holds under a key cannot be trusted, and is not served."""
+
+
+class StoreUnavailableError(DocumentUnreadableError):
+    """The store did not answer in time, or refused: this says nothing about what it holds."""
+
+
 class PromptWarning(UserWarning):
     """A prompt does not say what its chat template would have said by itself."""
 
 
 class StoreWarning(UserWarning):
-    """A store has lost a document; it was prefilled again, and the answer is right."""
+    """A store could not give a document; it was prefilled again, and the answer is right."""
 
 
 class UnloadedWeightsWarning(UserWarning):

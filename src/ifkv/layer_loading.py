@@ -25,6 +25,8 @@ from ifkv.rounding import place_rounded
 
 # Threads that read: enough for a disk's queue, few beside those that compute.
 THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+# Where they wait for a network instead, which answers many at once.
+DISTANT_THREADS = 16
 # Memory for layers that have been read and not used yet; two layers are read ahead in any case.
 AHEAD_BYTES = 256 * 2**20
 
@@ -64,7 +66,9 @@ class LayerLoader:
         layer_bytes = sum(part.nbytes for part in parts) // self._depth
         self._ahead = max(2, AHEAD_BYTES // max(1, layer_bytes))
         self._reads: dict[int, list[Future[tuple[Tensor, Any]] | None]] = {}
-        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(THREADS, "ifkv-load")
+        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(
+            DISTANT_THREADS if any(part.distant for part in parts) else THREADS, "ifkv-load"
+        )
         self.wait_seconds = 0.0
         self._read_ahead()
 
@@ -72,7 +76,8 @@ class LayerLoader:
         """Return when the buffers hold a layer, and all before it.
 
         Raises:
-            StoreCorruptionError: A document cannot be trusted; this cache is of no use.
+            DocumentUnreadableError: A document cannot be trusted, or cannot be had now; this cache
+                is of no use.
         """
         with self._lock:
             if self._failure is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ from ifkv.document_ids import no_padding
 from ifkv.documents import DocumentCache, prefill_documents
 from ifkv.errors import (
     DocumentNotFoundError,
+    DocumentUnreadableError,
     FingerprintMismatchError,
     InvalidInputError,
     StoreCorruptionError,
     StoreError,
+    StoreUnavailableError,
     StoreWarning,
 )
 from ifkv.listing import as_list
@@ -25,7 +28,7 @@ from ifkv.patching import handle_of
 from ifkv.prefix_difference import prefix_difference
 from ifkv.progress import token_bar
 from ifkv.sensitivity import with_sensitivities
-from ifkv.store import document_key, encode_documents
+from ifkv.store import TieredStore, document_key, encode_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +36,11 @@ if TYPE_CHECKING:
     from ifkv.store import DocumentStore
 
 KEYS_WANTED = "give a list of keys, for example [key]"
+
+
+# Several threads add to one library. One lock for all: it is held for a moment, and a library that
+# has none of its own can be copied.
+_COUNTING = threading.Lock()
 
 
 class _Origin(NamedTuple):
@@ -113,13 +121,14 @@ class Library:
                 on_progress=report,
                 names=names,
             )
-        self.prefilled += done.made
-        self._prefix = done.prefix or self._prefix
         behind = torch.tensor(self._prefix_ids, dtype=torch.long)
-        for key, ids in zip(done.keys, documents, strict=True):
-            tokens = torch.tensor(ids, dtype=torch.long)
-            self._origins[key] = _Origin(tokens, behind, sensitivities)
-        self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
+        with _COUNTING:
+            self.prefilled += done.made
+            self._prefix = done.prefix or self._prefix
+            for key, ids in zip(done.keys, documents, strict=True):
+                tokens = torch.tensor(ids, dtype=torch.long)
+                self._origins[key] = _Origin(tokens, behind, sensitivities)
+            self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
         return done.keys
 
     def named(self, keys: Sequence[str] | None) -> list[str]:
@@ -138,24 +147,31 @@ class Library:
             raise InvalidInputError("there is no document to answer from; call add([...]) first.")
         return wanted
 
-    def get(self, keys: Sequence[str] | None, *, lazy: bool = False) -> list[DocumentCache]:
-        """Documents by key; one that the store has lost is made again if its tokens are known.
+    def get(
+        self,
+        keys: Sequence[str] | None,
+        *,
+        lazy: bool = False,
+        made: Mapping[str, DocumentCache] | None = None,
+    ) -> list[DocumentCache]:
+        """Documents by key; one that the store cannot give is made again if its tokens are known.
 
         Args:
             keys: Which; all that were added if None.
             lazy: Let the store read layers when they are needed.
+            made: Those that were just made again, and need no store.
 
         Raises:
             InvalidInputError: There is none, or one is not in the store and cannot be made.
             FingerprintMismatchError: They were encoded behind different prefixes.
-            StoreCorruptionError: One cannot be trusted and cannot be made.
+            DocumentUnreadableError: One cannot be had from the store and cannot be made.
         """
-        found = []
+        found, have = [], dict(made or {})
         for key in self.named(keys):
             try:
-                document = self.store.get(key, lazy=lazy)
-            except (DocumentNotFoundError, StoreCorruptionError) as error:
-                document = self.make_again(key, error)
+                document = have[key] if key in have else self.store.get(key, lazy=lazy)
+            except (DocumentNotFoundError, DocumentUnreadableError) as error:
+                document = have[key] = self.make_again(key, error)
             origin = _Origin(
                 document.token_ids, document.prefix_ids, document.sensitivity is not None
             )
@@ -187,7 +203,7 @@ class Library:
 
         Raises:
             InvalidInputError: As of :meth:`get`, naming the request.
-            StoreCorruptionError: As of :meth:`get`.
+            DocumentUnreadableError: As of :meth:`get`.
         """
         wanted: list[list[str]] = []
         found: dict[str, DocumentCache] = {}
@@ -201,26 +217,32 @@ class Library:
         return wanted, found
 
     def make_again(self, key: str, error: StoreError) -> DocumentCache:
-        """Prefill a document that the store has lost from its tokens, put it, and say so.
+        """Prefill a document that the store cannot give from its tokens, put it, and say so.
+
+        It is not put into a store that does not answer, which may have it, but kept near if the
+        store has a faster tier.
 
         Args:
             key: Its key.
-            error: How the store lost it.
+            error: Why the store cannot.
 
         Returns:
             The document as it was made, never read back.
 
         Raises:
             InvalidInputError: Its tokens are not known, or the model is not what it was.
-            StoreCorruptionError: Likewise, if it was corrupt.
+            DocumentUnreadableError: Likewise, if it was corrupt or could not be read.
         """
         origin = self._origins.get(key)
         identity = handle_of(self._model).fingerprints.of(self._model)
         if origin is None or document_key(identity, origin.prefix_ids, origin.token_ids) != key:
             lacking = "its text is not known here" if origin is None else "the weights have changed"
-            if isinstance(error, StoreCorruptionError):
-                raise StoreCorruptionError(
-                    f"{error} This session cannot: {lacking}. add() its text again.",
+            if isinstance(error, DocumentUnreadableError):
+                cannot = "This session cannot"
+                if isinstance(error, StoreUnavailableError):
+                    cannot = "This session cannot prefill the document instead"
+                raise type(error)(
+                    f"{error} {cannot}: {lacking}. add() its text again.",
                     key=error.key,
                     reason=error.reason,
                 ) from error
@@ -235,21 +257,31 @@ class Library:
             behind = prefix
         made = prefill_documents(self._model, [origin.token_ids], prefix=behind)
         (document,) = with_sensitivities(self._model, made) if origin.sensitivities else made
-        self.prefilled += 1
+        with _COUNTING:
+            self.prefilled += 1
+        kept = self._keep(document, error)
         reason = "is no longer in the store"
         if isinstance(error, StoreCorruptionError):
             reason = f"could not be trusted ({error.reason})"
-        kept = ""
-        try:
-            self.store.put(document)
-        except StoreError as failure:
-            kept = f" It could not be stored: {failure}"
+        elif isinstance(error, DocumentUnreadableError):
+            reason = f"could not be read ({error.reason})"
         warnings.warn(
             f"document {key[:16]} {reason} and was prefilled again from its tokens.{kept}",
             StoreWarning,
             stacklevel=2,
         )
         return document
+
+    def _keep(self, document: DocumentCache, error: StoreError) -> str:
+        """Store a document that was made again; what to say of it if that failed."""
+        try:
+            if not isinstance(error, StoreUnavailableError):
+                self.store.put(document)
+            elif isinstance(self.store, TieredStore):
+                self.store.promote(document)
+        except StoreError as failure:
+            return f" It could not be stored: {failure}"
+        return ""
 
     def _current_prefix(self) -> DocumentCache | None:
         """The prefix's rows, unless the model's weights have changed since they were made."""

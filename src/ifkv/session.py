@@ -20,7 +20,7 @@ from ifkv.checks import token_tensor
 from ifkv.control_tokens import ControlTokens
 from ifkv.copying import Uncopied
 from ifkv.corpus import Corpus
-from ifkv.errors import InvalidInputError, StoreCorruptionError
+from ifkv.errors import DocumentUnreadableError, InvalidInputError
 from ifkv.families import resolve_family
 from ifkv.float8 import check_kv_dtype
 from ifkv.generation_checks import functions
@@ -309,8 +309,9 @@ class Session(Uncopied):
 
         Raises:
             InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
-            StoreCorruptionError: A stored document cannot be trusted and this session does not
-                know its tokens. Otherwise it is prefilled again, with a ``StoreWarning``.
+            DocumentUnreadableError: A stored document cannot be trusted, or its store does not
+                answer, and this session does not know its tokens. Otherwise it is prefilled
+                again, with a ``StoreWarning``.
         """
         settings = answer_settings(self, max_new_tokens, generate_kwargs)  # before any work
         check_room(self, settings, question, documents)
@@ -403,7 +404,7 @@ class Session(Uncopied):
         Raises:
             InvalidInputError: As of :meth:`ask`, naming the question (request) that it is about.
                 Everything is checked before any answer is worked on.
-            StoreCorruptionError: As of :meth:`ask`.
+            DocumentUnreadableError: As of :meth:`ask`.
 
         Examples:
             >>> import ifkv
@@ -461,10 +462,11 @@ class Session(Uncopied):
         asked = PrepareRequest(chosen, prompt, bare, budget)
         try:
             (ready,) = prepare(self.model, [asked], timed, how)
-        except StoreCorruptionError as error:  # found on the way, in rows that were just read
+        except DocumentUnreadableError as error:  # found on the way, at rows that were just read
             with timed("load"):
-                self._library.make_again(error.key, error)
-                asked = dataclasses.replace(asked, documents=self._library.get(documents))
+                made = {error.key: self._library.make_again(error.key, error)}
+                again = self._library.get(documents, made=made)
+                asked = dataclasses.replace(asked, documents=again)
             (ready,) = prepare(self.model, [asked], timed, how)
         sources = self._catalog.first(self._library.named(documents))
         return dataclasses.replace(ready, question=question, plan=plan, sources=sources)

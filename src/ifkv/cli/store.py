@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ifkv.errors import InvalidInputError
+from ifkv.errors import InvalidInputError, StoreCorruptionError
 
 if TYPE_CHECKING:
     from ifkv.source import Source
@@ -135,9 +135,11 @@ def verify(folder: Folder = None) -> None:
     with _open(folder) as store:
         checked = len(store)
         found = store.verify()
+        aside = [error for error in found if isinstance(error, StoreCorruptionError)]
         for error in found:
-            typer.echo(f"corrupt: {error.key}: {error.reason}", err=True)
-        typer.echo(f"{_entries(checked)} checked, {len(found)} set aside")
+            what = "corrupt" if error in aside else "not readable"
+            typer.echo(f"{what}: {error.key}: {error.reason}", err=True)
+        typer.echo(f"{_entries(checked)} checked, {len(aside)} set aside")
     if found:
         raise typer.Exit(1)
 

@@ -13,8 +13,8 @@ from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
 from ifkv.errors import (
     DocumentNotFoundError,
+    DocumentUnreadableError,
     InvalidInputError,
-    StoreCorruptionError,
     StoreFullError,
 )
 from ifkv.store.codecs import resolve_codec
@@ -224,20 +224,21 @@ class DiskStore(Uncopied):
             self._reader.corrupt,
         )
 
-    def verify(self, keys: Sequence[str] | None = None) -> list[StoreCorruptionError]:
+    def verify(self, keys: Sequence[str] | None = None) -> list[DocumentUnreadableError]:
         """Check every byte of entries; those found corrupt are set aside.
 
         Args:
             keys: Which; all if None.
 
         Returns:
-            What was found.
+            What was found: each a :class:`~ifkv.errors.StoreCorruptionError`, or a
+            :class:`~ifkv.errors.StoreUnavailableError` for a file that could not be read.
         """
-        found = []
+        found: list[DocumentUnreadableError] = []
         for key in self.keys() if keys is None else [check_key(key) for key in keys]:
             try:
                 self._reader.check(key)
-            except StoreCorruptionError as error:
+            except DocumentUnreadableError as error:
                 found.append(error)
             except DocumentNotFoundError:
                 continue  # evicted meanwhile

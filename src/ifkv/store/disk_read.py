@@ -9,7 +9,7 @@ from typing import Literal, NoReturn
 from torch import Tensor
 
 from ifkv.documents import DocumentCache
-from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
+from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreUnavailableError
 from ifkv.store.folder import Folder
 from ifkv.store.format import FormatError
 from ifkv.store.index import Index
@@ -50,6 +50,7 @@ class DiskReader:
         Raises:
             DocumentNotFoundError: Its file, or its prefix, is not there.
             StoreCorruptionError: It cannot be trusted, and has been set aside.
+            StoreUnavailableError: It could not be read.
         """
         with self._lock:
             shared = self._prefixes.get(key)
@@ -78,13 +79,14 @@ class DiskReader:
         Raises:
             DocumentNotFoundError: Its file is not there.
             StoreCorruptionError: It cannot be trusted, and has been set aside.
+            StoreUnavailableError: It could not be read.
         """
         source, reader = self._open(key)
         try:
             for layer in range(reader.header.shape[0]):
                 reader.read_layer(layer, verify=True)
         except (FormatError, OSError) as error:
-            self.distrust(key, source, error)
+            self.refuse(key, source, error)
         finally:
             source.close()
 
@@ -100,11 +102,11 @@ class DiskReader:
                 "put it."
             ) from None
         except (FormatError, OSError) as error:
-            self.distrust(key, None, error)
+            self.refuse(key, None, error)
         try:
             return source, DocumentReader(source, key)
         except (FormatError, OSError) as error:
-            self.distrust(key, source, error)
+            self.refuse(key, source, error)
 
     def _prefix_of(self, reader: DocumentReader) -> DocumentCache | None:
         if len(reader.prefix_ids) == 0:
@@ -120,7 +122,7 @@ class DiskReader:
         layers, kv_heads, _, head_dim = header.shape
         found = (*prefix.keys.shape[:2], prefix.keys.shape[3])
         if found != (layers, kv_heads, head_dim) or prefix.keys.dtype != header.dtype:
-            self.distrust(
+            self.refuse(
                 header.key, None, FormatError(f"its rows do not fit those of its prefix {key}")
             )
         return prefix
@@ -133,14 +135,25 @@ class DiskReader:
             self._sound[key] = (source.identity, layers)
         return _LayerReader(self, key, source, reader, self._verify, layers)
 
-    def distrust(self, key: str, source: FileSource | None, error: Exception) -> NoReturn:
-        """Set an entry aside and say so; a file put there since stays.
+    def refuse(self, key: str, source: FileSource | None, error: Exception) -> NoReturn:
+        """Set an entry aside that is not what it should be, and say so.
+
+        A file put there since stays, and so does one that the system did not read: that says
+        nothing about its bytes.
 
         Raises:
-            StoreCorruptionError: Always.
+            StoreCorruptionError: It was read, and cannot be trusted.
+            StoreUnavailableError: It could not be read.
         """
         path = self._folder.file_of(key)
-        reason = str(error) if isinstance(error, FormatError) else f"it cannot be read: {error}"
+        reason = str(error)
+        if isinstance(error, OSError):
+            raise StoreUnavailableError(
+                f"the stored document {key} cannot be read: {reason}. It was left where it is; "
+                "mend what keeps it from being read, or delete it.",
+                key=key,
+                reason=reason,
+            ) from error
         where = None
         with self._index.transaction():
             try:
@@ -183,6 +196,6 @@ class _LayerReader:
         try:
             self._reader.read_layer(layer, verify=check, out=out)
         except (FormatError, OSError) as error:
-            self._owner.distrust(self._key, self._source, error)
+            self._owner.refuse(self._key, self._source, error)
         if check:
             self._sound.add(layer)

@@ -140,12 +140,12 @@ def layer_name(layer: int, part: str) -> str:
     return f"layers.{layer:04d}.{part}"
 
 
-def decode_header(text: bytes, data_bytes: int) -> Header:
+def decode_header(text: bytes, data_bytes: int | None) -> Header:
     """Read a header's JSON and believe nothing of it that does not fit the rest.
 
     Args:
         text: The JSON, padding included.
-        data_bytes: Size of the file behind the header.
+        data_bytes: Size of the file behind the header; None if it is not known yet.
 
     Returns:
         The header, whose :meth:`Header.tensors` are what the file holds.
@@ -182,7 +182,7 @@ def decode_header(text: bytes, data_bytes: int) -> Header:
     ids = 8 * (length + header.prefix_length)
     measured = 4 * length if header.sensitivity else 0
     expected = ids + measured + scales + 2 * math.prod(header.shape) * width
-    if expected != data_bytes:
+    if data_bytes is not None and expected != data_bytes:
         raise FormatError(f"it has {data_bytes} bytes of data and should have {expected}")
     metadata["seal"] = seal
     if 2 * layers > len(fields) or json.loads(header.encode()[8:]) != fields:

@@ -26,6 +26,7 @@ class StoredDocument(DocumentCache):
         read_layer: Reads a layer into ``[2, kv_heads, n, head_dim]``, checked as the store checks,
             and turns what is wrong with the file into the store's errors.
         prefix: The prefix's rows.
+        distant: Whether reading waits for a network, not for a disk.
     """
 
     _header: Header
@@ -34,8 +35,16 @@ class StoredDocument(DocumentCache):
     _rows: Tensor | None
     _read: set[int]
     _then: Callable[[DocumentCache], None] | None
+    _distant: bool
 
-    def __init__(self, reader: DocumentReader, read_layer: ReadLayer, prefix: DocumentCache | None):
+    def __init__(
+        self,
+        reader: DocumentReader,
+        read_layer: ReadLayer,
+        prefix: DocumentCache | None,
+        *,
+        distant: bool = False,
+    ):
         # The base is frozen; its fields keys and values are properties here.
         for name, value in (
             ("token_ids", reader.token_ids),
@@ -49,6 +58,7 @@ class StoredDocument(DocumentCache):
             ("_rows", None),
             ("_read", set()),
             ("_then", None),
+            ("_distant", distant),
         ):
             object.__setattr__(self, name, value)
 
@@ -83,6 +93,11 @@ class StoredDocument(DocumentCache):
         """Whether layers are still to be read."""
         return len(self._read) < self.shape[0]
 
+    @property
+    def distant(self) -> bool:
+        """Whether reading waits for a network, so that many reads at once are sooner done."""
+        return self._distant
+
     def whole(self) -> DocumentCache:
         """The same document, in memory and independent of its store."""
         return DocumentCache(
@@ -111,6 +126,7 @@ class StoredDocument(DocumentCache):
 
         Raises:
             StoreCorruptionError: The layer cannot be trusted.
+            StoreUnavailableError: It cannot be had now.
         """
         if self._rows is None and self._then is None:
             out = _room((2, *self.shape[1:]), self.dtype, pin_memory)

@@ -95,8 +95,9 @@ class DocumentStore(Protocol):
 
         Raises:
             DocumentNotFoundError: It is not there; a ``KeyError`` too.
-            StoreCorruptionError: What is there cannot be trusted. It has been set aside: prefill
-                the document again and put it.
+            StoreCorruptionError: What is there cannot be trusted: prefill the document again and
+                put it, which replaces it.
+            StoreUnavailableError: What is there cannot be had now. It may be sound.
         """
         ...
 

@@ -33,13 +33,12 @@ _MAX_READ = 2**30
 
 
 class Source(Protocol):
-    """Where bytes come from.
+    """Where bytes come from."""
 
-    Attributes:
-        size: How many there are.
-    """
-
-    size: int
+    @property
+    def size(self) -> int | None:
+        """How many there are; None if only the file's own header will tell."""
+        ...
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset`` on.
@@ -120,6 +119,7 @@ class DocumentReader:
 
     Attributes:
         header: What the file says of itself, found consistent.
+        nbytes: How long the file is by its header.
         token_ids: Long ``[n]``.
         prefix_ids: Long ``[P]``.
         sensitivity: Float32 ``[n]``, or None.
@@ -138,13 +138,16 @@ class DocumentReader:
         head = bytearray(8)
         source.read_into(0, memoryview(head))
         length = int.from_bytes(head, "little")
-        if length > min(MAX_HEADER_BYTES, source.size - 8):
-            raise FormatError(f"its header claims {length} bytes of a file of {source.size}")
+        size = source.size
+        if length > MAX_HEADER_BYTES or (size is not None and length > size - 8):
+            raise FormatError(f"its header claims {length} bytes of a file of {size or 'any size'}")
         text = bytearray(length)
         source.read_into(8, memoryview(text))
         self._data_start = 8 + length
-        self.header = decode_header(bytes(text), source.size - self._data_start)
+        data_bytes = None if size is None else size - self._data_start
+        self.header = decode_header(bytes(text), data_bytes)
         self._entries = {entry.name: entry for entry in self.header.tensors()}
+        self.nbytes = self._data_start + max(entry.end for entry in self._entries.values())
         self.token_ids = self._tensor("token_ids")
         self.prefix_ids = self._tensor("prefix_ids")
         self.sensitivity = self._tensor("sensitivity") if self.header.sensitivity else None

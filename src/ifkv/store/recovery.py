@@ -67,8 +67,10 @@ def _reconcile(folder: Folder, index: Index) -> None:
                 raise FormatError("it does not belong among the documents")
             index.add(describe(key, FileSource(path)))
             present.add(key)
-        except (FormatError, OSError) as error:
+        except FormatError as error:
             folder.quarantine(path, str(error))
+        except OSError:  # says nothing about the file, which has its entry the next time
+            continue
     for key in entries - present:
         index.remove(key)
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import secrets
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch import Tensor
 
 from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
-from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreError
+from ifkv.errors import (
+    DocumentNotFoundError,
+    StoreCorruptionError,
+    StoreUnavailableError,
+)
 from ifkv.store.codecs import resolve_codec
+from ifkv.store.far_files import FarFiles
 from ifkv.store.folder import SUFFIX
 from ifkv.store.format import FormatError
 from ifkv.store.keys import (
@@ -28,16 +30,17 @@ from ifkv.store.keys import (
 )
 from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import StoreStats
-from ifkv.store.reading import BytesSource, DocumentReader, Source
+from ifkv.store.ranges import ObjectRanges
+from ifkv.store.reading import DocumentReader
 from ifkv.store.writing import DocumentFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Object stores, where an upload appears whole or not at all and a rename is a copy.
-_ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "memory"}
-# Fetched at once when a file is opened: its header, in one request.
-_HEAD_BYTES = 2**18
+T = TypeVar("T")
+
+# How often bytes that do not match their checksums are asked for: a network may damage them, too.
+_READS = 3
 
 
 class RemoteStore(Uncopied):
@@ -48,37 +51,40 @@ class RemoteStore(Uncopied):
     the document's own object only, and deleting a prefix leaves the documents behind it, which
     come back when the prefix is put again.
 
+    No object is moved or removed because of what was read, since a network may have made it. Bytes
+    that do not match their checksums are asked for again, and if they come so three times they are
+    a ``StoreCorruptionError``; this store object then counts the document as not there, so that
+    the next put replaces it. What the file system underneath raises, and its silence, is a
+    ``StoreUnavailableError``.
+
     Args:
-        url: Such as ``"s3://bucket/folder"`` or ``"file:///mnt/nfs/folder"``.
+        url: Such as ``"s3://bucket/folder"`` or ``"file:///mnt/nfs/folder"``; the bucket must be
+            there.
         codec: ``"exact"``, ``"fp8"`` or ``"int8"``.
+        deadline: Seconds after which a request has failed, what the file system does to repeat it
+            included; a second more is given for each MiB that it moves.
         **storage_options: For fsspec: credentials, endpoints, and so on.
 
     Raises:
-        StoreError: fsspec, or the package it needs for this kind of URL, is not installed.
+        InvalidInputError: ``codec`` or ``deadline`` is none.
+        StoreNotFoundError: fsspec, or the package it needs for this kind of URL, is not installed;
+            or there is no such bucket.
     """
 
     _instead = "open the place once more, in another process, too: RemoteStore(url)"
 
-    def __init__(self, url: str, *, codec: str = "exact", **storage_options: Any):
-        try:
-            fsspec: Any = importlib.import_module("fsspec.core")
-            self._files, root = fsspec.url_to_fs(url, **storage_options)
-        except (ImportError, ValueError) as error:
-            raise StoreError(
-                f"the store {url} cannot be opened: {error}. Run pip install -e '.[remote]' in "
-                "the clone of ifkv, and install what fsspec needs for this kind of URL (s3fs for "
-                "s3://, gcsfs for gs://)."
-            ) from error
-        self.url = url
-        self._root = root.rstrip("/")
+    def __init__(
+        self, url: str, *, codec: str = "exact", deadline: float = 30.0, **storage_options: Any
+    ):
         self.codec = resolve_codec(codec)
-        protocol = self._files.protocol
-        names = {protocol} if isinstance(protocol, str) else set(protocol)
-        self._atomic = bool(names & _ATOMIC)
+        self.url = url
+        self._files = FarFiles(url, deadline, storage_options)
+        self._root = self._files.root
         self._prefixes: weakref.WeakValueDictionary[str, DocumentCache] = (
             weakref.WeakValueDictionary()
         )
         self._lock = threading.Lock()
+        self._distrusted: set[str] = set()
         self._hits = self._misses = self._corrupt = 0
 
     def key_for(
@@ -98,85 +104,111 @@ class RemoteStore(Uncopied):
             replace: Upload the document, not its prefix, even so.
 
         Raises:
-            StoreError: The upload failed.
+            StoreUnavailableError: The upload failed.
+            StoreError: The URL is one to read only.
             InvalidInputError: The document contradicts itself, or the codec cannot hold it.
         """
         check_document(document)
         for part in (document.prefix, document):
             if part is not None and ((replace and part is document) or key_of(part) not in self):
-                self._upload(key_of(part), DocumentFile(part, self.codec).tobytes())
-        key = key_of(document)
-        if replace:
-            self._forget(key)
-        return key
+                self._files.write(
+                    self._path(key_of(part)), DocumentFile(part, self.codec).tobytes()
+                )
+                self._forget(key_of(part))
+        return key_of(document)
 
     def _forget(self, key: str) -> None:
         """Fetch an object anew the next time, whoever still holds what was fetched before."""
         with self._lock:
             self._prefixes.pop(key, None)
-
-    def _upload(self, key: str, data: bytes) -> None:
-        target = self._path(key)
-        written = target if self._atomic else f"{self._root}/tmp/{secrets.token_hex(8)}.tmp"
-        try:
-            for path in {target, written}:
-                self._files.makedirs(self._files._parent(path), exist_ok=True)
-            self._files.pipe_file(written, data)
-            if written != target:
-                self._files.mv(written, target)
-        except Exception as error:  # each file system has exceptions of its own
-            raise StoreError(f"uploading {key} to {self.url} failed: {error}") from error
+            self._distrusted.discard(key)
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key: fetched in one request, or ``lazy``, in one per layer."""
-        check_key(key)
+        """The document under a key: whole, or ``lazy``: its head now, its rows when they are used.
+
+        One request fetches the head, and all of a document of up to 256 KiB; the rest comes in
+        pieces of 8 MiB, several at once.
+
+        Raises:
+            DocumentNotFoundError: It is not there, or its prefix is not.
+            StoreCorruptionError: It cannot be trusted.
+            StoreUnavailableError: It cannot be had now.
+        """
         with self._lock:
-            shared = self._prefixes.get(key)
+            shared = self._prefixes.get(check_key(key))
         if shared is not None and key in self:
             self._hits += 1
             return shared
+        return self._read(key, lazy=lazy)
+
+    def _read(self, key: str, *, lazy: bool) -> DocumentCache:
+        source, reader = self._open(key)
+        prefix = self._prefix_of(reader)
+
+        def read_layer(layer: int, out: Tensor) -> None:
+            def read() -> None:
+                reader.read_layer(layer, verify=True, out=out)
+
+            try:
+                self._sure(key, read, source.read_anew)
+            except FileNotFoundError as error:
+                reason = "it was removed while it was being read"
+                raise StoreUnavailableError(
+                    f"the stored document {key} at {self.url} cannot be read: {reason}.",
+                    key=key,
+                    reason=reason,
+                ) from error
+
+        stored = StoredDocument(reader, read_layer, prefix, distant=True)
+        self._hits += 1
+        if lazy:
+            return stored
+        source.fetch_all()
+        document = stored.whole()
+        if prefix is None:
+            with self._lock:
+                document = self._prefixes.setdefault(key, document)
+        return document
+
+    def _open(self, key: str) -> tuple[ObjectRanges, DocumentReader]:
         path = self._path(key)
+
+        def read() -> tuple[ObjectRanges, DocumentReader]:
+            source = ObjectRanges(self._files, path)
+            try:
+                reader = DocumentReader(source, key)
+            except FormatError:
+                source.check_arrived()
+                raise
+            source.size = reader.nbytes
+            return source, reader
+
         try:
-            if lazy:
-                source: Source = _RangeSource(self._files, path)
-            else:
-                source = BytesSource(self._files.cat_file(path))
+            return self._sure(key, read, lambda: None)
         except FileNotFoundError:
             self._misses += 1
             raise DocumentNotFoundError(
                 f"no document {key} at {self.url}; prefill it and put it."
             ) from None
-        try:
-            reader = DocumentReader(source, key)
-        except (FormatError, OSError) as error:
-            self._distrust(key, error)
-        prefix = None
-        if len(reader.prefix_ids):
-            behind = reader.prefix_ids[:0]
-            prefix = self.get(document_key(reader.header.fingerprint, behind, reader.prefix_ids))
 
-        def read_layer(layer: int, out: Tensor) -> None:
-            try:
-                reader.read_layer(layer, verify=True, out=out)
-            except (FormatError, OSError) as error:
-                self._distrust(key, error)
-
-        stored = StoredDocument(reader, read_layer, prefix)
-        document = stored if lazy else stored.whole()
-        if not lazy and prefix is None:
-            with self._lock:
-                document = self._prefixes.setdefault(key, document)
-        self._hits += 1
-        return document
+    def _prefix_of(self, reader: DocumentReader) -> DocumentCache | None:
+        if len(reader.prefix_ids) == 0:
+            return None
+        behind = reader.prefix_ids[:0]
+        key = document_key(reader.header.fingerprint, behind, reader.prefix_ids)
+        with self._lock:
+            shared = self._prefixes.get(key)
+        return self._read(key, lazy=False) if shared is None else shared
 
     def touch(self, key: str) -> None:
         """Nothing: there is no budget, so no order of use."""
 
     def __contains__(self, key: object) -> bool:
         try:
-            return bool(self._files.exists(self._path(check_key(key))))
+            name = check_key(key)
         except DocumentNotFoundError:
             return False
+        return name not in self._distrusted and self._files.exists(self._path(name))
 
     def __len__(self) -> int:
         return len(self._sizes())
@@ -184,7 +216,7 @@ class RemoteStore(Uncopied):
     def delete(self, key: str) -> None:
         """Remove a document's object."""
         try:
-            self._files.rm_file(self._path(check_key(key)))
+            self._files.remove(self._path(check_key(key)))
         except FileNotFoundError:
             raise DocumentNotFoundError(f"no document {key} to delete at {self.url}.") from None
         self._forget(key)
@@ -205,44 +237,45 @@ class RemoteStore(Uncopied):
         )
 
     def _sizes(self) -> dict[str, int]:
-        self._files.invalidate_cache()
-        found = self._files.find(f"{self._root}/documents", detail=True)
-        names = {path.rpartition("/")[2].removesuffix(SUFFIX): info for path, info in found.items()}
-        return {name: info["size"] for name, info in names.items() if KEY_PATTERN.fullmatch(name)}
+        found = self._files.sizes(f"{self._root}/documents")
+        names = {path.rpartition("/")[2].removesuffix(SUFFIX): size for path, size in found.items()}
+        return {name: size for name, size in names.items() if KEY_PATTERN.fullmatch(name)}
 
     def _path(self, key: str) -> str:
         return f"{self._root}/documents/{key[:2]}/{key}{SUFFIX}"
 
-    def _distrust(self, key: str, error: Exception) -> NoReturn:
-        """Set an object aside, if we may, and say so."""
-        self._corrupt += 1
-        with contextlib.suppress(Exception):
-            target = f"{self._root}/quarantine/{secrets.token_hex(4)}-{key}{SUFFIX}"
-            self._files.makedirs(self._files._parent(target), exist_ok=True)
-            self._files.mv(self._path(key), target)
+    def _sure(self, key: str, read: Callable[[], T], again: Callable[[], None]) -> T:
+        """What can be read of an object and matches its checksums, if need be when asked again.
+
+        Args:
+            key: The object's.
+            read: Reads and checks.
+            again: Called before it is read anew.
+
+        Raises:
+            StoreCorruptionError: It has come damaged each time.
+            StoreUnavailableError: It could not be had.
+        """
+        for left in reversed(range(_READS)):
+            try:
+                return read()
+            except FormatError as error:
+                if left == 0:
+                    self._distrust(key, error)
+                again()
+            except StoreUnavailableError as error:
+                error.key = key
+                raise
+        raise AssertionError("a loop that returns or raises")
+
+    def _distrust(self, key: str, error: FormatError) -> NoReturn:
+        """Count a document as not there until it is put again; its object stays as it is."""
+        with self._lock:
+            self._corrupt += 1
+            self._distrusted.add(key)
         raise StoreCorruptionError(
-            f"the stored document {key} at {self.url} cannot be trusted: {error}. Prefill it again "
-            "and put it.",
+            f"the stored document {key} at {self.url} cannot be trusted: {error}, each of the "
+            f"{_READS} times that it was read. Prefill it again and put it, which replaces it.",
             key=key,
             reason=str(error),
         ) from error
-
-
-class _RangeSource:
-    """An object read by ranges; its beginning is fetched when it is opened."""
-
-    def __init__(self, files: Any, path: str):
-        self._files = files
-        self._path = path
-        self.size = int(files.info(path)["size"])
-        self._head = memoryview(files.cat_file(path, 0, min(self.size, _HEAD_BYTES)))
-
-    def read_into(self, offset: int, target: memoryview) -> None:
-        end = offset + target.nbytes
-        if end <= self._head.nbytes:
-            target[:] = self._head[offset:end]
-            return
-        piece = memoryview(self._files.cat_file(self._path, offset, end))
-        if piece.nbytes != target.nbytes:
-            raise FormatError(f"it ends at byte {offset + piece.nbytes}")
-        target[:] = piece

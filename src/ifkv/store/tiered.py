@@ -11,7 +11,12 @@ from torch import Tensor
 
 from ifkv.copying import Uncopied
 from ifkv.documents import DocumentCache
-from ifkv.errors import DocumentNotFoundError, StoreError, StoreFullError
+from ifkv.errors import (
+    DocumentNotFoundError,
+    DocumentUnreadableError,
+    StoreError,
+    StoreFullError,
+)
 from ifkv.store.keys import key_for
 from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import DocumentStore, StoreStats
@@ -51,22 +56,28 @@ class TieredStore(Uncopied):
         if replace:  # else the fast tier would go on with the old one where the new has no room
             with contextlib.suppress(DocumentNotFoundError):
                 self.fast.delete(key)
-        self._promote(document)
+        self.promote(document)
         return key
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
         """The document under a key; from the slow tier it moves up, once all of it was read."""
         if key in self.fast:
-            with contextlib.suppress(DocumentNotFoundError):  # evicted this instant
+            # Evicted this instant, or not to be had from here: then the slow one has it.
+            with contextlib.suppress(DocumentNotFoundError, DocumentUnreadableError):
                 document = self.fast.get(key, lazy=lazy)
                 self.slow.touch(key)  # or what is used most would be what is evicted first
                 return document
         document = self.slow.get(key, lazy=lazy)
         if isinstance(document, StoredDocument):
-            document.when_read(self._promote)
+            document.when_read(self.promote)
         else:
-            self._promote(document)
+            self.promote(document)
         return document
+
+    def promote(self, document: DocumentCache) -> None:
+        """Put a document that the slow tier has into the fast one, if there is room."""
+        with contextlib.suppress(StoreFullError):
+            self.fast.put(document)
 
     def touch(self, key: str) -> None:
         """Count a use in both tiers."""
@@ -117,7 +128,3 @@ class TieredStore(Uncopied):
         return dataclasses.replace(
             slow, hits=fast.hits + slow.hits, corrupt=fast.corrupt + slow.corrupt
         )
-
-    def _promote(self, document: DocumentCache) -> None:
-        with contextlib.suppress(StoreFullError):
-            self.fast.put(document)
