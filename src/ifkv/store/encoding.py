@@ -14,6 +14,7 @@ from ifkv.documents import DocumentCache, Documents, default_batch_tokens, prefi
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreFullError
 from ifkv.patching import handle_of
 from ifkv.sensitivity import with_sensitivities
+from ifkv.store.claims import claims_of
 from ifkv.store.keys import document_key
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ def encode_documents(
 ) -> Encoded:
     """Prefill documents that a store lacks and put them, a batch at a time.
 
-    What was put before an interruption is there when the same call is made again. The prefix is
-    computed, never read from the store, whose codec may have rounded it.
+    What was put before an interruption is there when the same call is made again. Threads that
+    want the same document of one place have it made once: the others wait, and if it could not be
+    made, one of them takes it up. The prefix is computed, never read from the store, whose codec
+    may have rounded it.
 
     Args:
         model: A patched model.
@@ -92,40 +95,46 @@ def encode_documents(
     identity = handle.fingerprints.of(model)
     keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
+    claims, own = claims_of(store), 0
+    others = claims.ended  # before looking what is there: what ends later is looked for again
     missing = [
         (key, ids) for key, ids in distinct.items() if not _is_there(store, key, sensitivities)
     ]
-    made = len(missing)
     total = sum(len(ids) for ids in distinct.values())
     done = total - sum(len(ids) for _, ids in missing)
     report = on_progress or (lambda *_: None)
     report(done, total)
     behind: Tensor | DocumentCache = prefix if isinstance(prefix, DocumentCache) else prefix_ids
     budget = batch_tokens or default_batch_tokens(model.device)
+    made = 0
     while missing:
-        size = len(missing[0][1])
-        count = 1
-        while count < len(missing) and size + len(missing[count][1]) <= budget:
-            size += len(missing[count][1])
-            count += 1
-        batch, missing = missing[:count], missing[count:]
-        texts = [ids for _, ids in batch]
-        fresh = prefill_documents(
-            model,
-            texts,
-            attention_mask=no_padding(texts),  # of which it is the rest, if there was any
-            prefix=behind,
-            batch_tokens=batch_tokens,
-        )
-        if sensitivities:
-            fresh = with_sensitivities(model, fresh)
-        for document, (key, _) in zip(fresh, batch, strict=True):
-            try:
-                store.put(document, replace=sensitivities)
-            except StoreFullError as error:
-                raise StoreFullError(f"{named[keys.index(key)]}: {error}") from error
-            behind = document.prefix or prefix_ids
-        done += size
+        with claims.some_of(missing, budget) as claimed:
+            if (ended := claims.ended - own) != others:  # others have made something meanwhile
+                others = ended
+                missing = [each for each in missing if not _is_there(store, each[0], sensitivities)]
+            wanted = {key for key, _ in missing}
+            batch = [each for each in claimed if each[0] in wanted]
+            texts = [ids for _, ids in batch]
+            fresh = prefill_documents(
+                model,
+                texts,
+                attention_mask=no_padding(texts),  # of which it is the rest, if there was any
+                prefix=behind,
+                batch_tokens=batch_tokens,
+            )
+            if sensitivities and fresh:
+                fresh = with_sensitivities(model, fresh)
+            for document, (key, _) in zip(fresh, batch, strict=True):
+                try:
+                    store.put(document, replace=sensitivities)
+                except StoreFullError as error:
+                    raise StoreFullError(f"{named[keys.index(key)]}: {error}") from error
+                behind = document.prefix or prefix_ids
+        made += len(batch)
+        own += bool(claimed)
+        here = {key for key, _ in claimed}
+        missing = [each for each in missing if each[0] not in here]
+        done = total - sum(len(ids) for _, ids in missing)
         report(done, total)
     rows = behind if made and isinstance(behind, DocumentCache) else None
     return Encoded(keys, made, len(distinct) - made, rows)
