@@ -7,7 +7,7 @@ import torch
 
 import ifkv
 from ifkv.cost import ModelShape
-from ifkv.decoder_layers import decoder_layers, num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import FingerprintMismatchError, UnsupportedModelError
 from ifkv.testing import FAMILIES, assert_close, tiny_model
 
@@ -64,7 +64,7 @@ def test_rows_by_depth_and_batches_run_them_too() -> None:
 
 def test_shapes_and_layer_numbers_are_of_the_layers_that_run() -> None:
     model = shortened("llama")
-    assert (num_layers(model), len(decoder_layers(model))) == (2, 2)
+    assert (DecoderView(model).num_layers, len(DecoderView(model).layers)) == (2, 2)
     assert ModelShape.of(model) == ModelShape.of(
         tiny_model("llama", dtype=torch.float32, num_layers=2)
     )

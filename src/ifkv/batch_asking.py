@@ -15,7 +15,7 @@ from ifkv.answering import answer_of, answer_settings, chosen_selector, complete
 from ifkv.auto import Ratio
 from ifkv.batch_generation import decode
 from ifkv.checks import check_positive, naming_request
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import DocumentUnreadableError, InvalidInputError
 from ifkv.finish_reason import finish_reason
 from ifkv.greedy import GreedySettings, greedy_part
@@ -59,7 +59,7 @@ def ask_many(
     rule = chosen_selector(session, selector, layers)
     check_positive(batch_tokens, "batch_tokens")
     settings = answer_settings(session, max_new_tokens, generate_kwargs)
-    chosen_layers(num_layers(session.model), layers)
+    chosen_layers(DecoderView(session.model).num_layers, layers)
     questions = as_list(questions, "questions", "give a list, or call ask()")
     prompts = []
     for index, question in enumerate(questions):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ifkv.batching import check_counts, check_private, recompute_many
 from ifkv.checks import naming_request, token_tensor
 from ifkv.cuda_graphs import run_to_attention
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed, row_logits, run_layers
 from ifkv.generation import has_prompt
@@ -220,7 +220,7 @@ def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Seque
     counts = [1] * len(caches)
     positions = positions_of(caches, plan.slots, counts)
     rotation = handle.rope.rotation(positions, hidden.dtype)
-    depth, start = num_layers(model), 0
+    depth, start = DecoderView(model).num_layers, 0
     run = RowsPass(handle, caches, counts, plan)
     if handle.captures is not None:
         # Graphs end at the last attention: the last layer runs once more, from what it was given.

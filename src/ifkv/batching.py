@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ifkv.backends.base import Reduction
 from ifkv.checks import naming_request
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError
 from ifkv.recomputation import run_recomputations
 from ifkv.recompute_request import Recomputation
@@ -76,7 +76,7 @@ def score_many(
     for index, (cache, query) in enumerate(zip(caches, queries, strict=True)):
         with naming_request(index):
             jobs.append(Scoring.checked(model, cache, query))
-    chosen, norm = chosen_layers(num_layers(model), layers), attention_norm(reduction)
+    chosen, norm = chosen_layers(DecoderView(model).num_layers, layers), attention_norm(reduction)
     if not jobs:
         return []
     return [mean_over_layers(norms) for norms in run_scorings(model, jobs, chosen, norm)]

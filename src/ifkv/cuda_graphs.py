@@ -17,14 +17,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ifkv.captured_forward import Captured
-from ifkv.decoder_layers import read_by_every_forward
+from ifkv.decoder import DecoderView
 from ifkv.forward import run_attention, run_layers
 from ifkv.graph_recorder import CudaRecorder, Recorder
 from ifkv.module_state import is_foreign, settings_of
@@ -171,8 +171,7 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
     """Where the layers' weights lie and what their classes compute; None if that is not all."""
     if torch_module._has_any_global_hook():
         return None
-    base: Any = model.base_model
-    tree = tree_of(base.layers)
+    tree = tree_of(DecoderView(model).stack.layers)
     for module in tree.modules:
         own = module.__dict__  # found sooner there than by module.…, of four hundred modules
         if (
@@ -193,7 +192,7 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
     kinds = {type(module) for module in tree.modules}
     settings = [settings_of(module) for module in tree.modules if is_foreign(module)]
     forwards = frozenset(kind.forward for kind in kinds)
-    return tuple(addresses), forwards, tuple(settings), read_by_every_forward(model)
+    return tuple(addresses), forwards, tuple(settings), DecoderView(model).read_anew
 
 
 def _stream(device: torch.device) -> Hashable:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import whole_numbers
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError
 from ifkv.forward import run_attention, run_layers
 from ifkv.rows_pass import RowsPass
@@ -73,7 +73,7 @@ def run_by_depth(
     Returns:
         ``[1, rows, hidden]``: what the last layer was given, at the rows that reach it.
     """
-    layers = num_layers(model)
+    layers = DecoderView(model).num_layers
     cuts = sorted({0, *torch.cat([*depths, *begins]).tolist()})
     hidden = hidden.clone()
     for start, stop in pairwise(cuts):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.checks import check_positive, token_tensor
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.document_cache import DocumentCache, check_rows
 from ifkv.document_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
@@ -150,7 +150,7 @@ def _prefill_batch(
     prefix: DocumentCache | None,
     identity: str,
 ) -> list[DocumentCache]:
-    device, depth = model.device, num_layers(model)
+    device, depth = model.device, DecoderView(model).num_layers
     lengths = tuple(len(ids) for ids in tokens)
     start = len(prefix_ids)
     positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)

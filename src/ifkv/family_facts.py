@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import UnsupportedModelError
 from ifkv.rope import rotate
 from ifkv.upstream_code import attention_function
@@ -31,10 +31,11 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
     Raises:
         UnsupportedModelError: Normalisation, projections, windows or rotation are others.
     """
-    config: Any = model.base_model.config
+    view = DecoderView(model)
+    config: Any = view.config
     if not getattr(config, "is_causal", True):
         raise _refusal(model, family, "config.is_causal is False: rows see what comes behind them")
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(view.layers):
         attention: Any = layer.self_attn
         found = (*_of_projections(attention, family), *_of_window(attention, family, config, index))
         for contradiction in found:
@@ -101,8 +102,7 @@ def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> N
     apply = attention_function(attention, "apply_rotary_pos_emb")
     if apply is None:
         return  # what it calls instead has not been read, which is said elsewhere
-    base: Any = model.base_model
-    device, half = model.device, base.rotary_emb.inv_freq.numel()
+    device, half = model.device, DecoderView(model).rotary.inv_freq.numel()
     heads = torch.linspace(-1, 2, 2 * attention.head_dim, device=device)
     heads = heads.reshape(1, 1, 2, attention.head_dim)
     angles = torch.linspace(0.1, 3, 2 * half, device=device).reshape(2, half).repeat(1, 2)
@@ -125,8 +125,7 @@ def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> N
 @torch.no_grad()
 def _check_frequencies(model: PreTrainedModel, family: Family) -> None:
     """Refuse a rotary module whose angles are not position times frequency, in two equal halves."""
-    base: Any = model.base_model
-    rotary = base.rotary_emb
+    rotary = DecoderView(model).rotary
     if getattr(rotary, "rope_type", "default") == "longrope":
         return  # a call would change which of its frequencies are in use
     like = torch.empty(0, dtype=torch.float32, device=model.device)

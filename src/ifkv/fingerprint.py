@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifkv.decoder_layers import read_by_every_forward
+from ifkv.decoder import DecoderView
 from ifkv.glance import Glance
 from ifkv.hooks import home_of
 from ifkv.module_state import (
@@ -79,9 +79,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     config: dict[str, Any] = model.config.to_dict()
     facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
-    base: Any = model.base_model
-    digest.update(repr(read_by_every_forward(model)).encode())
-    rotary = base.rotary_emb
+    view = DecoderView(model)
+    digest.update(repr(view.read_anew).encode())
+    rotary = view.rotary
     # A longrope module's current frequencies are those of the last forward.
     longrope = getattr(rotary, "rope_type", "default") == "longrope"
     inv_freq = rotary.original_inv_freq if longrope else rotary.inv_freq
@@ -110,7 +110,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _state_of(model: PreTrainedModel) -> Iterator[State]:
     """All that the modules of the decoder stack compute with, but for the rotary embedding."""
-    base: Any = model.base_model
+    base: Any = DecoderView(model).stack
     plain_tensors = _plain_tensors_count(model)
     for path, module in base.named_modules():
         if "rotary_emb" in path:
@@ -184,7 +184,8 @@ class FingerprintCache:
 
     def _look(self, model: PreTrainedModel) -> tuple[list[Tensor], tuple[object, ...]]:
         """All tensors that the layers compute with, and what changes when they do."""
-        tree = tree_of(model.base_model)
+        stack = DecoderView(model).stack
+        tree = tree_of(stack)
         kinds = tuple(map(type, tree.modules))
         if kinds != self._kinds:
             self._kinds = kinds
@@ -192,13 +193,13 @@ class FingerprintCache:
             self._foreign = [i for i, module in enumerate(tree.modules) if is_foreign(module)]
             self._quantized = any(is_quantized(tree.modules[i]) for i in self._foreign)
         foreign = [tree.modules[i] for i in self._foreign]
-        parameters = _parameters_of(model.base_model)
+        parameters = _parameters_of(stack)
         plain = _plain_tensors_count(model)
         for module in foreign:
             state = module_state(module, plain_tensors=plain)
             parameters += [part for _, part in state if isinstance(part, Tensor)]
         return parameters, (
-            read_by_every_forward(model),
+            DecoderView(model).read_anew,
             kinds,
             *map(settings_of, foreign),
             *(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 from ifkv.upstream import cache_keyword
 from ifkv.watched_pass import WatchedPass
 
@@ -32,9 +32,7 @@ def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
     Returns:
         ``[1, rows, hidden]``.
     """
-    base: Any = model.base_model
-    hidden: Tensor = base.embed_tokens(token_ids[None])
-    return hidden
+    return DecoderView(model).embed(token_ids)
 
 
 def run_layers(
@@ -65,7 +63,7 @@ def run_layers(
         UnsupportedModelError: A layer asks for what no pass knows, or leaves the pass out.
     """
     watched = WatchedPass(attention_pass)
-    for layer_idx, layer in enumerate(decoder_layers(model)[start:stop], start):
+    for layer_idx, layer in enumerate(DecoderView(model).layers[start:stop], start):
         watched.expect(layer_idx)
         hidden = layer(hidden, **_keywords(layer, positions, rotation, watched))
         watched.check(layer)
@@ -96,7 +94,7 @@ def run_attention(
     Raises:
         UnsupportedModelError: As of :func:`run_layers`.
     """
-    layer: Any = decoder_layers(model)[layer_idx]
+    layer = DecoderView(model).layers[layer_idx]
     watched = WatchedPass(attention_pass)
     watched.expect(layer_idx)
     layer.self_attn(
@@ -116,23 +114,7 @@ def row_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     Returns:
         ``[rows, vocabulary]``.
     """
-    base: Any = model.base_model
-    head: Any = model.get_output_embeddings()
-    logits: Tensor = head(base.norm(hidden))
-    return logits[0]
-
-
-def last_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of the last row.
-
-    Args:
-        model: A patched model.
-        hidden: Output of the last layer, ``[1, rows, hidden]``.
-
-    Returns:
-        ``[vocabulary]``.
-    """
-    return row_logits(model, hidden[:, -1:])[0]
+    return DecoderView(model).logits(hidden)
 
 
 def _keywords(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ifkv.decoder import DecoderView
 from ifkv.errors import UnsupportedModelError
 from ifkv.module_tree import tree_of
 
@@ -66,7 +67,7 @@ def observer(hook: Callable[..., object]) -> Observer:
         >>> model = tiny_model("llama")
         >>> seen = []
         >>> look = ifkv.observer(lambda module, args: seen.append(args[0].shape[1]))
-        >>> handle = model.base_model.layers[0].register_forward_pre_hook(look)
+        >>> handle = model.model.layers[0].register_forward_pre_hook(look)
         >>> with ifkv.patch(model):
         ...     documents = ifkv.prefill_documents(model, [[5, 6, 7]])
         >>> seen
@@ -90,7 +91,7 @@ def check_hooks(model: PreTrainedModel) -> None:
                     f"torch has a global forward hook ({_name_of(hook)}), which can change what "
                     f"this {type(model).__name__} computes. {_WAY_OUT}"
                 )
-    base = model.base_model
+    base = DecoderView(model).stack
     above: list[nn.Module] = [model]
     for module in above:  # which grows meanwhile
         if any(name in module.__dict__ for name in _ASKED_BY):
@@ -116,7 +117,7 @@ def check_classes(model: PreTrainedModel) -> None:
         UnsupportedModelError: The model's class, or its decoder stack's, derives from one of
             transformers and overrides its forward, or somebody has replaced that.
     """
-    for module in (getattr(model, "_orig_mod", model), model.base_model):
+    for module in (getattr(model, "_orig_mod", model), DecoderView(model).stack):
         kind: Any = type(module)
         over = [each for each in kind.__mro__ if each.__module__.startswith("transformers.models.")]
         if over and not home_of(kind.forward).startswith("transformers."):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ifkv.decoder import DecoderView
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -126,7 +128,7 @@ def settle(model: PreTrainedModel) -> None:
 
     bitsandbytes packs 4-bit weights anew then on some processors, and moves its 8-bit scales.
     """
-    base: Any = model.base_model
+    base: Any = DecoderView(model).stack
     with torch.no_grad():
         base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ifkv.config_overlay import below, overlay
 from ifkv.cuda_graphs import Captures
+from ifkv.decoder import DecoderView
 from ifkv.errors import NotPatchedError
 from ifkv.families import Family, resolve_family
 from ifkv.family_facts import check_facts
@@ -73,12 +74,13 @@ class PatchHandle:
     def _attach(self, model: PreTrainedModel) -> None:
         from ifkv.attention import register
 
-        config = cast("PreTrainedConfig", model.base_model.config)
+        stack = DecoderView(model).stack
+        config = cast("PreTrainedConfig", stack.config)
         # A model built from a patched model's config holds that one's overlay.
         underlying, covered = below(config), self._covered
         register(self.name, underlying, self.backend)
         laid = overlay(underlying, self.name, lambda: bool(covered))
-        for module in model.base_model.modules():
+        for module in stack.modules():
             if getattr(module, "config", None) is config:
                 covered.append((module, config))
                 module.config = cast(Any, laid)

@@ -247,7 +247,7 @@ def planner_for(
         UnsupportedModelError: The model belongs to no family that is supported.
     """
     found: Any = model
-    if hasattr(found, "base_model"):
+    if hasattr(found, "get_decoder"):
         config, shape = found.config, ModelShape.of(found)
         dtype, device = found.dtype, found.device
     else:

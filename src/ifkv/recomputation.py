@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifkv.checks import check_positive
 from ifkv.cuda_graphs import run_to_attention
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.depths import run_by_depth
 from ifkv.forward import row_logits, run_layers
 from ifkv.patching import PatchHandle, handle_of
@@ -157,7 +157,7 @@ def _run_block(
     own = [job.slots[rows] for job, rows in block]
     lengths = [job.length for job, _ in block]
     if any(job.depths is not None or job.begins is not None for job, _ in block):
-        depth = num_layers(model)
+        depth = DecoderView(model).num_layers
         reach, begins = [], []
         for part, (job, rows) in zip(own, block, strict=True):
             reach.append(torch.full_like(part, depth) if job.depths is None else job.depths[rows])
@@ -165,7 +165,7 @@ def _run_block(
         caches = [job.cache for job, _ in block]
         return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins)
     plan = handle.backend.plan_requests(own, lengths, model.device)
-    last = num_layers(model) - 1
+    last = DecoderView(model).num_layers - 1
     counts = [rows.stop - rows.start for _, rows in block]
     caches = [job.cache for job, _ in block]
     positions = positions_of(caches, plan.slots, counts)
@@ -189,7 +189,7 @@ def _answer_rows(
     Returns:
         Logits ``[requests, vocabulary]``.
     """
-    last = num_layers(model) - 1
+    last = DecoderView(model).num_layers - 1
     plan = handle.backend.plan_requests(
         [job.slots[-1:] for job in jobs], [job.length for job in jobs], model.device
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError, UnsupportedRopeError
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ class Rope:
     """
 
     def __init__(self, model: PreTrainedModel, family: Family):
-        base: Any = model.base_model
         config = model.config
         parameters: dict[str, Any] = config.rope_parameters
         self.rope_type: str = parameters.get("rope_type", "default")
@@ -69,7 +69,7 @@ class Rope:
                 f"rope type {self.rope_type!r} is not supported for family {family.name!r}: "
                 f"{reason}. Supported are {', '.join(family.rope_types)}."
             )
-        self._module = base.rotary_emb
+        self._module = DecoderView(model).rotary
         self.rotary_dim = 2 * self._module.inv_freq.numel()
         self.check_frequencies()
         self.limit, self.limit_reason = position_limit(config)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ifkv.backends.base import Reduction
 from ifkv.checks import token_tensor, whole_numbers
 from ifkv.cuda_graphs import run_to_attention
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError
 from ifkv.forward import embed
 from ifkv.owed_rows import Carrying, owing
@@ -92,7 +92,7 @@ def score(
     """
     norm = attention_norm(reduction)
     check_cache(model, cache)
-    chosen = chosen_layers(num_layers(model), layers)
+    chosen = chosen_layers(DecoderView(model).num_layers, layers)
     return mean_over_layers(measure_query(model, cache, query_ids, chosen, norm))
 
 

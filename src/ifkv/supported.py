@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import UnsupportedModelError
 from ifkv.hooks import check_classes, check_hooks
 
@@ -28,13 +28,14 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
         raise UnsupportedModelError(
             f"{name} is no model of transformers itself; patch the one that it wraps."
         )
-    if model.get_output_embeddings() is None or model.base_model is model:
+    view = DecoderView(model)
+    if view.head is None or view.stack is model:
         raise UnsupportedModelError(
             f"{name} has no language-model head; patch the causal language model "
             "(…ForCausalLM) that holds it."
         )
     check_classes(model)
-    base: Any = model.base_model
+    base: Any = view.stack
     attention = family.attention_class.rpartition(".")[2]
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
         if not hasattr(base, part):
@@ -43,7 +44,7 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
                 f"of {family.model_class}. If {name} wraps a model, patch that one, with adapters "
                 "merged into it; otherwise this transformers release may have moved it."
             )
-    layers = decoder_layers(model)
+    layers = view.layers
     if not layers:
         raise UnsupportedModelError(
             f"config.num_hidden_layers is {base.config.num_hidden_layers} and {name} holds "
@@ -90,7 +91,7 @@ def check_weights(model: PreTrainedModel) -> None:
             f"this {name} is split between processes, each of which would choose tokens by its own "
             "heads alone. Load it without tp_plan, tp_size or another way of sharding."
         )
-    for path, module in model.base_model.named_modules():
+    for path, module in DecoderView(model).stack.named_modules():
         if hasattr(module, "out_features") and not [*module.parameters(), *module.buffers()]:
             raise UnsupportedModelError(
                 f"{path} of this {name} is a {type(module).__name__} whose weights cannot be read, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from ifkv.answering import answer_settings, chosen_selector
 from ifkv.auto import Ratio
 from ifkv.cost import Cost, ModelShape, recompute_cost
-from ifkv.decoder_layers import num_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import InvalidInputError
 from ifkv.extending import extend
 from ifkv.owed_rows import owe
@@ -57,7 +57,7 @@ class Asked:
     ) -> Asked:
         """From its arguments; refuses bad ones before any work."""
         settings = answer_settings(session, max_new_tokens, generate_kwargs)
-        chosen_layers(num_layers(session.model), layers)
+        chosen_layers(DecoderView(session.model).num_layers, layers)
         session.format.prompt_ids(question)
         budget = session._ratios.fixed(ratio, "turns of a conversation")
         rule = chosen_selector(session, selector, layers)

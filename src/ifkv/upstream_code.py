@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ifkv.config_overlay import below
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import UpstreamWarning
 from ifkv.families import FUNCTIONS
 from ifkv.source_hash import code_of, hash_of
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ifkv.families import Family
 
@@ -49,11 +49,11 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
 
 def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
     """The code that the model runs, each kind once, and the path that the family has it under."""
-    base: Any = model.base_model
+    view = DecoderView(model)
     yield family.causal_lm_class, model
-    yield family.model_class, base
-    yield family.rotary_class, base.rotary_emb
-    layers: list[Any] = list(decoder_layers(model))
+    yield family.model_class, view.stack
+    yield family.rotary_class, view.rotary
+    layers = view.layers
     yield from {type(layer): (family.layer_class, layer) for layer in layers}.values()
     attentions = {type(layer.self_attn): layer.self_attn for layer in layers}
     for attention in attentions.values():
@@ -69,7 +69,7 @@ def _foreign_attention(model: PreTrainedModel) -> Iterator[str]:
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    config: Any = below(cast("PreTrainedConfig", model.base_model.config))
+    config: Any = below(DecoderView(model).config)
     function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     home = str(getattr(function, "__module__", "transformers"))
     # Names with a slash are kernels of the hub, which transformers registers.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ifkv.backends.base import Backend
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 from ifkv.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def resolve_backend(backend: str | Backend, model: PreTrainedModel) -> Backend:
 def _flashinfer(model: PreTrainedModel) -> Backend:
     from ifkv.backends.flashinfer import availability
 
-    layers: list[Any] = list(decoder_layers(model))
+    layers = DecoderView(model).layers
     head_dims = {int(layer.self_attn.head_dim) for layer in layers}
     refusal = availability.refusal_of_device(model.device) or availability.refusal_of_model(
         model.dtype, head_dims, model.config.num_attention_heads

@@ -13,6 +13,7 @@ from torch import Tensor
 from ifkv.backends.norms import value_sizes
 from ifkv.backends.spec import AttentionSpec
 from ifkv.cost import ModelShape
+from ifkv.decoder import DecoderView
 from ifkv.documents import DocumentCache
 from ifkv.forward import run_layers
 from ifkv.passes import LayerCall
@@ -98,8 +99,7 @@ class Bench:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        base: Any = self.model.base_model
-        module = base.layers[0].self_attn
+        module = DecoderView(self.model).layers[0].self_attn
         query, keys, values = self.heads(tokens), self.kv(tokens), self.kv(tokens)
         return lambda: attend(module, query, keys, values, None, scaling=self.spec.scaling)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ifkv.decoder_layers import decoder_layers
+from ifkv.decoder import DecoderView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +76,8 @@ class ModelShape:
 
         Nothing but shapes is read: a model on the ``meta`` device has them, too.
         """
-        layers: list[Any] = list(decoder_layers(model))
+        view = DecoderView(model)
+        layers = view.layers
         layer = layers[0]
         matrices, attention = _elements(layer), _elements(layer.self_attn)
         # o_proj takes all heads' outputs side by side, whatever the projections before it; what
@@ -92,7 +93,7 @@ class ModelShape:
             element_size=model.dtype.itemsize,
             hidden_size=hidden,
             head_dim=layer.self_attn.head_dim,
-            vocabulary=_sizes(model.get_output_embeddings())[0],
+            vocabulary=_sizes(view.head)[0],
         )
 
     @property
