@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,29 @@ def test_ls_and_stats(folder: Path) -> None:
     assert "documents    3" in output
     assert "prefixes     1" in output
     assert "tokens       18" in output
+
+
+def test_to_look_needs_no_torch(folder: Path) -> None:
+    """Importing it takes seconds; neither does `ifkv --version` or a refusal wait for it."""
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'numpy', 'safetensors'): sys.modules[name] = None\n"
+        "from ifkv.cli import main\n"
+        "main()\n"
+    )
+    for arguments, code, words in (
+        (["store", "ls", "--store", folder], 0, key_of(PREFIX)[:16]),
+        (["store", "stats", "--store", folder], 0, "documents    3"),
+        (["store", "ls", "--store", folder / "none"], 2, "there is no store in"),
+        (["store", "prune", "--store", folder, "--max-bytes", "7 apples"], 2, "is no size"),
+        (["store", "--help"], 0, "Look into a store"),
+        (["ask", "--help"], 0, "--store"),
+        (["--version"], 0, ifkv.__version__),
+    ):
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert found.returncode == code, found.stderr
+        assert words in found.stdout + found.stderr
 
 
 def test_prune(folder: Path) -> None:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ifkv.checks import check_positive
+from ifkv.default_length import DEFAULT_MAX_NEW_TOKENS as DEFAULT_MAX_NEW_TOKENS
 from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-# Tokens of an answer at most, where nobody says how long it may be.
-DEFAULT_MAX_NEW_TOKENS = 64
 
 _KEYWORD = "given as a keyword"
 _CONFIG = "in the generation config given"

@@ -11,7 +11,7 @@ import typer
 from ifkv.cli.importing import Imports, import_all
 from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
-from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
+from ifkv.default_length import DEFAULT_MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,6 +14,7 @@ from ifkv.errors import InvalidInputError, StoreCorruptionError
 if TYPE_CHECKING:
     from ifkv.source import Source
     from ifkv.store import DiskStore
+    from ifkv.store.inventory import Inventory
 
 store_app = typer.Typer(
     name="store",
@@ -42,9 +43,9 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _open(folder: Path | None) -> DiskStore:
-    """An existing store: a mistyped path must not make an empty one."""
-    from ifkv.store import DiskStore, default_store_path
+def _existing(folder: Path | None) -> Path:
+    """The folder of an existing store: a mistyped path must not make an empty one."""
+    from ifkv.store.default_path import default_store_path
 
     path = default_store_path() if folder is None else folder
     if scheme := re.match(r"\w[\w+.-]+(?=:/)", str(path)):
@@ -56,7 +57,21 @@ def _open(folder: Path | None) -> DiskStore:
         raise InvalidInputError(
             f"there is no store in {path}; name one with --store, or make one with ifkv encode."
         )
+    return path
+
+
+def _open(folder: Path | None) -> DiskStore:
+    path = _existing(folder)
+    from ifkv.store import DiskStore
+
     return DiskStore(path)
+
+
+def _look(folder: Path | None) -> Inventory:
+    """What needs no torch, which takes seconds to import."""
+    from ifkv.store.inventory import Inventory
+
+    return Inventory(_existing(folder))
 
 
 def _size(nbytes: int) -> str:
@@ -82,7 +97,7 @@ def _entries(number: int) -> str:
 @store_app.command("ls")
 def list_entries(folder: Folder = None) -> None:
     """List entries, the most recently used first."""
-    with _open(folder) as store:
+    with _look(folder) as store:
         sources = store.sources()
         typer.echo(
             "key               tokens  size      codec  prefix            model     pinned  source"
@@ -98,18 +113,18 @@ def list_entries(folder: Folder = None) -> None:
 @store_app.command()
 def stats(folder: Folder = None) -> None:
     """Say how much there is, and of how many models."""
-    with _open(folder) as store:
-        entries, found = store.entries(), store.stats()
+    with _look(folder) as store:
+        entries = store.entries()
         prefixes = {entry.prefix_key for entry in entries if entry.prefix_key}
         for name, value in (
             ("folder", str(store.path)),
-            ("documents", str(found.documents - len(prefixes))),
+            ("documents", str(len(entries) - len(prefixes))),
             ("prefixes", str(len(prefixes))),
             ("models", str(len({entry.fingerprint for entry in entries}))),
-            ("tokens", str(found.tokens)),
-            ("size", _size(found.nbytes)),
-            ("pinned", str(found.pinned)),
-            ("quarantined", str(len(store.folder.quarantine_files()))),
+            ("tokens", str(sum(entry.tokens for entry in entries))),
+            ("size", _size(sum(entry.nbytes for entry in entries))),
+            ("pinned", str(sum(entry.pinned for entry in entries))),
+            ("quarantined", str(store.quarantined())),
         ):
             typer.echo(f"{name:<12} {value}")
 

@@ -6,18 +6,48 @@
 
 All of them follow :class:`DocumentStore`; the format on disk is described in
 ``docs/store-format.md``.
+
+Names are loaded when they are first used, so that what needs no torch does not wait for it.
 """
 
-from ifkv.store.disk import DiskStore
-from ifkv.store.encoding import Encoded, encode_documents
-from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
-from ifkv.store.lazy import StoredDocument
-from ifkv.store.location import default_store_path, open_store, session_store
-from ifkv.store.memory import MemoryStore
-from ifkv.store.protocol import DocumentStore, StoreStats
-from ifkv.store.remote import RemoteStore
-from ifkv.store.sources import SourceKeeper, keeper_of
-from ifkv.store.tiered import TieredStore
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ifkv.store.default_path import default_store_path
+    from ifkv.store.disk import DiskStore
+    from ifkv.store.encoding import Encoded, encode_documents
+    from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
+    from ifkv.store.lazy import StoredDocument
+    from ifkv.store.location import open_store, session_store
+    from ifkv.store.memory import MemoryStore
+    from ifkv.store.protocol import DocumentStore, StoreStats
+    from ifkv.store.remote import RemoteStore
+    from ifkv.store.sources import SourceKeeper, keeper_of
+    from ifkv.store.tiered import TieredStore
+
+_HOME = {
+    "DiskStore": "disk",
+    "DocumentStore": "protocol",
+    "Encoded": "encoding",
+    "FORMAT_VERSION": "keys",
+    "MemoryStore": "memory",
+    "RemoteStore": "remote",
+    "SourceKeeper": "sources",
+    "StoreStats": "protocol",
+    "StoredDocument": "lazy",
+    "TieredStore": "tiered",
+    "default_store_path": "default_path",
+    "document_key": "keys",
+    "encode_documents": "encoding",
+    "keeper_of": "sources",
+    "key_for": "keys",
+    "key_of": "keys",
+    "open_store": "location",
+    "session_store": "location",
+}
 
 __all__ = [
     "FORMAT_VERSION",
@@ -39,3 +69,15 @@ __all__ = [
     "open_store",
     "session_store",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ifkv.store' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ifkv.store.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,10 +10,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ifkv.errors import StoreError, StoreFullError
 from ifkv.store.keys import KEY_PATTERN
-from ifkv.store.writing import DocumentFile
+
+if TYPE_CHECKING:
+    from ifkv.store.writing import DocumentFile
 
 if sys.platform != "win32":
     import fcntl

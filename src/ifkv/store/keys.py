@@ -7,15 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ifkv.checks import token_tensor
 from ifkv.errors import DocumentNotFoundError, InvalidInputError
-from ifkv.patching import handle_of
 
+# torch is imported where it is used: to list a store's keys should not take seconds.
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ifkv.documents import DocumentCache
@@ -76,7 +72,9 @@ def key_for(
         NotPatchedError: The model is not patched.
         InvalidInputError: The ids are not a document's.
     """
+    from ifkv.checks import token_tensor
     from ifkv.documents import DocumentCache
+    from ifkv.patching import handle_of
 
     behind = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
     return document_key(
@@ -106,6 +104,8 @@ def check_document(document: DocumentCache) -> None:
     Raises:
         InvalidInputError: Shapes, dtypes or the prefix do not belong together.
     """
+    import torch
+
     from ifkv.documents import DocumentCache
 
     if not isinstance(document, DocumentCache):
@@ -166,4 +166,4 @@ def check_document(document: DocumentCache) -> None:
 
 
 def _id_bytes(ids: Tensor) -> bytes:
-    return ids.detach().cpu().numpy().astype(np.dtype("<i8")).tobytes()
+    return ids.detach().cpu().numpy().astype("<i8").tobytes()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ifkv.errors import InvalidInputError, StoreError
+from ifkv.store.default_path import default_store_path
 from ifkv.store.disk import DiskStore
 from ifkv.store.memory import MemoryStore
 from ifkv.store.protocol import DocumentStore
@@ -15,24 +16,6 @@ from ifkv.store.tiered import TieredStore
 
 # Host memory before a session's disk: documents of the last questions, so that the next is hot.
 SESSION_MEMORY_BYTES = 2 * 2**30
-
-
-def default_store_path() -> Path:
-    """Where ``IFKV_STORE`` points; else ``store`` in ``IFKV_CACHE`` or the user's cache folder.
-
-    Raises:
-        InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; :func:`open_store` takes it.
-    """
-    import platformdirs
-
-    if given := os.environ.get("IFKV_STORE"):
-        if "://" in given:
-            raise InvalidInputError(
-                f"IFKV_STORE is {given}, and a folder on this machine is wanted here; name one."
-            )
-        return Path(given).expanduser().absolute()
-    cache = os.environ.get("IFKV_CACHE") or platformdirs.user_cache_path("ifkv")
-    return Path(cache).expanduser().absolute() / "store"
 
 
 def open_store(

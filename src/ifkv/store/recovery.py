@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ifkv.errors import StoreError
 from ifkv.store.folder import Folder
-from ifkv.store.format import FormatError
 from ifkv.store.index import Entry, Index
 from ifkv.store.keys import document_key
-from ifkv.store.reading import DocumentReader, FileSource
+
+if TYPE_CHECKING:
+    from ifkv.store.reading import FileSource
 
 INDEX_NAME = "index.sqlite3"
 
@@ -57,22 +60,32 @@ def open_index(folder: Folder) -> Index:
 
 def _reconcile(folder: Folder, index: Index) -> None:
     entries = {entry.key for entry in index.entries()}
-    present = set()
-    for key, path in folder.files():
-        if key is not None and key in entries:
-            present.add(key)
-            continue
+    found = list(folder.files())
+    present = {key for key, _ in found if key in entries}
+    strange = [(key, path) for key, path in found if key not in entries]
+    if strange:
+        present |= _taken_up(folder, index, strange)
+    for key in entries - present:
+        index.remove(key)
+
+
+def _taken_up(folder: Folder, index: Index, strange: list[tuple[str | None, Path]]) -> set[str]:
+    """Give files an entry that have none, or set them aside; the keys of those that have one."""
+    from ifkv.store.format import FormatError
+    from ifkv.store.reading import FileSource
+
+    taken = set()
+    for key, path in strange:
         try:
             if key is None:
                 raise FormatError("it does not belong among the documents")
             index.add(describe(key, FileSource(path)))
-            present.add(key)
+            taken.add(key)
         except FormatError as error:
             folder.quarantine(path, str(error))
         except OSError:  # says nothing about the file, which has its entry the next time
             continue
-    for key in entries - present:
-        index.remove(key)
+    return taken
 
 
 def describe(key: str, source: FileSource) -> Entry:
@@ -82,6 +95,8 @@ def describe(key: str, source: FileSource) -> Entry:
         FormatError: It is not a document of this key.
         OSError: It cannot be read.
     """
+    from ifkv.store.reading import DocumentReader
+
     try:
         reader = DocumentReader(source, key)
     finally:

@@ -1,0 +1,26 @@
+"""Where the store is when nobody says; without torch, so that looking into it takes no seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ifkv.errors import InvalidInputError
+
+
+def default_store_path() -> Path:
+    """Where ``IFKV_STORE`` points; else ``store`` in ``IFKV_CACHE`` or the user's cache folder.
+
+    Raises:
+        InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; :func:`open_store` takes it.
+    """
+    import platformdirs
+
+    if given := os.environ.get("IFKV_STORE"):
+        if "://" in given:
+            raise InvalidInputError(
+                f"IFKV_STORE is {given}, and a folder on this machine is wanted here; name one."
+            )
+        return Path(given).expanduser().absolute()
+    cache = os.environ.get("IFKV_CACHE") or platformdirs.user_cache_path("ifkv")
+    return Path(cache).expanduser().absolute() / "store"
