@@ -159,7 +159,7 @@ def _nothing_named(pattern: str, keys: set[str], sources: dict[str, list[Source]
     if not names:
         return (
             f"no document is named {pattern!r}: nobody has said where the {len(keys)} documents "
-            "are from. A store on disk keeps it: encode them again, which computes nothing anew, "
+            "are from. Encode them again, which computes nothing anew, "
             "or add() them with sources."
         )
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

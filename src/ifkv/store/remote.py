@@ -32,10 +32,13 @@ from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import StoreStats
 from ifkv.store.ranges import ObjectRanges
 from ifkv.store.reading import DocumentReader
+from ifkv.store.source_objects import SourceObjects
 from ifkv.store.writing import DocumentFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ifkv.source import Source
 
 T = TypeVar("T")
 
@@ -80,6 +83,7 @@ class RemoteStore(Uncopied):
         self.url = url
         self._files = FarFiles(url, deadline, storage_options)
         self._root = self._files.root
+        self._sources = SourceObjects(self._files, f"{self._root}/sources")
         self._prefixes: weakref.WeakValueDictionary[str, DocumentCache] = (
             weakref.WeakValueDictionary()
         )
@@ -220,6 +224,14 @@ class RemoteStore(Uncopied):
         except FileNotFoundError:
             raise DocumentNotFoundError(f"no document {key} to delete at {self.url}.") from None
         self._forget(key)
+
+    def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
+        """Keep where documents are from; see :class:`ifkv.store.SourceKeeper`."""
+        self._sources.add(sources)
+
+    def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
+        """Return where documents are from, by key; see :class:`ifkv.store.SourceKeeper`."""
+        return self._sources.find(keys)
 
     def keys(self) -> Iterator[str]:
         """Keys of all entries, in their own order."""
