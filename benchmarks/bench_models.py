@@ -9,7 +9,7 @@ import transformers
 
 from ifkv.demo.corpus import load_corpus
 from ifkv.demo.model import load_demo_model, prepare_demo_model
-from ifkv.text import PromptFormat
+from ifkv.session.prompt_format import PromptFormat
 
 # Qwen3-0.6B, from its published configuration.
 QWEN3 = {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ifkv.stitched_cache import StitchedCache
-from ifkv.upstream import cache_keyword
+from ifkv.cache.stitched import StitchedCache
+from ifkv.models.compat import cache_keyword
 
 
 class OverwritingCache(DynamicCache):

@@ -28,7 +28,7 @@ import transformers
 
 import ifkv
 from ifkv.demo.corpus import load_corpus
-from ifkv.text import PromptFormat
+from ifkv.session.prompt_format import PromptFormat
 from peak_memory import in_own_process, peak_above
 from ttft_report import about_machine
 

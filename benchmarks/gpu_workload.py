@@ -11,8 +11,8 @@ import torch
 
 import ifkv
 from gpu_ttft_report import STEPS
+from ifkv.models.compat import cache_keyword
 from ifkv.selectors import Request, Selector
-from ifkv.upstream import cache_keyword
 
 DOCUMENT = 512
 PREFIX = 16

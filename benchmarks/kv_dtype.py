@@ -26,8 +26,8 @@ from torch import Tensor
 import ifkv
 from ifkv.demo.corpus import load_corpus
 from ifkv.demo.model import load_demo_model
-from ifkv.text import INSTRUCTION, PromptFormat
-from ifkv.upstream import cache_keyword
+from ifkv.models.compat import cache_keyword
+from ifkv.session.prompt_format import INSTRUCTION, PromptFormat
 from ttft_report import about_machine
 
 RATIOS = (0.0, 0.15, 1.0)

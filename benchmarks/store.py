@@ -282,7 +282,7 @@ def main() -> None:
         result["bandwidth"] = bandwidth(folder, options.tokens, options.repeats)
         if not options.skip_model:
             from ifkv.demo.model import MODEL_NAME, load_demo_model
-            from ifkv.text import PromptFormat
+            from ifkv.session.prompt_format import PromptFormat
 
             model, tokenizer = load_demo_model()
             result["model"] = MODEL_NAME

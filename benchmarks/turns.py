@@ -27,8 +27,8 @@ import transformers
 import ifkv
 from batches import load, seconds
 from ifkv.demo.corpus import load_corpus
+from ifkv.models.compat import cache_keyword
 from ifkv.store import MemoryStore
-from ifkv.upstream import cache_keyword
 from ttft_report import about_machine
 
 RATIO = 0.15

@@ -17,7 +17,7 @@ from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import MetadataMode
 
-from ifkv.generation_settings import DEFAULT_MAX_NEW_TOKENS
+from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
 
 
 class IfkvLLM(CustomLLM):

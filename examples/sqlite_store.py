@@ -13,10 +13,10 @@ from ifkv import DocumentCache
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError
 from ifkv.store import StoredDocument, StoreStats, document_key, key_for, key_of
 from ifkv.store.codecs import resolve_codec
+from ifkv.store.document_file import DocumentFile
+from ifkv.store.document_reader import BytesSource, DocumentReader
 from ifkv.store.format import FormatError
 from ifkv.store.keys import check_document
-from ifkv.store.reading import BytesSource, DocumentReader
-from ifkv.store.writing import DocumentFile
 
 
 class SqliteStore:

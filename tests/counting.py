@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import ifkv
-from ifkv.hooks import Observer
+from ifkv.models.hooks import Observer
 
 
 def operations(run: Callable[[], Any]) -> float:

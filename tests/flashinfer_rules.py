@@ -35,7 +35,7 @@ def ragged(engine: Engine, *, backend: str = "fa2") -> Any:
 
 
 def plan_paged(engine: Engine, wrapper: Any, **changes: Any) -> None:
-    """Plan one request of 3 rows over 11 slots on pages of 4; see :func:`setting`."""
+    """Plan one request of 3 rows over 11 slots on pages of 4; see `setting`."""
     arguments: dict[str, Any] = {
         "qo_indptr": ints([0, 3]),
         "paged_kv_indptr": ints([0, 3]),

@@ -45,7 +45,7 @@ class _Noting(TorchDispatchMode):
 
 
 class RecorderStandIn:
-    """A :class:`ifkv.graph_recorder.Recorder`."""
+    """A `Recorder`."""
 
     def __init__(self, device: torch.device):
         self.graphs: list[GraphStandIn] = []

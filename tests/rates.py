@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ifkv.calibration import Curve, Grid, Rates, keeping
 from ifkv.cost import ModelShape
+from ifkv.planning.calibration import Curve, Grid, Rates, kept
 
 
 def flat(operations: float) -> Grid:
@@ -45,6 +45,6 @@ def never_measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[object
         times.append(options["disk"])
         return ROWS_COST
 
-    monkeypatch.setattr(keeping, "measure", measure)
+    monkeypatch.setattr(kept, "measure", measure)
     monkeypatch.setenv("IFKV_CACHE", str(folder))
     return times

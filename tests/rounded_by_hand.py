@@ -8,9 +8,9 @@ from torch import Tensor
 import ifkv
 from flashinfer_standin import FlashInferStandIn
 from ifkv.backends.flashinfer import FlashInferBackend
+from ifkv.backends.fp8 import FLOAT8
 from ifkv.backends.plans import KVScales
-from ifkv.float8 import FLOAT8
-from ifkv.stitched_layer import StitchedLayer
+from ifkv.cache.layer import StitchedLayer
 from ifkv.testing import assert_bit_equal
 
 

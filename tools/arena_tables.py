@@ -157,7 +157,7 @@ def filled(text: str) -> str:
 
 def take(folder: Path, file: str) -> None:
     """Make the results files of a folder: all questions, and both halves by a hash of their ids."""
-    from ifkv.evaluation.ledger import Ledger
+    from ifkv.evaluation.results_log import Ledger
     from ifkv.evaluation.summary import Summary
     from ifkv.evaluation.tables import comma_separated, csv_of
 

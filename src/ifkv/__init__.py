@@ -14,53 +14,54 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ifkv.answer import Answer
-    from ifkv.batch_generation import generate_many
-    from ifkv.batching import recompute_many, score_many
-    from ifkv.conversation import Conversation
+    from ifkv.cache.extend import extend
+    from ifkv.cache.stitch import stitch, stitch_many
+    from ifkv.cache.stitched import StitchedCache
     from ifkv.cost import speedup_bound
-    from ifkv.documents import DocumentCache, prefill_documents
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.prefill import prefill_documents
+    from ifkv.documents.source import Source
     from ifkv.errors import IfkvError
-    from ifkv.extending import extend
-    from ifkv.generation import generate
-    from ifkv.hooks import observer
-    from ifkv.patching import PatchHandle, patch, unpatch
-    from ifkv.recomputation import recompute
-    from ifkv.reordering import reorder
-    from ifkv.scoring import score
-    from ifkv.selection import select
-    from ifkv.session import Session
-    from ifkv.source import Source
-    from ifkv.stitched_cache import StitchedCache
-    from ifkv.stitching import stitch, stitch_many
+    from ifkv.generation.decode import generate_many
+    from ifkv.generation.generate import generate
+    from ifkv.models.hooks import observer
+    from ifkv.patching.handle import PatchHandle, patch, unpatch
+    from ifkv.session.answer import Answer
+    from ifkv.session.conversation import Conversation
+    from ifkv.session.session import Session
+    from ifkv.steps.recompute import recompute
+    from ifkv.steps.reorder import reorder
+    from ifkv.steps.requests import recompute_many, score_many
+    from ifkv.steps.score import score
+    from ifkv.steps.select import select
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Answer": "answer",
-    "Conversation": "conversation",
-    "DocumentCache": "documents",
+    "Answer": "session.answer",
+    "Conversation": "session.conversation",
+    "DocumentCache": "documents.prefill",
     "IfkvError": "errors",
-    "PatchHandle": "patching",
-    "Session": "session",
-    "Source": "source",
-    "StitchedCache": "stitched_cache",
-    "extend": "extending",
-    "generate": "generation",
-    "generate_many": "batch_generation",
-    "observer": "hooks",
-    "patch": "patching",
-    "prefill_documents": "documents",
-    "recompute": "recomputation",
-    "recompute_many": "batching",
-    "reorder": "reordering",
-    "score": "scoring",
-    "score_many": "batching",
-    "select": "selection",
+    "PatchHandle": "patching.handle",
+    "Session": "session.session",
+    "Source": "documents.source",
+    "StitchedCache": "cache.stitched",
+    "extend": "cache.extend",
+    "generate": "generation.generate",
+    "generate_many": "generation.decode",
+    "observer": "models.hooks",
+    "patch": "patching.handle",
+    "prefill_documents": "documents.prefill",
+    "recompute": "steps.recompute",
+    "recompute_many": "steps.requests",
+    "reorder": "steps.reorder",
+    "score": "steps.score",
+    "score_many": "steps.requests",
+    "select": "steps.select",
     "speedup_bound": "cost",
-    "stitch": "stitching",
-    "stitch_many": "stitching",
-    "unpatch": "patching",
+    "stitch": "cache.stitch",
+    "stitch_many": "cache.stitch",
+    "unpatch": "patching.handle",
 }
 
 __all__ = [

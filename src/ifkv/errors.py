@@ -1,6 +1,6 @@
 """What can go wrong, in words.
 
-Every error a caller can provoke is an :class:`IfkvError`. Each message names the value that was
+Every error a caller can provoke is an `IfkvError`. Each message names the value that was
 found, the rule it breaks and what to do about it. Errors about an argument are ``ValueError`` too.
 """
 
@@ -24,7 +24,7 @@ class BackendUnavailableError(IfkvError):
 
 
 class NotPatchedError(IfkvError):
-    """The model has not been patched with :func:`ifkv.patch`."""
+    """The model has not been patched with [ifkv.patch][]."""
 
 
 class InvalidInputError(IfkvError, ValueError):

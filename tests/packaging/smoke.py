@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ifkv
 import ifkv.testing
-from ifkv.families import families
+from ifkv.models.families import families
 
 
 def main(expected: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Attention backends: one contract (:mod:`ifkv.backends.base`), several implementations."""
+"""Attention backends: one contract (`ifkv.backends.base`), several implementations."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ifkv.backends.base import Backend
-from ifkv.decoder import DecoderView
 from ifkv.errors import BackendUnavailableError
+from ifkv.models.decoder import DecoderView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ each over a cache of its own; a single request is a list of one. What can be pla
 once per forward on index arrays and run once per layer. Log-sum-exps are natural logarithms.
 
 Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups; both are read from the
-tensors, never from a config. A stitched cache may hold 8-bit rows (:mod:`ifkv.rounding`): keys and
+tensors, never from a config. A stitched cache may hold 8-bit rows (`ifkv.cache.rounding`): keys and
 values are then float8, whatever the query is, and stand for themselves times their scales.
 """
 
@@ -40,7 +40,7 @@ class Backend(ABC):
 
     Attributes:
         name: What ``ifkv.patch(model, backend=...)`` calls it.
-        features: Names of the fields of :class:`AttentionSpec` that it can do beyond ``scaling``
+        features: Names of the fields of `AttentionSpec` that it can do beyond ``scaling``
             and ``window``.
     """
 
@@ -87,7 +87,7 @@ class Backend(ABC):
             values: ``[1, kv_heads, rows, head_dim]``.
             prefix_keys: ``[1, kv_heads, prefix_length, head_dim]``, rotated.
             prefix_values: ``[1, kv_heads, prefix_length, head_dim]``.
-            plan: From :meth:`plan_documents`.
+            plan: From `plan_documents`.
             spec: How the layer attends.
 
         Returns:
@@ -108,7 +108,7 @@ class Backend(ABC):
             device: Where attention will run.
 
         Returns:
-            A plan for :meth:`attend_requests`; its ``slots`` are those of all requests, one
+            A plan for `attend_requests`; its ``slots`` are those of all requests, one
             request after the other.
         """
 
@@ -132,7 +132,7 @@ class Backend(ABC):
             keys: For each request ``[1, kv_heads, >= its kv_length, head_dim]``, the rows' own
                 keys written.
             values: Of the same shapes.
-            plan: From :meth:`plan_requests`.
+            plan: From `plan_requests`.
             spec: How the layer attends.
             scales: For each request those of its keys and values; 1 if None.
 
@@ -199,7 +199,7 @@ class Backend(ABC):
             values: Of the same shape.
             context_keys: For each request ``[1, kv_heads, T, head_dim]``.
             context_values: Of the same shapes.
-            plan: From :meth:`plan_queries`.
+            plan: From `plan_queries`.
             spec: How the layer attends; distances are between positions.
             scales: For each request those of its context's keys and values; 1 if None.
 
@@ -228,8 +228,8 @@ class Backend(ABC):
         Args:
             query: ``[1, heads, Q, head_dim]``, of one request.
             context_keys: ``[1, kv_heads, T, head_dim]``.
-            logsumexp: ``[1, heads, Q]``, from :meth:`attend_queries`.
-            plan: The request's part of a plan from :meth:`plan_queries`.
+            logsumexp: ``[1, heads, Q]``, from `attend_queries`.
+            plan: The request's part of a plan from `plan_queries`.
             spec: How the layer attends; its scaling includes the scale of 8-bit context keys.
             reduction: ``"l2"`` or ``"sum"``.
             values: Of the context, ``[1, kv_heads, T, head_dim]``: each slot's norm is multiplied

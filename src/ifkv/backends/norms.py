@@ -30,7 +30,7 @@ def blocked_attention_norm(
     reduction: Reduction,
     values: Tensor | None = None,
 ) -> Tensor:
-    """See :meth:`ifkv.backends.base.Backend.attention_norm`."""
+    """See `Backend.attention_norm`."""
     norms = []
     for start in range(0, context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)

@@ -1,4 +1,4 @@
-"""Attention norms in one Triton kernel, for CUDA; equal to :mod:`ifkv.backends.norms`.
+"""Attention norms in one Triton kernel, for CUDA; equal to `ifkv.backends.norms`.
 
 A program owns a block of keys and walks over rows and heads, so that the mean over all heads of a
 row is there before it is squared, and nothing of the attention is ever stored. Up to 64 rows every
@@ -128,7 +128,7 @@ def triton_attention_norm(
     reduction: Reduction,
     values: Tensor | None = None,
 ) -> Tensor:
-    """See :meth:`ifkv.backends.base.Backend.attention_norm`; float16, bfloat16 or float32."""
+    """See `Backend.attention_norm`; float16, bfloat16 or float32."""
     _, heads, rows, head_dim = query.shape
     length = context_keys.shape[2]
     out = torch.empty(length, dtype=torch.float32, device=query.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifkv.float8 import widen
+from ifkv.backends.fp8 import widen
 
 # Logits held at once by the explicit form, in elements.
 _EXPLICIT_ELEMENTS = 1 << 24

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Backend
-from ifkv.backends.narrow import attend_narrow
 from ifkv.backends.norms import blocked_attention_norm
 from ifkv.backends.partial import RowMask, attend_partial, merge_partial
 from ifkv.backends.plans import (
@@ -27,6 +26,7 @@ from ifkv.backends.plans import (
     Reduction,
     RowPlan,
 )
+from ifkv.backends.quantized import attend_narrow
 from ifkv.backends.spec import AttentionSpec
 
 # Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
@@ -135,7 +135,7 @@ class ReferenceBackend(Backend):
         plan: DocumentPlan,
         spec: AttentionSpec,
     ) -> Tensor:
-        """See :meth:`Backend.attend_documents`."""
+        """See `Backend.attend_documents`."""
         window = spec.window
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         start, prefix = 0, plan.prefix_length
@@ -166,7 +166,7 @@ class ReferenceBackend(Backend):
     def plan_requests(
         self, slots: Sequence[Tensor], kv_lengths: Sequence[int], device: torch.device
     ) -> RowPlan:
-        """See :meth:`Backend.plan_requests`."""
+        """See `Backend.plan_requests`."""
         together = torch.cat(list(slots)).to(device)
         parts = tuple(
             TiledRows(rows, cut_into_tiles(own.tolist()))
@@ -184,7 +184,7 @@ class ReferenceBackend(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
-        """See :meth:`Backend.attend_requests`."""
+        """See `Backend.attend_requests`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         parts: tuple[TiledRows, ...] = plan.detail
         scales = [UNSCALED] * len(parts) if scales is None else scales
@@ -210,7 +210,7 @@ class ReferenceBackend(Backend):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
-        """See :meth:`Backend.decode`; rows of the model's own dtype are left to its attention."""
+        """See `Backend.decode`; rows of the model's own dtype are left to its attention."""
         if keys.dtype == query.dtype:
             return None
         outs = [
@@ -222,7 +222,7 @@ class ReferenceBackend(Backend):
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
-        """See :meth:`Backend.plan_queries`."""
+        """See `Backend.plan_queries`."""
         pairs = zip(query_positions, context_positions, strict=True)
         return QueriesPlan(tuple(QueryPlan(*pair, None) for pair in pairs), None)
 
@@ -238,7 +238,7 @@ class ReferenceBackend(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Backend.attend_queries`."""
+        """See `Backend.attend_queries`."""
         scales = [UNSCALED] * len(plan.parts) if scales is None else scales
         split = (x.split(plan.counts, dim=2) for x in (query, keys, values))
         requests = zip(*split, context_keys, context_values, plan.parts, scales, strict=True)
@@ -260,7 +260,7 @@ class ReferenceBackend(Backend):
         reduction: Reduction,
         values: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`Backend.attention_norm`."""
+        """See `Backend.attention_norm`."""
         return blocked_attention_norm(
             query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )

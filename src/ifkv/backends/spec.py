@@ -2,7 +2,7 @@
 
 A layer's spec travels from the registered attention function to the kernels as it is. The rule of
 the mask stands here and nowhere else: the reference backend, the masks for FlashInfer and the tests
-of the kernels all take it from :meth:`AttentionSpec.near`.
+of the kernels all take it from `AttentionSpec.near`.
 """
 
 from __future__ import annotations

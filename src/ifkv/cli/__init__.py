@@ -93,7 +93,7 @@ def _show_warning(
 ) -> None:
     """A warning of ours is a sentence too; others keep the place in the code that they are about.
 
-    Takes the arguments of :func:`warnings.showwarning`.
+    Takes the arguments of `warnings.showwarning`.
     """
     if issubclass(category, _OURS):
         typer.secho(f"Warning: {message}", fg="yellow", err=True)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ifkv.cli.answer_length import MaxNewTokens
-from ifkv.cli.cutting import Split
-from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.import_option import Imports, import_all
 from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
-from ifkv.cli.reading import FILES_HELP, Field
+from ifkv.cli.read_files import FILES_HELP, Field
+from ifkv.cli.split_option import Split
 from ifkv.errors import InvalidInputError
 
 
@@ -131,20 +131,25 @@ def ask(
     from rich.console import Console
     from rich.markup import escape
 
-    from ifkv.cli.asking import add_documents, answer_questions, say_documents, stream_answer
-    from ifkv.cli.cutting import check_request, cut
+    from ifkv.backends.fp8 import FLOAT8, check_kv_dtype
+    from ifkv.cli.compare_and_show import (
+        add_documents,
+        answer_questions,
+        say_documents,
+        stream_answer,
+    )
     from ifkv.cli.generation_file import check_generation
-    from ifkv.cli.interrupting import documents_kept, interruptible
-    from ifkv.cli.loading import check_model, load_model, load_tokenizer
-    from ifkv.cli.places import check_page, check_store
-    from ifkv.cli.reading import read_corpus
-    from ifkv.float8 import FLOAT8, check_kv_dtype
-    from ifkv.plannable import check_plannable
-    from ifkv.retrieval import load_bm25s
+    from ifkv.cli.interrupts import documents_kept, interruptible
+    from ifkv.cli.load_model import check_model, load_model, load_tokenizer
+    from ifkv.cli.output_paths import check_page, check_store
+    from ifkv.cli.read_files import read_corpus
+    from ifkv.cli.split_option import check_request, cut
+    from ifkv.planning.support import check_plannable
     from ifkv.selectors import resolve
-    from ifkv.session import Session
+    from ifkv.session.prompt_format import PromptFormat, check_question
+    from ifkv.session.retrieval import load_bm25s
+    from ifkv.session.session import Session
     from ifkv.store import MemoryStore, session_store
-    from ifkv.text import PromptFormat, check_question
 
     console = Console()
     with interruptible() as kept:

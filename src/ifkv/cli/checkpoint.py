@@ -45,7 +45,7 @@ class Weights:
         """Return the bytes that the weights take once they are loaded.
 
         Args:
-            dtype: In which they are loaded; one of :data:`ifkv.cli.placement.DTYPES`.
+            dtype: In which they are loaded; one of `DTYPES`.
         """
         wide = _bits(dtype)
         return sum(

@@ -39,11 +39,11 @@ def demo(
     """
     from rich.console import Console
 
-    from ifkv.cli.asking import add_documents, answer_questions
-    from ifkv.cli.places import check_page
+    from ifkv.cli.compare_and_show import add_documents, answer_questions
+    from ifkv.cli.output_paths import check_page
     from ifkv.demo.corpus import load_corpus
     from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
-    from ifkv.session import Session
+    from ifkv.session.session import Session
     from ifkv.store import MemoryStore
 
     check_page(html)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ifkv.cli.cutting import Split
-from ifkv.cli.loading import check_model, load_model, load_tokenizer
+from ifkv.cli.load_model import check_model, load_model, load_tokenizer
 from ifkv.cli.placement import AUTO, DTYPE_HELP, Device
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
-from ifkv.cli.reading import FILES_HELP, Field
+from ifkv.cli.read_files import FILES_HELP, Field
+from ifkv.cli.split_option import Split
 from ifkv.cli.store import parse_bytes
 
 
@@ -83,15 +83,15 @@ def encode(
     from rich.console import Console
     from rich.markup import escape
 
-    from ifkv.cli.cutting import cut
-    from ifkv.cli.interrupting import documents_kept, interruptible
-    from ifkv.cli.reading import read_corpus
+    from ifkv.cli.interrupts import documents_kept, interruptible
+    from ifkv.cli.read_files import read_corpus
+    from ifkv.cli.split_option import cut
     from ifkv.cli.wording import count
-    from ifkv.document_ids import no_padding
-    from ifkv.patching import patch
-    from ifkv.progress import token_bar
+    from ifkv.documents.token_ids import no_padding
+    from ifkv.patching.handle import patch
+    from ifkv.session.prompt_format import PromptFormat
     from ifkv.store import encode_documents, keeper_of, open_store
-    from ifkv.text import PromptFormat
+    from ifkv.utils.progress import token_bar
 
     with interruptible() as kept:
         # Everything that can be refused is refused before the weights are read.

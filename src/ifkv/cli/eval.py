@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ifkv.cli.importing import Imports, import_all
+from ifkv.cli.import_option import Imports, import_all
 from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
-from ifkv.default_length import DEFAULT_MAX_NEW_TOKENS
+from ifkv.generation.default_length import DEFAULT_MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,8 +126,8 @@ def evaluate(
     from rich.console import Console
 
     from ifkv.errors import InvalidInputError
-    from ifkv.evaluation.ledger import Ledger
     from ifkv.evaluation.publishing import publish
+    from ifkv.evaluation.results_log import Ledger
 
     console = Console()
     if summarize_only:
@@ -139,18 +139,18 @@ def evaluate(
         if not value:
             raise InvalidInputError(f"{option} is missing; give it, or use --summarize-only.")
 
-    from ifkv.cli.interrupting import interruptible
-    from ifkv.cli.loading import check_model, load_model, load_tokenizer
+    from ifkv.cli.interrupts import interruptible
+    from ifkv.cli.load_model import check_model, load_model, load_tokenizer
+    from ifkv.cli.output_paths import check_results
     from ifkv.cli.placement import check_dtype
-    from ifkv.cli.places import check_results
     from ifkv.cli.wording import count
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
     from ifkv.evaluation.budgets import parse_budgets
-    from ifkv.evaluation.ledger import LOCK, only_run
     from ifkv.evaluation.progress import ways_bar
+    from ifkv.evaluation.results_log import LOCK, only_run
     from ifkv.evaluation.specs import numbers, split_specs
     from ifkv.selectors import names
-    from ifkv.text import PromptFormat
+    from ifkv.session.prompt_format import PromptFormat
 
     with interruptible() as kept:
         import_all(imports or [])
@@ -208,7 +208,7 @@ def evaluate(
 def _finished(out: Path, questions: list[str], ways: list[str], *, answers: bool) -> str:
     """How many questions need not be asked again, in a sentence."""
     from ifkv.cli.wording import count
-    from ifkv.evaluation.ledger import SETTINGS, Ledger
+    from ifkv.evaluation.results_log import SETTINGS, Ledger
 
     found = 0
     if (out / SETTINGS).exists():  # not yet, if it was interrupted before the first question
@@ -224,7 +224,7 @@ def _show(console: Console, summary: Summary, written: list[Path]) -> None:
     """The main table in the terminal, and where the rest is."""
     from rich.table import Table
 
-    from ifkv.cli.places import say_written
+    from ifkv.cli.output_paths import say_written
     from ifkv.cli.wording import count
     from ifkv.evaluation.tables import quality_table
 

@@ -9,7 +9,7 @@ from ifkv.cli.placement import first_line
 from ifkv.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from ifkv.generation_settings import GenerationSettings
+    from ifkv.generation.settings import GenerationSettings
 
 
 def check_generation(name: str, max_new_tokens: int | None = None) -> GenerationSettings:
@@ -27,8 +27,8 @@ def check_generation(name: str, max_new_tokens: int | None = None) -> Generation
     """
     from transformers import GenerationConfig
 
-    from ifkv.generation_checks import check_configs, check_one_answer
-    from ifkv.generation_settings import GenerationSettings
+    from ifkv.generation.checks import check_configs, check_one_answer
+    from ifkv.generation.settings import GenerationSettings
 
     file, config = Path(name) / "generation_config.json", None
     if file.exists() or not Path(name).is_dir():

@@ -32,7 +32,7 @@ _ARITHMETIC = {
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse the name of a dtype that is neither ``auto`` nor one of :data:`DTYPES`.
+    """Refuse the name of a dtype that is neither ``auto`` nor one of `DTYPES`.
 
     Raises:
         InvalidInputError: It is none.
@@ -70,7 +70,7 @@ def chosen_dtype(dtype: str, config: PretrainedConfig, device: str) -> str:
     float32, which holds the same weights and is no slower there.
 
     Args:
-        dtype: ``auto``, or one of :data:`DTYPES`.
+        dtype: ``auto``, or one of `DTYPES`.
         config: The model's config.
         device: Where the model runs.
 

@@ -84,12 +84,12 @@ def plan(
     from rich.markup import escape
     from rich.table import Table
 
-    from ifkv.cli.loading import load_config
+    from ifkv.cli.load_model import load_config
     from ifkv.cli.placement import check_dtype, chosen_device, chosen_dtype
     from ifkv.errors import CalibrationWarning
-    from ifkv.families import family_of
-    from ifkv.plannable import check_plannable, check_request
-    from ifkv.planning import RATIOS, planner_for
+    from ifkv.models.families import family_of
+    from ifkv.planning.planner import RATIOS, planner_for
+    from ifkv.planning.support import check_plannable, check_request
     from ifkv.selectors import resolve
 
     check_dtype(dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from ifkv.text import PromptOptions
+    from ifkv.session.prompt_format import PromptOptions
 
 
 def variables_of(text: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def prompt_options(
     date: str | None,
     control_tokens: Literal["text", "parse"],
 ) -> PromptOptions:
-    """These options as :class:`ifkv.text.PromptFormat` takes them; questions need the same."""
+    """These options as `PromptFormat` takes them; questions need the same."""
     return {
         "system": system,
         "chat_template_kwargs": chat_template_kwargs,

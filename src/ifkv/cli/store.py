@@ -12,7 +12,7 @@ import typer
 from ifkv.errors import InvalidInputError, StoreCorruptionError
 
 if TYPE_CHECKING:
-    from ifkv.source import Source
+    from ifkv.documents.source import Source
     from ifkv.store import DiskStore
     from ifkv.store.inventory import Inventory
 

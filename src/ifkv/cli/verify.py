@@ -28,9 +28,9 @@ def verify(
     from rich.markup import escape
     from rich.table import Table
 
-    from ifkv.cli.loading import check_model, load_model
+    from ifkv.cli.load_model import check_model, load_model
     from ifkv.cli.wording import count
-    from ifkv.verification import verify as check
+    from ifkv.testing.verify import verify as check
 
     console = Console()
     checked = check_model(model_path, dtype=dtype, device=device)

@@ -3,10 +3,10 @@
 Costs are those of the arithmetic a method asks for, counted from the model's own shapes: a product
 with a matrix is two operations per element and row; attention four per query head's dimension and
 pair of a row and a key it sees. Norms, rotations, softmax and the vocabulary's matrix (one row,
-the same for every method; :meth:`ModelShape.head` has it) are left out, and a sliding window is not
+the same for every method; `ModelShape.head` has it) are left out, and a sliding window is not
 taken off. Bytes are those of weights, keys and values, each read or written once per layer and
 pass; hidden states are left out, since what is made of a row in a layer fits a processor's caches.
-:func:`speedup_bound` is the bound S(r).
+`speedup_bound` is the bound S(r).
 """
 
 from ifkv.cost.bound import mean_position, speedup_bound

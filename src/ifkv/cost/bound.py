@@ -52,7 +52,7 @@ def speedup_bound(
         query_length: Tokens of the prompt, Q, which are also scored.
         ratio: Share of the context that is recomputed, r.
         scoring_layers: Layers the scoring pass runs through, Ls; 0 if there is none.
-        position: :func:`mean_position` of the selected rows.
+        position: `mean_position` of the selected rows.
         selection_flops: Operations spent on choosing the rows, in place of ``scoring_layers``.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ifkv.decoder import DecoderView
+from ifkv.models.decoder import DecoderView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -33,7 +33,7 @@ def spread_pairs(rows: int, context_length: int, position: float = 0.5) -> float
     Args:
         rows: Selected rows.
         context_length: Slots of the context, T.
-        position: :func:`mean_position` of the rows.
+        position: `mean_position` of the rows.
 
     >>> spread_pairs(10, 100)
     510.0
@@ -42,7 +42,7 @@ def spread_pairs(rows: int, context_length: int, position: float = 0.5) -> float
 
 
 def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int) -> Cost:
-    """What :func:`ifkv.prefill_documents` costs, once and offline, behind a prefix that is there.
+    """What [ifkv.prefill_documents][] costs, once and offline, behind a prefix that is there.
 
     In the last layer rows give keys and values alone; its attention and MLP are not run.
 
@@ -59,7 +59,7 @@ def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int
 
 
 def stitch_cost(shape: ModelShape, context_length: int) -> Cost:
-    """What :func:`ifkv.stitch` costs: every key rotated, everything read and written once.
+    """What [ifkv.stitch][] costs: every key rotated, everything read and written once.
 
     A rotation (2104.09864) is three operations per element: two products and a sum.
 
@@ -90,7 +90,7 @@ def recompute_cost(
     *,
     depths: Tensor | None = None,
 ) -> Cost:
-    """What :func:`ifkv.recompute` costs: selected rows and the prompt's, in one forward.
+    """What [ifkv.recompute][] costs: selected rows and the prompt's, in one forward.
 
     In the last layer all rows give keys and values, and only the prompt's last is run whole.
 
@@ -120,7 +120,7 @@ def recompute_cost(
 def scoring_cost(
     shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
 ) -> Cost:
-    """What :func:`ifkv.score` costs: the query as far as the deepest of the scoring layers.
+    """What [ifkv.score][] costs: the query as far as the deepest of the scoring layers.
 
     The deepest layer runs without its MLP. Where a layer scores, the query's products with the
     context's keys are made once more.

@@ -22,7 +22,7 @@ class Passage:
 
     @property
     def text(self) -> str:
-        """Title and body, as a document is given to :meth:`ifkv.Session.add`."""
+        """Title and body, as a document is given to [ifkv.Session.add][]."""
         return f"{self.title}\n\n{self.body}"
 
 

@@ -21,7 +21,7 @@ import torch
 
 from ifkv.demo.gguf import convert
 from ifkv.errors import IfkvError
-from ifkv.progress import without_loading_bars
+from ifkv.utils.progress import without_loading_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
         template and adds no BOS.
 
     Raises:
-        DemoModelError: As :func:`prepare_demo_model`, or the kept folder is damaged.
+        DemoModelError: As `prepare_demo_model`, or the kept folder is damaged.
     """
     folder = prepare_demo_model()
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -10,12 +10,12 @@ The command ``ifkv eval`` is built from these parts:
     ['stitch only @0', 'epic @0.15']
 """
 
-from ifkv.evaluation.bench import Bench
+from ifkv.evaluation.bootstrap import Bootstrap, Estimate
 from ifkv.evaluation.datasets import load, names
-from ifkv.evaluation.ledger import Ledger
 from ifkv.evaluation.questions import Dataset, Passage, Question, draw
+from ifkv.evaluation.results_log import Ledger
 from ifkv.evaluation.runner import Run, run, settings_of
-from ifkv.evaluation.statistics import Bootstrap, Estimate
+from ifkv.evaluation.setup import Bench
 from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Reference, Result, Way, matrix
 

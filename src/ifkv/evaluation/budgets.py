@@ -69,7 +69,7 @@ def kind(budget: Budget) -> str:
 
 
 def label(budget: Budget) -> str:
-    """A budget as :func:`parse_budgets` reads it; a plain ratio is its number."""
+    """A budget as `parse_budgets` reads it; a plain ratio is its number."""
     found = kind(budget)
     number = f"{amount(budget):g}" if budget.number is None else str(budget.number)
     head, plus, rest = found.partition("+")

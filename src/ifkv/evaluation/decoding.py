@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.upstream import cache_keyword
+from ifkv.models.compat import cache_keyword
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def greedy(
         stop: Ids that end the answer; the one that did is kept.
         draft: An answer to go along with as far as it is the most likely, ``[tokens]``. Answers
             to the same question agree mostly, so little is left to decode.
-        draft_logits: What :func:`teacher_forced` gave for the draft.
+        draft_logits: What `teacher_forced` gave for the draft.
 
     Returns:
         Token ids, long ``[tokens]`` on the model's device, and the logits that chose them,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ifkv.evaluation.bootstrap import Estimate
 from ifkv.evaluation.chart import HEIGHT, WIDTH, Chart, Line, Point
-from ifkv.evaluation.rows import FULL, Row
-from ifkv.evaluation.statistics import Estimate
+from ifkv.evaluation.summary_rows import FULL, Row
 from ifkv.evaluation.tables import estimate, evaluation_only
 from ifkv.evaluation.ways import STITCH_ONLY
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ifkv.errors import InvalidInputError
-from ifkv.evaluation.ledger import Ledger
 from ifkv.evaluation.page import render
+from ifkv.evaluation.results_log import Ledger
 from ifkv.evaluation.summary import Summary
 from ifkv.evaluation.tables import comma_separated, csv_of, markdown, sections
 

@@ -8,8 +8,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ifkv.checks import check_positive
 from ifkv.errors import InvalidInputError
+from ifkv.utils.checks import check_positive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ifkv.errors import IfkvError, InvalidInputError
-from ifkv.evaluation.bench import Bench
-from ifkv.evaluation.ledger import Ledger, only_run
 from ifkv.evaluation.questions import Dataset, Question
+from ifkv.evaluation.results_log import Ledger, only_run
+from ifkv.evaluation.setup import Bench
 from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Way
-from ifkv.patching import handle_of
+from ifkv.patching.handle import handle_of
 
 # Raised when what a result means changes, so that old and new ones are not mixed.
 FORMAT = 1
@@ -82,7 +82,7 @@ def run(
         questions: The questions; ids must differ.
         ways: The ways of answering each.
         folder: Where results are kept.
-        settings: As of :func:`settings_of`; a folder made with others is refused.
+        settings: As of `settings_of`; a folder made with others is refused.
         answers: Whether to decode answers, too, which takes longer than everything else.
         advance: Called after every way with how many are done more, and what is going on.
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ifkv.errors import InvalidInputError
-from ifkv.evaluation.ledger import Ledger
-from ifkv.evaluation.rows import FULL, Difference, Row
-from ifkv.evaluation.statistics import Bootstrap, Estimate, Values, at_costs
+from ifkv.evaluation.bootstrap import Bootstrap, Estimate, Values, at_costs
+from ifkv.evaluation.results_log import Ledger
+from ifkv.evaluation.summary_rows import FULL, Difference, Row
 from ifkv.evaluation.ways import STITCH_ONLY
 
 SOLVED_F1 = 0.5

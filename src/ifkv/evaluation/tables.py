@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ifkv.evaluation.rows import FULL, Difference, Row, as_dict
-from ifkv.evaluation.statistics import Estimate
+from ifkv.evaluation.bootstrap import Estimate
 from ifkv.evaluation.summary import Summary
+from ifkv.evaluation.summary_rows import FULL, Difference, Row, as_dict
 from ifkv.evaluation.ways import STITCH_ONLY
 from ifkv.selectors import names, selector_class
 
@@ -186,5 +186,5 @@ def comma_separated(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def csv_of(rows: Iterable[Row | Difference], **further: Any) -> list[dict[str, Any]]:
-    """Rows for :func:`comma_separated`, with further columns in front."""
+    """Rows for `comma_separated`, with further columns in front."""
     return [{**further, **as_dict(row)} for row in rows]

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ifkv.cache.stitch import stitch
 from ifkv.cost import Cost, prefill_cost, recompute_cost, scoring_cost
-from ifkv.documents import DocumentCache
-from ifkv.evaluation.bench import Bench
+from ifkv.documents.cache import DocumentCache
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.questions import Question
+from ifkv.evaluation.setup import Bench
 from ifkv.evaluation.text_metrics import best, exact_match, token_f1
 from ifkv.evaluation.token_metrics import agreement, divergence, negative_log_likelihood
 from ifkv.evaluation.ways import Reference, Result, Way
-from ifkv.preparation import reorder_ratio
-from ifkv.recomputation import recompute
-from ifkv.reordering import reorder
-from ifkv.scoring import default_layers
+from ifkv.models.compat import cache_keyword
 from ifkv.selectors import Ranked, Request, Selection, Selector, sentence_groups
-from ifkv.stitching import stitch
-from ifkv.upstream import cache_keyword
+from ifkv.session.prepare import reorder_ratio
+from ifkv.steps.recompute import recompute
+from ifkv.steps.reorder import reorder
+from ifkv.steps.score import default_layers
 
 if TYPE_CHECKING:
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 class Trial:

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from ifkv.cache.layout import GEOMETRIES
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.budgets import kind, label
-from ifkv.positions import GEOMETRIES
-from ifkv.selection import budget
 from ifkv.selectors import Budget, Selector, resolve
+from ifkv.steps.select import budget
 
 STITCH_ONLY = "stitch only"
 
@@ -22,7 +22,7 @@ class Way:
     Attributes:
         selector: What chooses the slots to recompute; None recomputes none.
         ratio: The recompute ratio.
-        reorder: Whether documents are put in the order :func:`ifkv.reorder` finds first.
+        reorder: Whether documents are put in the order [ifkv.reorder][] finds first.
         other: A budget that is no plain ratio; it counts instead of the ratio.
     """
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ifkv.errors import InvalidInputError
-from ifkv.finish_reason import cut_sign
+from ifkv.generation.finish_reason import cut_sign
 from ifkv.report.pieces import token_pieces
-
-if TYPE_CHECKING:
-    from ifkv.answer import Answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Report:
         answer: The answer's text, and a word if it was cut off; shown where no ways are compared.
         timings: Seconds of each step up to the first token, and of ``decode`` behind it.
         ttft_seconds: From the question's arrival to the first token's logits; None if not known.
-        bound: S(r), as in :class:`AnswerRow`.
+        bound: S(r), as in `AnswerRow`.
         measure: What the scores are of, in a word: attention, or another selector's score.
         scored: Whether ``scores`` were measured; if not, they are all alike and show nothing.
     """
@@ -115,12 +112,12 @@ class Report:
         cls,
         tokenizer: Any,
         question: str,
-        answer: Answer,
+        answer: Any,
         *,
         rows: Sequence[AnswerRow] = (),
         titles: Sequence[str] = (),
     ) -> Report:
-        """Build the report of an answer that :meth:`ifkv.Session.ask` gave.
+        """Build the report of an answer that [ifkv.Session.ask][] gave.
 
         Args:
             tokenizer: The session's tokenizer.

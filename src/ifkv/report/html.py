@@ -63,9 +63,9 @@ def write_html(
 
     Args:
         path: Where to; its folder is made if need be.
-        reports: As for :func:`render_html`.
-        title: As for :func:`render_html`.
-        note: As for :func:`render_html`.
+        reports: As for `render_html`.
+        title: As for `render_html`.
+        note: As for `render_html`.
 
     Returns:
         The file's absolute path.
@@ -74,7 +74,7 @@ def write_html(
 
 
 def write_page(path: str | os.PathLike[str], page: str) -> Path:
-    """Write a page to a file as :func:`write_html` does; returns the file's absolute path."""
+    """Write a page to a file as `write_html` does; returns the file's absolute path."""
     target = Path(path).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

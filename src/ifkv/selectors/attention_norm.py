@@ -6,26 +6,26 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 from ifkv.backends.base import Reduction
-from ifkv.positions import Geometry
-from ifkv.scoring import attention_norm
+from ifkv.cache.layout import Geometry
 from ifkv.selectors.geometry import in_geometry
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
+from ifkv.steps.score import attention_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.cache.stitched import StitchedCache
     from ifkv.cost import Cost
-    from ifkv.scoring import Measure
     from ifkv.selectors.protocol import Request
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.steps.score import Measure
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class AttentionNorm(QueryRanked):
-    """Slots by the attention they get from the query, as :func:`ifkv.score` has it.
+    """Slots by the attention they get from the query, as [ifkv.score][] has it.
 
     InfoFlow KV (2603.05353). The paper's text sums over query tokens, its released code takes the
     L2 norm; it scores in layers 22 to 25 with the bare question.
@@ -52,7 +52,7 @@ class AttentionNorm(QueryRanked):
     geometry: Geometry = "global"
 
     def measure(self) -> Measure:
-        """The norm of :func:`ifkv.score`."""
+        """The norm of [ifkv.score][]."""
         return attention_norm(self.reduction)
 
     def scored(

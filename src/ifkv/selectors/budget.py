@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.cache.stitched import check_stitched
 from ifkv.errors import InvalidInputError
-from ifkv.selection import budget as slots_of_ratio
-from ifkv.selection import check_scores, top_slots
-from ifkv.stitched_cache import check_stitched
+from ifkv.steps.select import budget as slots_of_ratio
+from ifkv.steps.select import check_scores, top_slots
 
 if TYPE_CHECKING:
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Budget:
         Args:
             cache: The stitched cache that was scored.
             scores: ``[T]``, finite.
-            groups: Long ``[T]``: the sentence of each slot; needed if :attr:`sentences`.
+            groups: Long ``[T]``: the sentence of each slot; needed if `sentences`.
 
         Returns:
             Long ``[k]``, ascending, without prefix and first document. Of equal scores the lower
@@ -168,7 +168,7 @@ class Budget:
         return min(short + 1, limit)
 
     def smoothed(self, cache: StitchedCache, scores: Tensor, groups: Tensor | None) -> Tensor:
-        """Scores as :meth:`pick` ranks them; takes its arguments."""
+        """Scores as `pick` ranks them; takes its arguments."""
         if self.window is None and not self.sentences:
             return scores
         smooth = scores.double()

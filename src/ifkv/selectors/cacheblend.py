@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
+from ifkv.cache.stitched import check_cache
 from ifkv.cost import Cost, ModelShape
 from ifkv.errors import InvalidInputError
-from ifkv.forward import embed, run_attention, run_layers
-from ifkv.passes import LayerCall
+from ifkv.forward.layers import embed, run_attention, run_layers
+from ifkv.forward.passes import LayerCall
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.registry import register
-from ifkv.stitched_cache import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.patching import PatchHandle
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
+    from ifkv.patching.handle import PatchHandle
 
 Deviation = Literal["v", "k", "kv"]
 
@@ -56,7 +56,7 @@ class CacheBlend(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`; prefix and first document deviate by 0."""
+        """See `Ranked.rank`; prefix and first document deviate by 0."""
         handle = check_cache(model, cache)
         if len(cache.layers) < 2:
             raise InvalidInputError(

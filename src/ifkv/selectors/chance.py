@@ -15,7 +15,7 @@ from ifkv.selectors.registry import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register
@@ -38,7 +38,7 @@ class Random(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
+        """See `Ranked.rank`."""
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(cache.context_length, generator=generator, dtype=torch.float64)
         return scores.to(model.device), Cost()

@@ -20,7 +20,7 @@ from ifkv.selectors.value_aware import ValueAware
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register
@@ -67,7 +67,7 @@ class DeviationAware(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
+        """See `Ranked.rank`."""
         reading = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         moving = CacheBlend(deviation=self.deviation)
         norms, cost = reading.rank(model, cache, request)

@@ -12,15 +12,15 @@ from torch import Tensor
 from ifkv.backends.norms import NORM_BLOCK, hidden_by_window
 from ifkv.backends.partial import explicit_logits
 from ifkv.cost import Cost, ModelShape
-from ifkv.scoring import QueryView
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
+from ifkv.steps.score import QueryView
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ifkv.scoring import Measure
+    from ifkv.steps.score import Measure
 
 
 @register
@@ -67,7 +67,7 @@ class Entropy(QueryRanked):
 
 
 def focused_attention(view: QueryView) -> Tensor:
-    """Attention to each slot in one layer, weighted by focus, ``[T]``; see :class:`Entropy`."""
+    """Attention to each slot in one layer, weighted by focus, ``[T]``; see `Entropy`."""
     mass = torch.zeros_like(view.logsumexp[0])  # [heads, Q]: attention to the context
     weighted = torch.zeros_like(mass)  # sum of A log A
     for attention, logarithm in _attention_blocks(view):

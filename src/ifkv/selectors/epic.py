@@ -17,7 +17,7 @@ from ifkv.selectors.registry import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register
@@ -52,7 +52,7 @@ class Epic(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`; 1 at the start of a document, 0 or more at its end."""
+        """See `Ranked.rank`; 1 at the start of a document, 0 or more at its end."""
         scores = torch.zeros(cache.context_length, dtype=torch.float64)
         longest = max(rows.stop - rows.start for rows in cache.document_slices)
         for rows in cache.document_slices:
@@ -68,7 +68,7 @@ class Epic(Ranked):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See :meth:`Ranked.select`."""
+        """See `Ranked.select`."""
         chosen = super().select(model, cache, request, budget)
         if not self.tokens:
             return chosen

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ifkv.cache.stitch import stitch
 from ifkv.cost import Cost, ModelShape
 from ifkv.errors import InvalidInputError
-from ifkv.stitching import stitch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.positions import Geometry
+    from ifkv.cache.layout import Geometry
+    from ifkv.cache.stitched import StitchedCache
     from ifkv.selectors.protocol import Request
-    from ifkv.stitched_cache import StitchedCache
 
 
 def in_geometry(

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ifkv.checks import whole_numbers
 from ifkv.errors import InvalidInputError
-from ifkv.scoring import DEFAULT_DEPTH, chosen_layers
+from ifkv.steps.score import DEFAULT_DEPTH, chosen_layers
+from ifkv.utils.checks import whole_numbers
 
 
 @dataclasses.dataclass(frozen=True)

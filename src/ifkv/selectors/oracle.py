@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
+from ifkv.cache.stitched import check_answerable
 from ifkv.cost import Cost, ModelShape, recompute_cost, scoring_cost
-from ifkv.recomputation import recompute
-from ifkv.scoring import QueryView, attention_norm, mean_over_layers, measure_query
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.query_ranked import Query, queries_of
 from ifkv.selectors.registry import register
-from ifkv.stitched_cache import check_answerable
+from ifkv.steps.recompute import recompute
+from ifkv.steps.score import QueryView, attention_norm, mean_over_layers, measure_query
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 Deviation = Literal["kv", "k", "v", "none"]
 
@@ -65,7 +65,7 @@ class Oracle(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
+        """See `Ranked.rank`."""
         check_answerable(cache, "the oracle")
         start, total = cache.first_candidate, cache.context_length
         truth = cache.clone()

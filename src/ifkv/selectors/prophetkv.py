@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
-from ifkv.scoring import attention_norm
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
+from ifkv.steps.score import attention_norm
 
 if TYPE_CHECKING:
-    from ifkv.scoring import Measure
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
+    from ifkv.steps.score import Measure
 
 
 @register

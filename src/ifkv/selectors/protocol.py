@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ifkv.cache.stitched import check_cache
 from ifkv.cost import Cost
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import check_options, spec_of
-from ifkv.stitched_cache import check_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.documents import DocumentCache
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
+    from ifkv.documents.cache import DocumentCache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,10 +30,10 @@ class Request:
         prompt_ids: Token ids of the whole prompt that follows the documents.
         question_ids: Token ids of the bare question.
         documents: The documents the cache was stitched from, in the order they were given to
-            :func:`ifkv.stitch`; only selectors that score in another geometry than the cache's
+            [ifkv.stitch][]; only selectors that score in another geometry than the cache's
             need them.
         groups: Long ``[T]``: the sentence of each slot, for budgets that smooth by sentence
-            (:func:`ifkv.selectors.sentence_groups`).
+            (`ifkv.selectors.sentence_groups`).
     """
 
     prompt_ids: Sequence[int]
@@ -65,17 +65,17 @@ class Selector(ABC):
     """Chooses the slots to recompute, within a budget.
 
     A selector is a frozen dataclass; its fields are its options, which have defaults and can be
-    given in a string (:func:`ifkv.selectors.resolve`). ``str(selector)`` is that string.
+    given in a string (`ifkv.selectors.resolve`). ``str(selector)`` is that string.
 
     Attributes:
         name: What it is called in the registry.
         paper: Where it was published.
         evaluation_only: Whether it needs what a request does not have, such as a full prefill.
-        only_scores: Whether it reads the cache's rows through the pass of :func:`ifkv.score` and
-            :func:`ifkv.recompute` alone, or not at all. Tokens that stand before further documents
+        only_scores: Whether it reads the cache's rows through the pass of [ifkv.score][] and
+            [ifkv.recompute][] alone, or not at all. Tokens that stand before further documents
             of a conversation then run along with its first pass instead of in one of their own.
             Said by each class for itself; it is not inherited.
-        sensitivities: Whether it uses :attr:`ifkv.DocumentCache.sensitivity`, so that a session
+        sensitivities: Whether it uses [ifkv.DocumentCache.sensitivity][], so that a session
             that chooses by it has it measured when documents are added.
     """
 
@@ -120,7 +120,7 @@ class Selector(ABC):
         requests: Sequence[Request],
         budget: Budget | float | Sequence[Budget | float],
     ) -> list[Selection]:
-        """Choose slots of several requests; takes what :meth:`select` takes, for each.
+        """Choose slots of several requests; takes what `select` takes, for each.
 
         A selector that can look at all of them in one pass does; this one takes them one by one.
 
@@ -144,7 +144,7 @@ class Ranked(Selector):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """Score the slots; takes what :meth:`select` takes.
+        """Score the slots; takes what `select` takes.
 
         Returns:
             Finite float scores ``[T]`` (those of prefix and first document do not matter), and
@@ -158,7 +158,7 @@ class Ranked(Selector):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See :meth:`Selector.select`; nothing is scored if the budget is for all or no slots."""
+        """See `Selector.select`; nothing is scored if the budget is for all or no slots."""
         check_cache(model, cache)
         allowed = Budget.of(budget)
         decided = without_scores(cache, allowed)

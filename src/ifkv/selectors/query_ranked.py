@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ifkv.cache.stitched import check_stitched
 from ifkv.cost import Cost, ModelShape, scoring_cost
-from ifkv.scoring import Scoring, default_layers, run_scorings
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers
 from ifkv.selectors.protocol import Ranked, Request, Selection, without_scores
-from ifkv.stitched_cache import check_stitched
+from ifkv.steps.score import Scoring, default_layers, run_scorings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.scoring import Measure
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
+    from ifkv.steps.score import Measure
 
 Query = Literal["prompt", "question", "both"]
 
@@ -32,7 +32,7 @@ class _Look:
 
     Attributes:
         scores: Float32 ``[T]``, not yet settled.
-        attention: Float ``[T]``, as in :class:`Selection`.
+        attention: Float ``[T]``, as in `Selection`.
         cost: What looking cost.
     """
 
@@ -77,13 +77,13 @@ class QueryRanked(Ranked):
     def further_cost(
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
-        """What a pass costs beyond :func:`ifkv.cost.scoring_cost`."""
+        """What a pass costs beyond `ifkv.cost.scoring_cost`."""
         return Cost()
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`."""
+        """See `Ranked.rank`."""
         look = self._look(model, [cache], [request])[0]
         return self.settle(model, cache, look.scores), look.cost
 
@@ -124,7 +124,7 @@ class QueryRanked(Ranked):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See :meth:`Ranked.select`."""
+        """See `Ranked.select`."""
         return self.select_many(model, [cache], [request], budget)[0]
 
     def select_many(
@@ -134,7 +134,7 @@ class QueryRanked(Ranked):
         requests: Sequence[Request],
         budget: Budget | float | Sequence[Budget | float],
     ) -> list[Selection]:
-        """See :meth:`Selector.select_many`; the queries of all requests run in one pass."""
+        """See `Selector.select_many`; the queries of all requests run in one pass."""
         budgets = Budget.each(budget, len(caches))
         if type(self).select is not QueryRanked.select:
             return super().select_many(model, caches, requests, budgets)

@@ -15,7 +15,7 @@ from ifkv.selectors.registry import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register
@@ -33,6 +33,6 @@ class Recency(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See :meth:`Ranked.rank`; a slot's place in the context, between 0 and 1."""
+        """See `Ranked.rank`; a slot's place in the context, between 0 and 1."""
         total = cache.context_length
         return torch.arange(total, device=model.device, dtype=torch.float64) / total, Cost()

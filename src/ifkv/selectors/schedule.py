@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
-from ifkv.selection import budget
+from ifkv.steps.select import budget
 
 if TYPE_CHECKING:
+    from ifkv.cache.stitched import StitchedCache
     from ifkv.selectors.protocol import Selection
-    from ifkv.stitched_cache import StitchedCache
 
 
 def layer_depths(cache: StitchedCache, selection: Selection, ratios: Sequence[float]) -> Tensor:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ifkv.documents.sensitivity import Sensitivities
 from ifkv.errors import InvalidInputError
 from ifkv.selectors.registry import register
 from ifkv.selectors.sink_aware import SinkAware
-from ifkv.sensitivity import Sensitivities
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 _SENSITIVITIES = Sensitivities()
 
@@ -30,7 +30,7 @@ class SensitivityAware(SinkAware):
     behind other documents can be told before there is a question: tokens that move far behind one
     foreign text move far behind others. So the second factor, for which ``deviation-aware`` runs a
     layer at every request and CacheBlend (2405.16444) does, too, is measured here once a document,
-    in all layers (:func:`ifkv.sensitivity.measure_sensitivities`).
+    in all layers (`measure_sensitivities`).
 
     A session that chooses by this rule measures sensitivities when documents are added, for one
     more prefill of each, and its store keeps them. Of documents that reach a request without they

@@ -19,7 +19,7 @@ from ifkv.selectors.value_aware import ValueAware
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
+from ifkv.cache.stitched import check_answerable, check_cache
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
-from ifkv.recomputation import recompute
-from ifkv.selection import top_slots
 from ifkv.selectors.attention_norm import AttentionNorm
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.protocol import Request, Selection, Selector, without_scores
 from ifkv.selectors.query_ranked import Query
 from ifkv.selectors.registry import register
-from ifkv.stitched_cache import check_answerable, check_cache
+from ifkv.steps.recompute import recompute
+from ifkv.steps.select import top_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.stitched_cache import StitchedCache
+    from ifkv.cache.stitched import StitchedCache
 
 
 @register
@@ -73,7 +73,7 @@ class TwoRound(Selector):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See :meth:`Selector.select`; the scores are the second round's."""
+        """See `Selector.select`; the scores are the second round's."""
         check_cache(model, cache)
         check_answerable(cache, "two-round")
         allowed = Budget.of(budget)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ifkv.backends.base import Reduction
 from ifkv.cost import Cost, ModelShape
-from ifkv.scoring import attention_norm
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
+from ifkv.steps.score import attention_norm
 
 if TYPE_CHECKING:
-    from ifkv.scoring import Measure
+    from ifkv.steps.score import Measure
 
 
 @register

@@ -4,7 +4,7 @@
     >>> len(MemoryStore(max_bytes=2**30))
     0
 
-All of them follow :class:`DocumentStore`; the format on disk is described in
+All of them follow `DocumentStore`; the format on disk is described in
 ``docs/store-format.md``.
 
 Names are loaded when they are first used, so that what needs no torch does not wait for it.
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ifkv.store.default_path import default_store_path
     from ifkv.store.disk import DiskStore
-    from ifkv.store.encoding import Encoded, encode_documents
     from ifkv.store.keys import FORMAT_VERSION, document_key, key_for, key_of
     from ifkv.store.lazy import StoredDocument
     from ifkv.store.location import open_store, session_store
     from ifkv.store.memory import MemoryStore
+    from ifkv.store.populate import Encoded, encode_documents
     from ifkv.store.protocol import DocumentStore, StoreStats
     from ifkv.store.remote import RemoteStore
     from ifkv.store.sources import SourceKeeper, keeper_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DiskStore": "disk",
     "DocumentStore": "protocol",
-    "Encoded": "encoding",
+    "Encoded": "populate",
     "FORMAT_VERSION": "keys",
     "MemoryStore": "memory",
     "RemoteStore": "remote",
@@ -41,7 +41,7 @@ _HOME = {
     "TieredStore": "tiered",
     "default_store_path": "default_path",
     "document_key": "keys",
-    "encode_documents": "encoding",
+    "encode_documents": "populate",
     "keeper_of": "sources",
     "key_for": "keys",
     "key_of": "keys",

@@ -12,7 +12,7 @@ def default_store_path() -> Path:
     """Where ``IFKV_STORE`` points; else ``store`` in ``IFKV_CACHE`` or the user's cache folder.
 
     Raises:
-        InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; :func:`open_store` takes it.
+        InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; `open_store` takes it.
     """
     import platformdirs
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ifkv.copying import Uncopied
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import (
     DocumentNotFoundError,
     DocumentUnreadableError,
@@ -26,11 +25,12 @@ from ifkv.store.keys import check_document, check_key, key_for, prefix_key_of
 from ifkv.store.protocol import StoreStats
 from ifkv.store.recovery import open_index
 from ifkv.store.source_table import SourceTable
+from ifkv.utils.copying import Uncopied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.source import Source
+    from ifkv.documents.source import Source
 
 # How often a put starts again because another process has evicted its prefix meanwhile.
 _ATTEMPTS = 20
@@ -106,7 +106,7 @@ class DiskStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        """The key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
@@ -202,11 +202,11 @@ class DiskStore(Uncopied):
         return self.index.entries()
 
     def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep where documents are from; see :class:`ifkv.store.SourceKeeper`."""
+        """Keep where documents are from; see `SourceKeeper`."""
         self._sources.add(sources)
 
     def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return where documents are from, by key; see :class:`ifkv.store.SourceKeeper`."""
+        """Return where documents are from, by key; see `SourceKeeper`."""
         return self._sources.find(keys)
 
     def stats(self) -> StoreStats:
@@ -231,8 +231,8 @@ class DiskStore(Uncopied):
             keys: Which; all if None.
 
         Returns:
-            What was found: each a :class:`~ifkv.errors.StoreCorruptionError`, or a
-            :class:`~ifkv.errors.StoreUnavailableError` for a file that could not be read.
+            What was found: each a `StoreCorruptionError`, or a
+            `StoreUnavailableError` for a file that could not be read.
         """
         found: list[DocumentUnreadableError] = []
         for key in self.keys() if keys is None else [check_key(key) for key in keys]:

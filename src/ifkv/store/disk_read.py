@@ -8,14 +8,14 @@ from typing import Literal, NoReturn
 
 from torch import Tensor
 
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreUnavailableError
+from ifkv.store.document_reader import DocumentReader, FileSource
 from ifkv.store.folder import Folder
 from ifkv.store.format import FormatError
 from ifkv.store.index import Index
 from ifkv.store.keys import document_key
 from ifkv.store.lazy import StoredDocument
-from ifkv.store.reading import DocumentReader, FileSource
 
 Verify = Literal["always", "first", "never"]
 
@@ -177,7 +177,7 @@ class DiskReader:
 
 
 class _LayerReader:
-    """Reads one entry's layers for a :class:`StoredDocument`."""
+    """Reads one entry's layers for a `StoredDocument`."""
 
     def __init__(
         self,

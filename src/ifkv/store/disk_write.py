@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import NoReturn
 
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import StoreFullError
 from ifkv.store.codecs import Codec, resolve_codec
+from ifkv.store.document_file import DocumentFile
 from ifkv.store.folder import Folder
 from ifkv.store.index import Entry, Index
 from ifkv.store.keys import key_of
-from ifkv.store.writing import DocumentFile
 
 
 class DiskWriter:

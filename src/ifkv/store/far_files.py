@@ -40,7 +40,7 @@ class FarFiles:
     """A folder behind a URL.
 
     Every call ends within the deadline, whatever the file system underneath does: with its answer,
-    with ``FileNotFoundError``, or with a :class:`StoreUnavailableError`. After a failure that took
+    with ``FileNotFoundError``, or with a `StoreUnavailableError`. After a failure that took
     a second or more, calls fail at once for ten seconds.
 
     Attributes:

@@ -16,7 +16,7 @@ from ifkv.errors import StoreError, StoreFullError
 from ifkv.store.keys import KEY_PATTERN
 
 if TYPE_CHECKING:
-    from ifkv.store.writing import DocumentFile
+    from ifkv.store.document_file import DocumentFile
 
 if sys.platform != "win32":
     import fcntl

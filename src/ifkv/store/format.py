@@ -148,7 +148,7 @@ def decode_header(text: bytes, data_bytes: int | None) -> Header:
         data_bytes: Size of the file behind the header; None if it is not known yet.
 
     Returns:
-        The header, whose :meth:`Header.tensors` are what the file holds.
+        The header, whose `Header.tensors` are what the file holds.
 
     Raises:
         FormatError: It is no header of this format and version.

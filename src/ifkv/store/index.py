@@ -76,7 +76,7 @@ class Entry:
 class Index:
     """Entries of a disk store.
 
-    Files appear and disappear only within :meth:`transaction`, whose lock is the database's own
+    Files appear and disappear only within `transaction`, whose lock is the database's own
     write lock: it is shared by threads and processes, and the system releases it when one dies.
 
     Args:

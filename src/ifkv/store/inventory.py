@@ -11,12 +11,12 @@ from ifkv.store.recovery import open_index
 from ifkv.store.source_table import SourceTable
 
 if TYPE_CHECKING:
-    from ifkv.source import Source
+    from ifkv.documents.source import Source
     from ifkv.store.index import Entry
 
 
 class Inventory:
-    """Entries of a folder, as :class:`ifkv.store.DiskStore` would list them.
+    """Entries of a folder, as `DiskStore` would list them.
 
     Args:
         path: The folder.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ifkv.documents import DocumentCache
+    from ifkv.documents.cache import DocumentCache
 
 # Part of every key: an entry of another format version is never found, let alone misread.
 FORMAT_VERSION = 1
@@ -72,9 +72,9 @@ def key_for(
         NotPatchedError: The model is not patched.
         InvalidInputError: The ids are not a document's.
     """
-    from ifkv.checks import token_tensor
-    from ifkv.documents import DocumentCache
-    from ifkv.patching import handle_of
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.patching.handle import handle_of
+    from ifkv.utils.checks import token_tensor
 
     behind = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
     return document_key(
@@ -106,7 +106,7 @@ def check_document(document: DocumentCache) -> None:
     """
     import torch
 
-    from ifkv.documents import DocumentCache
+    from ifkv.documents.cache import DocumentCache
 
     if not isinstance(document, DocumentCache):
         raise InvalidInputError(

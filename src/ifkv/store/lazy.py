@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
+from ifkv.store.document_reader import DocumentReader, allocate
 from ifkv.store.format import Header
-from ifkv.store.reading import DocumentReader, allocate
 
 ReadLayer = Callable[[int, Tensor], None]
 
@@ -18,8 +18,8 @@ ReadLayer = Callable[[int, Tensor], None]
 class StoredDocument(DocumentCache):
     """A document cache whose keys and values are read from a store when they are first used.
 
-    :func:`ifkv.stitch` reads it a layer at a time, ahead of the computation and without keeping
-    what it read; asking for :attr:`keys` or :attr:`values` reads it whole, once.
+    [ifkv.stitch][] reads it a layer at a time, ahead of the computation and without keeping
+    what it read; asking for `keys` or `values` reads it whole, once.
 
     Args:
         reader: The file.
@@ -115,7 +115,7 @@ class StoredDocument(DocumentCache):
         object.__setattr__(self, "_then", then)
 
     def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
-        """Keys and values of one layer; kept only after :meth:`when_read`.
+        """Keys and values of one layer; kept only after `when_read`.
 
         Args:
             layer: Which.

@@ -28,14 +28,14 @@ def open_store(
 
     Args:
         where: A folder, or a URL such as ``s3://bucket/folder``. If None: what ``IFKV_STORE``
-            names, or :func:`default_store_path`.
+            names, or `default_store_path`.
         max_bytes: The budget of a folder. If None a folder that is named has none; the default
             one has what it holds and half of what is free on its disk now, so that a cache never
             fills a disk.
         codec: How new documents are stored.
 
     Returns:
-        A :class:`DiskStore` or a :class:`RemoteStore`.
+        A `DiskStore` or a `RemoteStore`.
 
     Raises:
         StoreError: It cannot be opened.
@@ -61,7 +61,7 @@ def session_store(where: DocumentStore | str | os.PathLike[str] | None) -> Docum
     """The store that a session means: its own object, or what is at a place, behind some memory.
 
     Args:
-        where: A store, which is taken as it is; or what :func:`open_store` takes.
+        where: A store, which is taken as it is; or what `open_store` takes.
 
     Raises:
         InvalidInputError: It is something else.

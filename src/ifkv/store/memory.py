@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ifkv.copying import Uncopied
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import DocumentNotFoundError, InvalidInputError, StoreFullError
 from ifkv.store.keys import check_document, check_key, key_for, key_of, prefix_key_of
 from ifkv.store.protocol import StoreStats
+from ifkv.utils.copying import Uncopied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ class MemoryStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        """The key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:

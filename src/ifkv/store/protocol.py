@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.documents import DocumentCache
+    from ifkv.documents.cache import DocumentCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoreStats:
 class DocumentStore(Protocol):
     """Prefilled documents by content.
 
-    A document goes in as :func:`ifkv.prefill_documents` made it, alone behind its prefix; the
+    A document goes in as [ifkv.prefill_documents][] made it, alone behind its prefix; the
     prefix's own rows are an entry of their own, stored once for all documents behind it. Stores may
     be used by several threads. A document is present when both it and its prefix are.
     """
@@ -89,7 +89,7 @@ class DocumentStore(Protocol):
         """The document under a key; its ``.prefix`` is shared by all documents behind it.
 
         Args:
-            key: What :meth:`put` or :meth:`key_for` returned.
+            key: What `put` or `key_for` returned.
             lazy: Read layers when they are first needed, where the store can; ``stitch`` then
                 reads ahead in the background.
 

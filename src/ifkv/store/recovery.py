@@ -13,7 +13,7 @@ from ifkv.store.index import Entry, Index
 from ifkv.store.keys import document_key
 
 if TYPE_CHECKING:
-    from ifkv.store.reading import FileSource
+    from ifkv.store.document_reader import FileSource
 
 INDEX_NAME = "index.sqlite3"
 
@@ -71,8 +71,8 @@ def _reconcile(folder: Folder, index: Index) -> None:
 
 def _taken_up(folder: Folder, index: Index, strange: list[tuple[str | None, Path]]) -> set[str]:
     """Give files an entry that have none, or set them aside; the keys of those that have one."""
+    from ifkv.store.document_reader import FileSource
     from ifkv.store.format import FormatError
-    from ifkv.store.reading import FileSource
 
     taken = set()
     for key, path in strange:
@@ -95,7 +95,7 @@ def describe(key: str, source: FileSource) -> Entry:
         FormatError: It is not a document of this key.
         OSError: It cannot be read.
     """
-    from ifkv.store.reading import DocumentReader
+    from ifkv.store.document_reader import DocumentReader
 
     try:
         reader = DocumentReader(source, key)

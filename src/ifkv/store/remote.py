@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from torch import Tensor
 
-from ifkv.copying import Uncopied
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import (
     DocumentNotFoundError,
     StoreCorruptionError,
     StoreUnavailableError,
 )
 from ifkv.store.codecs import resolve_codec
+from ifkv.store.document_file import DocumentFile
+from ifkv.store.document_reader import DocumentReader
 from ifkv.store.far_files import FarFiles
 from ifkv.store.folder import SUFFIX
 from ifkv.store.format import FormatError
@@ -31,14 +32,13 @@ from ifkv.store.keys import (
 from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import StoreStats
 from ifkv.store.ranges import ObjectRanges
-from ifkv.store.reading import DocumentReader
 from ifkv.store.source_objects import SourceObjects
-from ifkv.store.writing import DocumentFile
+from ifkv.utils.copying import Uncopied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.source import Source
+    from ifkv.documents.source import Source
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class RemoteStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        """The key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
@@ -226,11 +226,11 @@ class RemoteStore(Uncopied):
         self._forget(key)
 
     def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep where documents are from; see :class:`ifkv.store.SourceKeeper`."""
+        """Keep where documents are from; see `SourceKeeper`."""
         self._sources.add(sources)
 
     def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return where documents are from, by key; see :class:`ifkv.store.SourceKeeper`."""
+        """Return where documents are from, by key; see `SourceKeeper`."""
         return self._sources.find(keys)
 
     def keys(self) -> Iterator[str]:

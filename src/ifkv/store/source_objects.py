@@ -8,8 +8,8 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
+from ifkv.documents.source import Source
 from ifkv.errors import StoreError
-from ifkv.source import Source
 from ifkv.store.format import checksum
 
 

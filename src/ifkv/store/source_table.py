@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from ifkv.documents.source import Source
 from ifkv.errors import StoreError
-from ifkv.source import Source
 from ifkv.store.index import Index
 
 

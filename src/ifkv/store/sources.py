@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from ifkv.source import Source
+from ifkv.documents.source import Source
 from ifkv.store.tiered import TieredStore
 
 
 @runtime_checkable
 class SourceKeeper(Protocol):
-    """What a store offers that keeps sources; a :class:`DocumentStore` need not.
+    """What a store offers that keeps sources; a `DocumentStore` need not.
 
     A key stands for a text, and the same text may be found in several places: each key has a list
     of sources. They last as long as the entry, through its being evicted and made again.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ifkv.copying import Uncopied
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 from ifkv.errors import (
     DocumentNotFoundError,
     DocumentUnreadableError,
@@ -20,6 +19,7 @@ from ifkv.errors import (
 from ifkv.store.keys import key_for
 from ifkv.store.lazy import StoredDocument
 from ifkv.store.protocol import DocumentStore, StoreStats
+from ifkv.utils.copying import Uncopied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ class TieredStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see :class:`ifkv.store.DocumentStore`."""
+        """The key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:

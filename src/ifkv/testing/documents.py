@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ifkv.documents import DocumentCache
+from ifkv.documents.cache import DocumentCache
 
 
 def random_document(

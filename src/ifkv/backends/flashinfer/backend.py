@@ -73,7 +73,7 @@ class FlashInferBackend(QueryAttention):
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
     ) -> DocumentPlan:
-        """See :meth:`Backend.plan_documents`."""
+        """See `Backend.plan_documents`."""
         return DocumentPlan(lengths, prefix_length, Planned())
 
     def attend_documents(
@@ -86,7 +86,7 @@ class FlashInferBackend(QueryAttention):
         plan: DocumentPlan,
         spec: AttentionSpec,
     ) -> Tensor:
-        """See :meth:`Backend.attend_documents`."""
+        """See `Backend.attend_documents`."""
         shape = CallShape.of(query, keys, 1, spec)
         call = plan.detail.once(
             shape,
@@ -106,11 +106,11 @@ class FlashInferBackend(QueryAttention):
         """Plan position-causal rows of several requests, each over its own cache, as one batch.
 
         Args:
-            slots: For each request its rows' slots, as in :meth:`Backend.plan_requests`.
+            slots: For each request its rows' slots, as in `Backend.plan_requests`.
             kv_lengths: For each request its slots in use.
             device: Where attention will run.
             tables: For each request the pages that hold its slots in order, int32 on the CPU, for
-                :meth:`attend_pages`; by default request i lies in row i of a buffer.
+                `attend_pages`; by default request i lies in row i of a buffer.
         """
         detail = RowDetail(
             tuple(slots), tuple(kv_lengths), None if tables is None else tuple(tables), Planned()
@@ -129,9 +129,9 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
-        """See :meth:`Backend.attend_requests`.
+        """See `Backend.attend_requests`.
 
-        Caches that :func:`ifkv.stitch_many` made lie in one allocation and are read in one call.
+        Caches that [ifkv.stitch_many][] made lie in one allocation and are read in one call.
         Others, those of which one has since outgrown it, and 8-bit ones with different scales, of
         which FlashInfer takes one a call, take a call each.
         """
@@ -173,7 +173,7 @@ class FlashInferBackend(QueryAttention):
             query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
             keys: ``[requests, kv_heads, >= kv_length, head_dim]``.
             values: Of the same shape.
-            plan: From :meth:`plan_requests`.
+            plan: From `plan_requests`.
             spec: How the layer attends.
             scales: Of keys and values.
         """
@@ -210,7 +210,7 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
-        """See :meth:`Backend.decode`.
+        """See `Backend.decode`.
 
         A plan holds index arrays only, so all layers of a step share the one that this thread
         made last, whichever cache it was made for.

@@ -74,7 +74,7 @@ class DocumentCall:
         prefix_keys: Tensor,
         prefix_values: Tensor,
     ) -> Tensor:
-        """Attention of all documents; shapes as in :meth:`Backend.attend_documents`."""
+        """Attention of all documents; shapes as in `Backend.attend_documents`."""
         out: Tensor = self._wrapper.run(
             query[0].transpose(0, 1),
             self._join(prefix_keys, keys),

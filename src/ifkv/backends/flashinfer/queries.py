@@ -35,7 +35,7 @@ class QueryAttention(Backend):
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
-        """See :meth:`Backend.plan_queries`."""
+        """See `Backend.plan_queries`."""
         pairs = zip(query_positions, context_positions, strict=True)
         return QueriesPlan(tuple(QueryPlan(*pair, Planned()) for pair in pairs), Planned())
 
@@ -51,7 +51,7 @@ class QueryAttention(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See :meth:`Backend.attend_queries`; together under the terms of attend_requests."""
+        """See `Backend.attend_queries`; together under the terms of attend_requests."""
         lengths = [context.shape[2] for context in context_keys]
         scales = [UNSCALED] * len(lengths) if scales is None else scales
         pages = None
@@ -129,7 +129,7 @@ class QueryAttention(Backend):
         reduction: Reduction,
         values: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`Backend.attention_norm`; by a Triton kernel on CUDA."""
+        """See `Backend.attention_norm`; by a Triton kernel on CUDA."""
         return attention_norm(
             query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )

@@ -51,7 +51,7 @@ class RowCalls:
         detail: Slots and pages of the rows.
         row_slots: Long ``[rows]``, on the compute device.
         shape: Heads, dtypes and so on.
-        first_pages: Of each sequence, as in :class:`PagedBuffers`.
+        first_pages: Of each sequence, as in `PagedBuffers`.
         form: How rows without a common causal mask are run.
     """
 

@@ -128,7 +128,7 @@ def parts_of_rows(
     ``"full"`` too, for keys that their masked part leaves out.
 
     Args:
-        slots: As in :func:`cut_rows`.
+        slots: As in `cut_rows`.
         group: Query heads per key head.
         page_size: Slots of a page; parts begin at whole pages.
         window: Slots that a row sees, its own included; None sees all. FlashInfer's own window

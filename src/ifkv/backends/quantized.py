@@ -1,0 +1,56 @@
+"""Attention over 8-bit keys and values in plain torch: a block of them is widened at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.fp8 import widen
+from ifkv.backends.partial import RowMask, attend_partial
+
+# Slots that are widened at once.
+WIDE_SLOTS = 4096
+
+
+def attend_narrow(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    *,
+    mask: Tensor | RowMask | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `attend_partial`; keys and values may be float8.
+
+    The causal form widens all keys: they are the rows' own, no larger than the queries.
+    """
+    if keys.dtype == query.dtype:
+        return attend_partial(query, keys, values, scaling, mask=mask, causal=causal)
+    count = keys.shape[2]
+    step = count if causal else WIDE_SLOTS
+    state: tuple[Tensor, Tensor] | None = None
+    for start in range(0, max(1, count), max(1, step)):
+        block = slice(start, start + step)
+        seen = mask
+        if mask is not None and count > step:
+            seen = (mask.hidden if isinstance(mask, RowMask) else mask)[:, block]
+        part = attend_partial(
+            query,
+            widen(keys[:, :, block], query.dtype),
+            widen(values[:, :, block], query.dtype),
+            scaling,
+            mask=seen,
+            causal=causal,
+        )
+        state = part if state is None else _merge(state, part)
+    assert state is not None
+    return state
+
+
+def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """As ``merge_partial``, where a row may see nothing of both."""
+    total = torch.logaddexp(a[1], b[1])
+    base = total.masked_fill(total.isneginf(), 0.0)
+    weights = [(own - base).exp()[..., None] for own in (a[1], b[1])]
+    return (a[0] * weights[0] + b[0] * weights[1]).to(a[0].dtype), total

@@ -1,0 +1,128 @@
+"""Stitch further documents behind what a request's cache holds already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ifkv.cache.inputs import check_documents
+from ifkv.cache.layout import layout
+from ifkv.cache.prefix_difference import prefix_difference
+from ifkv.cache.stitched import StitchedCache, check_answerable, check_cache
+from ifkv.documents.cache import DocumentCache
+from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.models.rope import place, rotate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def extend(
+    model: PreTrainedModel, cache: StitchedCache, documents: Sequence[DocumentCache]
+) -> torch.Tensor:
+    """Stitch further documents behind the context of a cache, in place.
+
+    Their keys are rotated to the positions that follow the context; what the cache held stays
+    where it is, and is copied only when there is no room left behind it. As after
+    [ifkv.stitch][] the new rows have seen their own document alone, in layers above the first:
+    select among them and recompute. A cache in 8 bits rounds them with the scales it has.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache in the global geometry that ends with its context; rows that were
+            appended are made part of it by `StitchedCache.keep`.
+        documents: Documents that this model made behind the cache's prefix.
+
+    Returns:
+        The new slots, long ``[n]``, on the model's device: ``cache.choosing(slots)`` is what a
+        selector takes to choose among them alone.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: No document, rows behind the context, or more tokens than the model has
+            positions. Nothing has been changed.
+        GeometryError: The cache's geometry is not global.
+        FingerprintMismatchError: Cache or document belong to another model, or the document to
+            another prefix.
+
+    Examples:
+        >>> import ifkv
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> handle = ifkv.patch(model)
+        >>> first, second = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9]], prefix=[1])
+        >>> cache = ifkv.stitch(model, [first])
+        >>> logits = ifkv.recompute(model, cache, [], prompt_ids=[20, 21])  # a question
+        >>> cache.keep([20, 21])
+        >>> ifkv.extend(model, cache, [second]).tolist()
+        [6, 7]
+        >>> cache
+        StitchedCache(2 documents, 8 slots + 0, global, ...)
+        >>> ifkv.unpatch(model)
+    """
+    handle = check_cache(model, cache)
+    check_answerable(cache, "extend")
+    handle.rope.check_frequencies()
+    check_documents(model, handle, documents)
+    _check_kind(cache, documents[0])
+    lengths = [len(document) for document in documents]
+    start = cache.context_length
+    end = start + sum(lengths)
+    placed = layout(0, lengths, "global", [document.positions_taken for document in documents])
+    handle.rope.check_length(cache.query_position + placed.extent, "the extended context")
+    slots = torch.arange(start, end, device=model.device)
+    positions = placed.positions.to(model.device) + cache.query_position
+    turning = documents[0].dtype
+    if cache.kv_dtype is not None:  # turned in at least float32, to be rounded once
+        turning = torch.promote_types(turning, torch.float32)
+    cos, sin = handle.rope.cos_sin(positions, turning)
+    for index, layer in enumerate(cache.layers):
+        layer.reserve(end)
+        slot = start
+        for document in documents:
+            rows = slice(slot, slot + len(document))
+            own = slice(slot - start, rows.stop - start)
+            slot = rows.stop
+            if document.lazy:
+                keys, values = document.layer(index)
+            else:
+                keys, values = document.keys[index], document.values[index]
+            moved = [part.to(model.device, non_blocking=True) for part in (keys, values)]
+            if cache.kv_dtype is not None:
+                turned = rotate(moved[0].to(turning), cos[own], sin[own])
+                layer.write(slots[own], turned[None], moved[1][None])
+                continue
+            place(
+                moved[0][None],
+                moved[1][None],
+                cos[own],
+                sin[own],
+                layer.key_buffer,
+                layer.value_buffer,
+                rows.start,
+            )
+    cache.take_documents(documents, placed)
+    return slots
+
+
+def _check_kind(cache: StitchedCache, document: DocumentCache) -> None:
+    """Refuse documents that do not fit the rows that are there."""
+    prefix = cache.token_ids[: cache.prefix_length].cpu()
+    if not torch.equal(document.prefix_ids, prefix):
+        theirs, own = prefix_difference(document.prefix_ids, prefix)
+        raise FingerprintMismatchError(
+            f"the documents were encoded behind the prefix {theirs}, the cache has {own}; a "
+            "request has one prefix. Prefill them behind the same."
+        )
+    depth, kv_heads, _, head_dim = document.shape
+    held, dtype = cache.layers[0].key_buffer, cache.layers[0].dtype
+    kind = (len(cache.layers), held.shape[1], held.shape[3], dtype)
+    if kind != (depth, kv_heads, head_dim, document.dtype):
+        raise InvalidInputError(
+            f"the documents hold {document.dtype} {document.shape}, the cache {dtype} in "
+            f"{len(cache.layers)} layers of {held.shape[1]} heads of {held.shape[3]}; a request "
+            "has documents of one kind."
+        )

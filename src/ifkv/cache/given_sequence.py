@@ -1,0 +1,98 @@
+"""What ``model.generate()`` was given beside a stitched cache, by hand.
+
+It takes the tokens of context and prompt, or those of the prompt with an attention mask over both.
+It tells the two apart by lengths alone, and cuts off what it takes for the context, whatever it is.
+Nothing hands these tokens to a cache. So they are read where ``generate()`` holds them while it
+asks the cache how long it is: in the frame of its prefill, of one name in 5.4 to 5.24.
+"""
+
+from __future__ import annotations
+
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+
+_PREFILL = "_prefill"
+_WAY_OUT = "Call ifkv.generate(model, cache, prompt_ids)"
+
+
+class Rows(Protocol):
+    """What is known of a stitched cache's rows; see `StitchedCache`."""
+
+    token_ids: Tensor
+    prompt_ids: Tensor | None
+    positions: Tensor
+    plain: bool
+
+    @property
+    def geometry(self) -> str:
+        """The geometry's name."""
+
+
+def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
+    """Refuse a sequence that does not continue the cache.
+
+    Args:
+        cache: The cache that is asked for its length.
+        asking: The frame that asks; of no interest unless it is the prefill of ``generate()``.
+        rows: The cache's length.
+
+    Raises:
+        InvalidInputError: The tokens are not those of the cache's rows with some behind them, nor
+            the prompt's with a mask over all; or they are to be read in another way, which cannot
+            be checked.
+    """
+    if asking.f_code.co_name != _PREFILL:
+        return
+    found = asking.f_locals
+    ids, config, kwargs = found["input_ids"], found["generation_config"], found["model_kwargs"]
+    if kwargs.get("inputs_embeds") is not None:
+        raise InvalidInputError(
+            "generate() was given inputs_embeds beside a stitched cache, which cannot be held "
+            f"against its context's tokens. {_WAY_OUT}."
+        )
+    if config.prefill_chunk_size is not None:
+        raise InvalidInputError(
+            f"prefill_chunk_size is {config.prefill_chunk_size}, whose chunks would begin with the "
+            f"context that the stitched cache holds. {_WAY_OUT}, or set it to None."
+        )
+    mask = kwargs.get("attention_mask")
+    seen = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    length = ids.shape[1]
+    if seen == length:
+        if length <= rows or not _begins_with(ids, cache, rows):
+            raise InvalidInputError(
+                f"generate() was given {length} tokens that do not continue the {rows} rows of the "
+                "stitched cache; it takes the tokens of context and prompt together, and cuts the "
+                f"context off. {_WAY_OUT}, or give it torch.cat((cache.token_ids, prompt_ids))."
+            )
+    elif seen != rows + length:
+        raise InvalidInputError(
+            f"generate() was given {length} tokens and an attention mask of {seen} beside a "
+            f"stitched cache of {rows} rows; the mask has to cover all {rows + length}. {_WAY_OUT}."
+        )
+    _check_positions(cache, kwargs.get("position_ids"))
+
+
+def _begins_with(ids: Tensor, cache: Rows, rows: int) -> bool:
+    """True if every sequence begins with the tokens of the cache's rows that it knows."""
+    known = cache.token_ids
+    if cache.prompt_ids is not None and rows == len(known) + len(cache.prompt_ids):
+        known = torch.cat((known, cache.prompt_ids))
+    return bool((ids[:, : len(known)] == known.to(ids.device)).all())
+
+
+def _check_positions(cache: Rows, positions: Any) -> None:
+    """Refuse positions counted from slots where the cache's rows stand elsewhere."""
+    if cache.plain or positions is None or cache.geometry != "global":
+        return  # another geometry is refused as its rows are appended
+    own = cache.positions.to(positions.device)
+    if positions.shape[-1] < len(own) or not bool((positions[..., : len(own)] == own).all()):
+        raise InvalidInputError(
+            "the stitched cache's rows do not stand where their slots are, as generate() takes "
+            f"them to. {_WAY_OUT}."
+        )

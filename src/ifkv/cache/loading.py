@@ -1,0 +1,157 @@
+"""Bring stored documents into a stitched cache layer by layer, ahead of whoever uses it.
+
+Background threads read (and, where the store asks for it, check) the next layers while the current
+one is rotated, scored or recomputed. On CUDA they read into page-locked memory and copy on a stream
+of their own; the computation's stream waits for the copy of the layer that it needs, no other.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.fp8 import FLOAT8
+from ifkv.backends.plans import KVScales
+from ifkv.cache.rounding import place_rounded
+from ifkv.documents.cache import DocumentCache
+from ifkv.models.rope import place
+
+# Threads that read: enough for a disk's queue, few beside those that compute.
+THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+# Where they wait for a network instead, which answers many at once.
+DISTANT_THREADS = 16
+# Memory for layers that have been read and not used yet; two layers are read ahead in any case.
+AHEAD_BYTES = 256 * 2**20
+
+
+class LayerLoader:
+    """Fills the buffers of a stitched cache, layers in order, as late as `ensure` asks.
+
+    Attributes:
+        wait_seconds: How long `ensure` has waited for reads so far: what loading has cost
+            beyond the work that it was hidden behind.
+        scales: Of the layers placed so far, where their rows are rounded to 8 bits.
+
+    Args:
+        parts: Prefix and documents, in the cache's order.
+        keys: Buffer ``[layers, 1, kv_heads, capacity, head_dim]`` to be filled from slot 0; into
+            float8, rows are rounded.
+        values: As keys.
+        cos: ``[T, rotary_dim]``, of the parts' slots.
+        sin: As cos.
+    """
+
+    def __init__(
+        self, parts: Sequence[DocumentCache], keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
+    ):
+        self._parts = parts
+        self._keys, self._values = keys, values
+        self._cos, self._sin = cos, sin
+        self._depth = keys.shape[0]
+        self.scales: list[KVScales] = []
+        self._placed = 0
+        self._submitted = 0
+        self._failure: BaseException | None = None
+        self._lock = threading.RLock()
+        self._stream: Any = None
+        if keys.is_cuda:
+            self._stream = torch.cuda.Stream(keys.device)
+        layer_bytes = sum(part.nbytes for part in parts) // self._depth
+        self._ahead = max(2, AHEAD_BYTES // max(1, layer_bytes))
+        self._reads: dict[int, list[Future[tuple[Tensor, Any]] | None]] = {}
+        self._threads: ThreadPoolExecutor | None = ThreadPoolExecutor(
+            DISTANT_THREADS if any(part.distant for part in parts) else THREADS, "ifkv-load"
+        )
+        self.wait_seconds = 0.0
+        self._read_ahead()
+
+    def ensure(self, layer: int) -> None:
+        """Return when the buffers hold a layer, and all before it.
+
+        Raises:
+            DocumentUnreadableError: A document cannot be trusted, or cannot be had now; this cache
+                is of no use.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                while self._placed <= layer:
+                    self._place(self._placed)
+                    self._placed += 1
+                    self._read_ahead()
+                if self._placed == self._depth:
+                    self._parts = ()  # files may be closed
+            except BaseException as error:
+                self._failure = error
+                self._finish()
+                raise
+
+    def _read_ahead(self) -> None:
+        """Have the threads read as far ahead as memory allows."""
+        until = min(self._depth, self._placed + self._ahead)
+        for layer in range(self._submitted, until):
+            assert self._threads is not None
+            self._reads[layer] = [
+                self._threads.submit(self._fetch, part, layer) if part.lazy else None
+                for part in self._parts
+            ]
+        self._submitted = until
+        if until == self._depth:
+            self._finish()
+
+    def _finish(self) -> None:
+        """No more reads will be asked for; those under way go on."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=self._failure is not None)
+            self._threads = None
+
+    def _fetch(self, part: DocumentCache, layer: int) -> tuple[Tensor, Any]:
+        """In a thread: a layer's keys and values, and the event after which they may be used."""
+        rows = part.layer(layer, pin_memory=self._stream is not None)
+        if self._stream is None:
+            return rows, None
+        with torch.cuda.stream(self._stream):
+            moved = rows.to(self._keys.device, non_blocking=True)
+            return moved, self._stream.record_event()
+
+    @torch.no_grad()
+    def _place(self, layer: int) -> None:
+        """Wait for a layer's reads and rotate them into their slots."""
+        reads = self._reads.pop(layer)
+        arriving = (
+            self._arrived(part, read, layer) for part, read in zip(self._parts, reads, strict=True)
+        )
+        keys, values = self._keys[layer, 0], self._values[layer, 0]
+        if keys.dtype == FLOAT8:
+            rows = [(part[0], part[1]) for part in arriving]
+            self.scales.append(place_rounded(rows, self._cos, self._sin, keys, values))
+            return
+        slot = 0
+        for part in arriving:
+            own = slice(slot, slot + part.shape[-2])
+            turn = self._cos[own], self._sin[own]
+            place(part[0][None], part[1][None], *turn, keys[None], values[None], slot)
+            slot = own.stop
+
+    def _arrived(
+        self, part: DocumentCache, read: Future[tuple[Tensor, Any]] | None, layer: int
+    ) -> Tensor:
+        """A part's keys and values in a layer, on the device, ``[2, kv_heads, n, head_dim]``."""
+        if read is None:
+            return part.layer(layer).to(self._keys.device, non_blocking=True)
+        start = time.perf_counter()
+        rows, event = read.result()
+        self.wait_seconds += time.perf_counter() - start
+        if event is not None:
+            current = torch.cuda.current_stream(self._keys.device)
+            current.wait_event(event)
+            rows.record_stream(current)
+        return rows

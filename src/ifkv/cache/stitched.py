@@ -1,0 +1,365 @@
+"""The cache of one request: stitched documents, and whatever is appended behind them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ifkv.cache.given_sequence import check_given
+from ifkv.cache.interface import CacheInterface, check_single
+from ifkv.cache.layer import StitchedLayer
+from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
+from ifkv.patching.handle import PatchHandle, handle_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.cache.layout import Layout
+    from ifkv.cache.loading import LayerLoader
+    from ifkv.cache.pending import OwedRows
+    from ifkv.documents.cache import DocumentCache
+
+
+class StitchedCache(CacheInterface):
+    """The cache of one request: prefix and documents side by side, then whatever is appended.
+
+    A transformers ``Cache``: it works in ``model(...)`` and ``model.generate(...)``. It is private
+    to its request; the documents it was stitched from are never written. The context can grow:
+    by rows that were appended (`keep`) and by documents ([ifkv.extend][]).
+
+    Attributes:
+        token_ids: Long ``[T]``, the context's tokens, on the model's device.
+        positions: Long ``[T]``, their RoPE positions; ``[axes, T]`` where a model rotates by
+            several axes.
+        plain: Whether every slot is its own position, also of rows that will be appended.
+        document_slices: Slots of each document, in the cache's order. Between them and behind them
+            may be rows that were appended and kept.
+        prefix_length: Slots of the prefix, which come first.
+        query_position: Position of the first token behind the context.
+        geometry: ``"global"``, ``"hl-hp"``, ``"tl-tp"`` or ``"hl-tp"``.
+        order: For each document of the cache, its index among the documents given.
+        sensitivities: Of each document's tokens, as in `DocumentCache`; None where they
+            were not measured.
+        fingerprint: Identity of the model that it belongs to.
+        prompt_ids: Tokens whose rows a fused [ifkv.recompute][] has appended, or None.
+        candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
+            ascending, on the model's device; see `choosing`. If None, all behind the first
+            document, and a ratio counts the whole context.
+        owed: Slots of the context whose rows have not run through all layers yet, or None.
+        layers: One `StitchedLayer` per decoder layer.
+        loader: What reads the documents, if a store does so lazily; None otherwise.
+    """
+
+    loader: LayerLoader | None = None
+    layers: list[StitchedLayer]
+
+    def __init__(
+        self,
+        layers: list[StitchedLayer],
+        token_ids: Tensor,
+        placed: Layout,
+        order: list[int],
+        sensitivities: list[Tensor | None],
+        fingerprint: str,
+    ):
+        super().__init__(layers=cast(list[Any], layers))
+        self.token_ids = token_ids
+        self.positions = placed.positions.to(token_ids.device)
+        self.document_slices = placed.document_slices
+        self.prefix_length = placed.prefix_length
+        self.query_position = placed.query_position
+        self.plain = placed.plain
+        self.geometry = placed.geometry
+        self.order = order
+        self.sensitivities = sensitivities
+        self.fingerprint = fingerprint
+        self.prompt_ids: Tensor | None = None
+        self.candidates: Tensor | None = None
+        self.owed: OwedRows | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Slots of the context, T: prefix, documents, and rows that were kept."""
+        return len(self.token_ids)
+
+    @property
+    def budget_length(self) -> int:
+        """How many slots a recompute ratio is a share of."""
+        return self.context_length if self.candidates is None else len(self.candidates)
+
+    @property
+    def first_candidate(self) -> int:
+        """The lowest slot that a selector may choose."""
+        if self.candidates is None:
+            return int(self.document_slices[0].stop)
+        return int(self.candidates[0]) if len(self.candidates) else self.context_length
+
+    @property
+    def candidate_slots(self) -> Tensor:
+        """The slots that a selector may choose, long, ascending."""
+        if self.candidates is not None:
+            return self.candidates
+        return torch.arange(
+            self.document_slices[0].stop, self.context_length, device=self.token_ids.device
+        )
+
+    def positions_at(self, slots: Tensor) -> Tensor:
+        """Return the positions of slots, of the context or behind it.
+
+        Args:
+            slots: Long ``[n]``, on the model's device.
+
+        Returns:
+            Long ``[n]``, or ``[axes, n]``.
+        """
+        if self.plain:
+            return slots
+        last = max(0, self.context_length - 1)
+        behind = slots - self.context_length + self.query_position
+        within = self.positions[..., slots.clamp(max=last)]
+        return torch.where(slots < self.context_length, within, behind)
+
+    def positions_with(self, behind: int) -> Tensor:
+        """Return the positions of the context and of so many rows behind it.
+
+        Returns:
+            Long ``[1, T + behind]``, or ``[axes, 1, T + behind]``, as ``model.generate()`` takes
+            them.
+        """
+        slots = torch.arange(self.context_length + behind, device=self.token_ids.device)
+        return self.positions_at(slots)[..., None, :]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots in use, the context's and those appended.
+
+        Args:
+            layer_idx: Of which layer.
+
+        Raises:
+            InvalidInputError: ``model.generate()`` asks, for tokens that do not continue the cache.
+        """
+        rows = int(super().get_seq_length(layer_idx))
+        check_given(self, sys._getframe(1), rows)
+        return rows
+
+    def choosing(self, candidates: Tensor) -> StitchedCache:
+        """This cache as a selector shall see it: the same rows, other slots to choose from.
+
+        Args:
+            candidates: As the attribute.
+        """
+        view = copy.copy(self)
+        view.candidates = candidates
+        return view
+
+    def keep(self, token_ids: Sequence[int] | Tensor) -> None:
+        """Make the rows appended behind the context part of it, as exact as they are.
+
+        A prompt and the answer that [ifkv.generate][] gave (without its last token, which was
+        never run) become the past that the next prompt follows.
+
+        Args:
+            token_ids: The tokens that the appended rows are of.
+
+        Raises:
+            InvalidInputError: There is not one token for each appended row, or the cache holds
+                several sequences.
+            GeometryError: The cache's geometry is not global.
+        """
+        check_single(self)
+        appended = self.get_seq_length() - self.context_length
+        if self.geometry != "global":
+            raise GeometryError(
+                f"keep() needs the geometry 'global', the cache has {self.geometry!r}, which can "
+                "only be scored. Stitch the documents again."
+            )
+        if len(token_ids) != appended:
+            raise InvalidInputError(
+                f"{len(token_ids)} tokens were given for the {appended} rows behind the context; "
+                "give one for each."
+            )
+        self._lengthen(torch.as_tensor(token_ids))
+
+    def add_tokens(self, token_ids: Sequence[int]) -> Tensor:
+        """Lengthen the context by tokens whose rows are not there yet.
+
+        Args:
+            token_ids: The tokens.
+
+        Returns:
+            Their slots, long ``[n]``, on the CPU; to be recomputed before anything reads them.
+        """
+        start = self.context_length
+        self._lengthen(torch.as_tensor(token_ids))
+        for layer in self.layers:
+            layer.reserve(self.context_length)
+            layer.length = self.context_length
+        return torch.arange(start, self.context_length)
+
+    def take_documents(self, documents: Sequence[DocumentCache], placed: Layout) -> None:
+        """Count rows just written behind the context as documents; for [ifkv.extend][].
+
+        Args:
+            documents: Whose rows they are.
+            placed: Where they lie, counted from the end of the context.
+        """
+        slices, start = list(self.document_slices), self.context_length
+        for document in documents:
+            slices.append(slice(start, start + len(document)))
+            start += len(document)
+        # New lists: answers hold on to the old ones.
+        self.document_slices = slices
+        self.order = [*self.order, *range(len(self.order), len(slices))]
+        self.sensitivities = [*self.sensitivities, *(each.sensitivity for each in documents)]
+        token_ids = torch.cat([document.token_ids for document in documents])
+        self._lengthen(token_ids, placed.positions, placed.extent)
+        self.plain = self.plain and placed.plain
+        for layer in self.layers:
+            layer.length = self.context_length
+
+    def _lengthen(
+        self, token_ids: Tensor, offsets: Tensor | None = None, extent: int | None = None
+    ) -> None:
+        """Take tokens into the context.
+
+        Args:
+            token_ids: The tokens, long ``[n]``.
+            offsets: Their positions, counted from the first behind the context; one after another
+                if None.
+            extent: How many positions they take; one each if None.
+        """
+        device, start = self.token_ids.device, self.query_position
+        self.token_ids = torch.cat((self.token_ids, token_ids.to(device)))
+        offsets = torch.arange(len(token_ids)) if offsets is None else offsets
+        added = (offsets.to(device) + start).expand(*self.positions.shape[:-1], -1)
+        self.positions = torch.cat((self.positions, added), dim=-1)
+        self.query_position = start + (len(token_ids) if extent is None else extent)
+        self.prompt_ids = None
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """What keys and values are rounded to; None if they have the model's dtype."""
+        layer = self.layers[0]
+        return None if layer.dtype == layer._key_buffer.dtype else layer._key_buffer.dtype
+
+    def crop(self, tokens_to_remove: int | None = None) -> None:
+        """Drop what was appended behind the context.
+
+        Args:
+            tokens_to_remove: How many slots to drop, as a negative number, as transformers has
+                it; all that follow the context if None.
+
+        Raises:
+            InvalidInputError: It is no whole number, is positive, or would cut into the context.
+        """
+        appended = self.get_seq_length() - self.context_length
+        if tokens_to_remove is None:
+            tokens_to_remove = -appended
+        whole = isinstance(tokens_to_remove, int)
+        if not whole or tokens_to_remove > 0 or -tokens_to_remove > appended:
+            raise InvalidInputError(
+                f"crop({tokens_to_remove}) is not possible: give a negative number of slots, at "
+                f"most the {appended} that were appended behind the context."
+            )
+        kept = appended + tokens_to_remove
+        for layer in self.layers:
+            # A forward that failed half-way has not appended in every layer.
+            layer.length = min(layer.length, self.context_length + kept)
+        if self.prompt_ids is not None and kept != len(self.prompt_ids):
+            self.prompt_ids = None
+
+    def clone(self) -> StitchedCache:
+        """A cache of its own with the same contents."""
+        twin = copy.copy(self)
+        twin.layers = [layer.clone() for layer in self.layers]
+        twin.owed = copy.copy(self.owed)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        for layer in self.layers:  # all first: their buffers share one storage
+            layer._settled()
+        return self.__dict__ | {"loader": None}
+
+    def __repr__(self) -> str:
+        appended = self.get_seq_length() - self.context_length
+        return (
+            f"StitchedCache({len(self.document_slices)} documents, {self.context_length} slots "
+            f"+ {appended}, {self.geometry}, {self.fingerprint[:8]})"
+        )
+
+
+def positions_of(caches: Sequence[StitchedCache], slots: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the positions of several requests' slots.
+
+    Args:
+        caches: The cache of each request.
+        slots: The requests' slots one after the other, long ``[n]``, on the model's device.
+        counts: Slots of each request.
+
+    Returns:
+        Long ``[n]``, or ``[axes, n]``.
+    """
+    if all(cache.plain for cache in caches):
+        return slots
+    parts = zip(caches, slots.split(list(counts)), strict=True)
+    return torch.cat([cache.positions_at(own) for cache, own in parts], dim=-1)
+
+
+def check_stitched(cache: object) -> None:
+    """Refuse what is no stitched cache.
+
+    Raises:
+        InvalidInputError: It is something else.
+    """
+    if not isinstance(cache, StitchedCache):
+        raise InvalidInputError(
+            f"a {type(cache).__name__} was given as cache; make one with ifkv.stitch."
+        )
+
+
+def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
+    """Refuse a cache that does not belong to the model.
+
+    Returns:
+        The model's handle.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: It is no stitched cache, or holds several sequences.
+        FingerprintMismatchError: It belongs to another model.
+    """
+    handle = handle_of(model)
+    check_stitched(cache)
+    check_single(cache)
+    identity = handle.fingerprints.of(model, glance=False)  # stitch has done so
+    if cache.fingerprint != identity:
+        raise FingerprintMismatchError(
+            f"the cache belongs to model {cache.fingerprint[:8]}, this one is {identity[:8]}. "
+            "Stitch documents that this model made."
+        )
+    return handle
+
+
+def check_answerable(cache: StitchedCache, what: str) -> None:
+    """Refuse a cache that can only be scored, or that holds more than its context.
+
+    Raises:
+        GeometryError: The geometry is not global.
+        InvalidInputError: Rows have been appended behind the context.
+    """
+    if cache.geometry != "global":
+        raise GeometryError(
+            f"{what} needs the geometry 'global', the cache has {cache.geometry!r}, which can only "
+            "be scored. Stitch the documents again."
+        )
+    appended = cache.get_seq_length() - cache.context_length
+    if appended:
+        raise InvalidInputError(
+            f"{what} needs a cache that ends with its context, but {appended} slots have been "
+            "appended. Call cache.crop() first."
+        )

@@ -1,0 +1,126 @@
+"""Texts that command lines name become documents of token ids, none longer than the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from ifkv.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ifkv.documents.source import Source
+    from ifkv.generation.settings import GenerationSettings
+    from ifkv.session.prompt_format import PromptFormat
+
+Split = Annotated[
+    int | None,
+    typer.Option(
+        help="Cut texts that are longer into documents of at most so many tokens, at headings, "
+        "paragraphs and sentences; 512, say. A text is one document if not given.",
+        min=1,
+        show_default=False,
+    ),
+]
+# How many texts a refusal names.
+_NAMED = 5
+
+
+class CutDocument(NamedTuple):
+    """A document of a command line: what it is named in messages, its tokens and its source."""
+
+    name: str
+    ids: list[int]
+    source: Source
+
+
+def cut(
+    layout: PromptFormat,
+    config: PretrainedConfig,
+    texts: Sequence[tuple[Source, str]],
+    split: int | None,
+) -> list[CutDocument]:
+    """The documents that texts become, as [ifkv.Session.add][] cuts them.
+
+    Args:
+        layout: How the model's requests are laid out.
+        config: The model's config.
+        texts: Where each is from, and its text.
+        split: Tokens of a document at most; None makes every text a document.
+
+    Returns:
+        The documents; pieces of one text are numbered.
+
+    Raises:
+        InvalidInputError: Documents are longer than the model's positions allow, or cannot be
+            tokenised for it; it says which.
+    """
+    from ifkv.models.rope import position_limit
+    from ifkv.session.splitting import pieces_of
+    from ifkv.utils.checks import naming
+
+    documents: list[CutDocument] = []
+    for source, text in texts:
+        title = source.place
+        with naming(title):
+            pieces = pieces_of(layout, text, split)
+        highest = max(max(piece.ids, default=0) for piece in pieces)
+        if highest >= config.vocab_size:
+            raise InvalidInputError(
+                f"{title} becomes the token id {highest}, but this model's ids run from 0 to "
+                f"{config.vocab_size - 1}; give the model's own tokenizer."
+            )
+        for ids, offset, part in pieces:
+            if part == (1, 1):
+                documents.append(CutDocument(title, ids, source))
+            else:
+                name = f"{title} ({part[0]} of {part[1]})"
+                documents.append(CutDocument(name, ids, source.piece(text, offset, part)))
+    limit, reason = position_limit(config)
+    prefix = len(layout.prefix_ids())
+    room = limit - prefix
+    long = [f"{name} has {len(ids)} tokens" for name, ids, _ in documents if len(ids) > room]
+    if long:
+        more = [f"{len(long) - _NAMED} more are too long"] if len(long) > _NAMED else []
+        raise InvalidInputError(
+            f"{', '.join(long[:_NAMED] + more)}; a document can have {room} here, since {reason} "
+            f"and the prefix takes {prefix}. Cut long files into documents of at most N tokens "
+            f"with --split N, for example --split {min(512, room)}."
+        )
+    return documents
+
+
+def check_request(
+    layout: PromptFormat,
+    config: PretrainedConfig,
+    documents: Sequence[Sequence[int]],
+    question: str,
+    settings: GenerationSettings,
+) -> None:
+    """Refuse a question over more documents than the model has positions for.
+
+    Args:
+        layout: How the model's requests are laid out.
+        config: The model's config.
+        documents: Token ids of each.
+        question: The question.
+        settings: How the answer is generated, which needs room, too.
+
+    Raises:
+        InvalidInputError: They are too many, or leave the answer no room.
+    """
+    from ifkv.models.rope import position_limit
+
+    limit, reason = position_limit(config)
+    tokens = sum(len(ids) for ids in {tuple(ids) for ids in documents})
+    context, prompt = tokens + len(layout.prefix_ids()), len(layout.prompt_ids(question))
+    if (needed := context + prompt) > limit:
+        raise InvalidInputError(
+            f"the documents have {tokens} tokens in all and take {needed} positions with prefix "
+            f"and question, but {reason}. Ask over fewer: other files, a part of a store with "
+            "--only, or those whose words fit the question with --retrieve N."
+        )
+    settings.new_tokens(context, prompt)  # refuses a lack of room for the answer

@@ -1,0 +1,25 @@
+"""Documents: token ids in, keys and values behind a prefix out.
+
+Belongs here: `DocumentCache`, its prefill, sensitivities, the cutting of long texts.
+Not here: keeping documents (`ifkv.store`) and placing them in a request (`ifkv.cache`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ifkv.utils.lazy import lazily
+
+if TYPE_CHECKING:
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.prefill import prefill_documents
+
+__all__ = ["DocumentCache", "prefill_documents"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "DocumentCache": "cache",
+        "prefill_documents": "prefill",
+    },
+)

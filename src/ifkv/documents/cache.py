@@ -1,0 +1,115 @@
+"""The keys and values of one document."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DocumentCache:
+    """Keys and values of one document, made behind a prefix and beside nothing else.
+
+    Immutable and shared: requests read it, none writes into it.
+
+    Attributes:
+        token_ids: Long ``[n]``, on the CPU.
+        prefix_ids: Long ``[P]``, on the CPU: the tokens it was encoded behind.
+        keys: ``[layers, kv_heads, n, head_dim]``, after qk-norm and before the rotation.
+        values: ``[layers, kv_heads, n, head_dim]``.
+        fingerprint: Identity of the model that made it.
+        prefix: The prefix's own rows, shared by all documents behind it; None if ``P == 0``.
+        sensitivity: How far each token's values move when other text stands before the document,
+            float32 ``[n]``, on the CPU; None if it was not measured
+            (`measure_sensitivities`).
+        extent: How many positions the document takes in a context; as many as it has tokens
+            unless said otherwise.
+    """
+
+    token_ids: Tensor
+    prefix_ids: Tensor
+    keys: Tensor
+    values: Tensor
+    fingerprint: str
+    prefix: DocumentCache | None = None
+    sensitivity: Tensor | None = None
+    extent: int | None = None
+
+    @property
+    def positions_taken(self) -> int:
+        """How many positions the document takes in a context."""
+        return len(self) if self.extent is None else self.extent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the document's own keys and values, without the prefix's."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(layers, kv_heads, n, head_dim)``."""
+        return tuple(self.keys.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.keys.dtype
+
+    @property
+    def lazy(self) -> bool:
+        """Whether rows are read from a store when they are used (`ifkv.store.lazy`)."""
+        return False
+
+    @property
+    def distant(self) -> bool:
+        """Whether those reads wait for a network."""
+        return False
+
+    def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
+        """Keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
+
+        Args:
+            layer: Which.
+            pin_memory: Where a store reads it first: into page-locked memory.
+        """
+        return torch.stack((self.keys[layer], self.values[layer]))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"DocumentCache({len(self)} tokens behind {len(self.prefix_ids)}, "
+            f"{self.nbytes / 2**20:.1f} MiB, {self.keys.dtype}, {self.fingerprint[:8]})"
+        )
+
+
+def check_rows(document: DocumentCache, what: str) -> None:
+    """Refuse a document that does not have one row of keys and values for each of its tokens.
+
+    Raises:
+        InvalidInputError: Its shapes or dtypes contradict each other.
+    """
+    if document.positions_taken < len(document):
+        raise InvalidInputError(
+            f"{what} has {len(document)} tokens and the extent {document.extent}, so its positions "
+            "would overlap the next document's; give an extent of at least its length."
+        )
+    if document.lazy:
+        return  # its store has checked it against its header
+    keys, values = document.keys, document.values
+    if (
+        keys.ndim != 4
+        or keys.shape != values.shape
+        or keys.dtype != values.dtype
+        or keys.shape[2] != len(document)
+    ):
+        raise InvalidInputError(
+            f"{what} has {len(document)} tokens, keys {keys.dtype} {tuple(keys.shape)} and values "
+            f"{values.dtype} {tuple(values.shape)}, but both must be [layers, kv_heads, tokens, "
+            "head_dim] of one dtype. Use documents as prefill_documents made them."
+        )

@@ -1,0 +1,226 @@
+"""Documents prefilled once, alone behind a shared prefix: the part of the work done offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.documents.cache import DocumentCache, check_rows
+from ifkv.documents.token_ids import document_tensors
+from ifkv.errors import FingerprintMismatchError, InvalidInputError
+from ifkv.forward.layers import embed, run_attention, run_layers
+from ifkv.forward.passes import LayerCall
+from ifkv.models.decoder import DecoderView
+from ifkv.models.rope import rotate
+from ifkv.patching.handle import PatchHandle, handle_of
+from ifkv.utils.checks import check_positive, token_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.backends.base import DocumentPlan
+
+__all__ = ["DocumentCache", "default_batch_tokens", "prefill_documents"]
+
+# Tokens of one ragged forward when the caller does not say. On a CPU larger ones leave its caches:
+# measured in benchmarks/encoding.py.
+DEFAULT_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 1024
+
+# Token ids of each document, or what a tokenizer returned for several texts.
+Documents = Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens of one ragged forward when the caller does not say."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else DEFAULT_BATCH_TOKENS
+
+
+def prefill_documents(
+    model: PreTrainedModel,
+    documents: Documents,
+    *,
+    attention_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
+    prefix: Sequence[int] | Tensor | DocumentCache = (),
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> list[DocumentCache]:
+    """Prefill documents, each alone behind the prefix, many in one ragged forward.
+
+    Args:
+        model: A patched model.
+        documents: Token ids of each document. Ids are the contract: nothing is added, stripped or
+            tokenised again, and a document's cache does not depend on its neighbours. What a
+            tokenizer returned for several texts is taken with its attention mask.
+        attention_mask: Of padded documents, ``[documents, tokens]``: 0 where a token is padding,
+            which is left out. A tensor of several rows needs it.
+        prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
+            ``.prefix`` of documents made earlier, which is then shared and not computed again.
+        batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
+            more memory. Default 1024 on a CPU, where more is slower, and 4096 elsewhere.
+        progress: Show a progress bar.
+
+    Returns:
+        One cache per document, in order.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: A document is empty, longer than the model's positions, or holds an id
+            outside the vocabulary; they look padded and there is no mask; ``batch_tokens`` is not
+            positive; or ``prefix`` is a document
+            that was itself encoded behind a prefix.
+        FingerprintMismatchError: ``prefix`` was made by another model.
+
+    Examples:
+        >>> import ifkv
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> handle = ifkv.patch(model)
+        >>> docs = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9]], prefix=[1])
+        >>> [len(doc) for doc in docs], docs[0].prefix is docs[1].prefix
+        ([3, 2], True)
+        >>> ifkv.unpatch(model)
+    """
+    handle = handle_of(model)
+    handle.rope.check_frequencies()
+    if batch_tokens is not None:
+        check_positive(batch_tokens, "batch_tokens")
+    given, wanted = (
+        (prefix, prefix.token_ids) if isinstance(prefix, DocumentCache) else (None, prefix)
+    )
+    prefix_ids = token_tensor(model, wanted, "the prefix", empty=True)
+    tokens = document_tensors(model, documents, attention_mask)
+    for index, ids in enumerate(tokens):
+        handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
+    identity = handle.fingerprints.of(model)
+    if given is not None:
+        _check_prefix(given, identity)
+    shared = given
+    if shared is None and tokens and len(prefix_ids) > 0:
+        empty = prefix_ids[:0]
+        shared = _prefill_batch(model, handle, [prefix_ids], empty, None, identity)[0]
+    caches: list[DocumentCache] = []
+    for batch in _batches(tokens, batch_tokens or default_batch_tokens(model.device), progress):
+        caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
+    return caches
+
+
+def _check_prefix(prefix: DocumentCache, identity: str) -> None:
+    """Refuse rows that are not what the model computes for a prefix."""
+    if prefix.fingerprint != identity:
+        raise FingerprintMismatchError(
+            f"the prefix was made by model {prefix.fingerprint[:8]}, this one is {identity[:8]}; "
+            "give its token ids instead, to encode it anew."
+        )
+    if len(prefix.prefix_ids) or prefix.prefix is not None:
+        raise InvalidInputError(
+            f"the prefix given was itself encoded behind {len(prefix.prefix_ids)} tokens; give a "
+            "document's .prefix, or token ids."
+        )
+    check_rows(prefix, "the prefix")
+
+
+def _batches(tokens: list[Tensor], budget: int, progress: bool) -> Iterator[list[Tensor]]:
+    """Group documents in order, each group within the budget of tokens or a single document."""
+    groups: list[list[Tensor]] = []
+    size = budget + 1
+    for ids in tokens:
+        if size + len(ids) > budget:
+            groups.append([])
+            size = 0
+        groups[-1].append(ids)
+        size += len(ids)
+    if not progress:
+        yield from groups
+        return
+    from ifkv.utils.progress import track_tokens
+
+    yield from track_tokens(groups, "prefilling documents")
+
+
+@torch.no_grad()
+def _prefill_batch(
+    model: PreTrainedModel,
+    handle: PatchHandle,
+    tokens: list[Tensor],
+    prefix_ids: Tensor,
+    prefix: DocumentCache | None,
+    identity: str,
+) -> list[DocumentCache]:
+    device, depth = model.device, DecoderView(model).num_layers
+    lengths = tuple(len(ids) for ids in tokens)
+    start = len(prefix_ids)
+    positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
+    plan = handle.backend.plan_documents(lengths, start, device)
+    hidden = embed(model, torch.cat(tokens).to(device))
+    run = _PrefillPass(handle, plan, positions, hidden.dtype, depth, prefix)
+    rotation = handle.rope.identity(hidden.dtype, device)
+    hidden = run_layers(model, hidden, positions, rotation, run, depth - 1)
+    run_attention(model, hidden, positions, rotation, run, depth - 1)
+    return [
+        DocumentCache(ids, prefix_ids, keys, values, identity, prefix)
+        for ids, keys, values in zip(tokens, run.keys, run.values, strict=True)
+    ]
+
+
+class _PrefillPass:
+    """Documents side by side: keys and values are kept before the rotation, per document."""
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        plan: DocumentPlan,
+        positions: Tensor,
+        dtype: torch.dtype,
+        depth: int,
+        prefix: DocumentCache | None,
+    ):
+        self._backend = handle.backend
+        self._plan = plan
+        self._depth = depth
+        self._prefix = prefix
+        self._cos, self._sin = handle.rope.cos_sin(positions, dtype)
+        before = torch.arange(plan.prefix_length, device=positions.device)
+        self._prefix_cos, self._prefix_sin = handle.rope.cos_sin(before, dtype)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx == 0:
+            _, kv_heads, _, head_dim = keys.shape
+            for length in self._plan.lengths:
+                shape = (self._depth, kv_heads, length, head_dim)
+                self.keys.append(keys.new_empty(shape))
+                self.values.append(values.new_empty(shape))
+        start = 0
+        for index, length in enumerate(self._plan.lengths):
+            rows = slice(start, start + length)
+            start += length
+            self.keys[index][layer_idx] = keys[0, :, rows]
+            self.values[index][layer_idx] = values[0, :, rows]
+        return keys, values
+
+    def attend(self, call: LayerCall) -> Tensor:
+        query, keys, values = call.query, call.keys, call.values
+        if call.layer_idx == self._depth - 1:
+            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        if self._prefix is None:
+            prefix_keys, prefix_values = keys[:, :, :0], values[:, :, :0]
+        else:
+            stored = self._prefix.keys[call.layer_idx].to(keys.device)
+            prefix_keys = rotate(stored, self._prefix_cos, self._prefix_sin)[None]
+            prefix_values = self._prefix.values[call.layer_idx].to(values.device)[None]
+        return self._backend.attend_documents(
+            rotate(query, self._cos, self._sin),
+            rotate(keys, self._cos, self._sin),
+            values,
+            prefix_keys,
+            prefix_values,
+            self._plan,
+            call.spec,
+        )

@@ -1,0 +1,163 @@
+"""How far a document's values move when other text stands before it: known before any question."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import ModelShape
+from ifkv.documents.cache import DocumentCache
+from ifkv.documents.prefill import prefill_documents
+from ifkv.documents.token_ids import no_padding
+from ifkv.patching.handle import handle_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Tokens of other text: enough to fill the place that a document alone gives to its own beginning.
+FOREIGN_TOKENS = 128
+# Documents' tokens that are remembered, 4 bytes each.
+REMEMBERED_TOKENS = 16 * 2**20
+
+
+def foreign_tokens(vocabulary: int, count: int = FOREIGN_TOKENS) -> list[int]:
+    """Token ids that mean nothing together, spread over the vocabulary.
+
+    Multiples of the golden ratio, modulo 1: the same everywhere, in no language.
+
+    >>> foreign_tokens(1000, 4)
+    [618, 236, 854, 472]
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    return [int(vocabulary * (number * golden % 1)) for number in range(1, count + 1)]
+
+
+@torch.no_grad()
+def measure_sensitivities(
+    model: PreTrainedModel, documents: Sequence[DocumentCache]
+) -> list[Tensor]:
+    """How far each token's values move when other text stands before its document.
+
+    A document is prefilled once more, behind its prefix and `foreign_tokens` (fewer, where
+    the model has not so many positions). With ``v`` the document's own values of token j in layer
+    l, over all key heads, and ``w`` what becomes of them,
+
+        s[j] = mean over l of |w_l[j] - v_l[j]| / rms over j of |v_l[j]|
+
+    with Euclidean norms.
+
+    Args:
+        model: A patched model.
+        documents: Documents as it made them, not rounded by a store; as much memory as they take
+            is needed once more.
+
+    Returns:
+        For each document float32 ``[n]``, on the CPU.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: A document that fills the model's positions by itself.
+    """
+    limit = handle_of(model).rope.limit
+    foreign = foreign_tokens(ModelShape.of(model).vocabulary)
+    groups: dict[tuple[int, ...], list[int]] = {}  # by what the documents are to stand behind
+    for number, document in enumerate(documents):
+        count = max(1, min(len(foreign), limit - len(document.prefix_ids) - len(document)))
+        behind = (*document.prefix_ids.tolist(), *foreign[:count])
+        groups.setdefault(behind, []).append(number)
+    found: dict[int, Tensor] = {}
+    for behind, numbers in groups.items():
+        ids = [documents[number].token_ids for number in numbers]
+        made = prefill_documents(model, ids, attention_mask=no_padding(ids), prefix=behind)
+        for number, moved in zip(numbers, made, strict=True):
+            found[number] = _moved_by(documents[number].values.to(model.device), moved.values)
+    return [found[number] for number in range(len(documents))]
+
+
+def _moved_by(old: Tensor, new: Tensor) -> Tensor:
+    """Sensitivities from values ``[layers, kv_heads, n, head_dim]`` of both."""
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    errors = (new - old).square().sum(dim=(1, 3)).sqrt()
+    sizes = old.square().sum(dim=(1, 3)).mean(dim=1, keepdim=True).sqrt()
+    relative = errors / sizes.clamp_min(torch.finfo(torch.float32).tiny)
+    return relative.mean(dim=0).to("cpu", torch.float32)
+
+
+def with_sensitivities(
+    model: PreTrainedModel, documents: Sequence[DocumentCache]
+) -> list[DocumentCache]:
+    """The documents, with what `measure_sensitivities` finds; takes and raises the same."""
+    measured = measure_sensitivities(model, documents)
+    return [
+        DocumentCache(
+            document.token_ids,
+            document.prefix_ids,
+            document.keys,
+            document.values,
+            document.fingerprint,
+            document.prefix,
+            sensitivity,
+            document.extent,
+        )
+        for document, sensitivity in zip(documents, measured, strict=True)
+    ]
+
+
+class Sensitivities:
+    """Sensitivities of documents that bring none along, measured when they are first asked for.
+
+    Safe to share by threads. What they cost, two prefills of a document, is no part of the requests
+    that meet it again.
+
+    Args:
+        limit: Tokens whose sensitivities are kept; beyond it, documents that were asked for
+            longest ago are forgotten.
+    """
+
+    def __init__(self, limit: int = REMEMBERED_TOKENS):
+        self._limit = limit
+        self._known: OrderedDict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = (
+            OrderedDict()
+        )
+        self._tokens = 0
+        self._lock = threading.Lock()
+
+    def of(
+        self, model: PreTrainedModel, prefix_ids: Tensor, documents: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Sensitivities of each document's tokens, float32 ``[n]``, on the CPU.
+
+        Args:
+            model: A patched model.
+            prefix_ids: What the documents stand behind, long ``[P]``, on the CPU.
+            documents: Token ids of each, long ``[n]``, on the CPU.
+
+        Raises:
+            NotPatchedError: The model is not patched.
+            InvalidInputError: A document that fills the model's positions by itself.
+        """
+        identity = handle_of(model).fingerprints.of(model)
+        before = tuple(prefix_ids.tolist())
+        keys = [(identity, before, tuple(ids.tolist())) for ids in documents]
+        with self._lock:  # two threads that measured the same would only wait for each other
+            missing = list(dict.fromkeys(key for key in keys if key not in self._known))
+            found = {key: self._known[key] for key in keys if key not in missing}
+            texts = [ids for _, _, ids in missing]
+            alone = prefill_documents(model, texts, attention_mask=no_padding(texts), prefix=before)
+            made = measure_sensitivities(model, alone)
+            for key, sensitivity in zip(missing, made, strict=True):
+                found[key] = self._known[key] = sensitivity
+                self._tokens += len(sensitivity)
+            for key in keys:
+                self._known.move_to_end(key)
+            while self._tokens > self._limit and len(self._known) > 1:
+                _, forgotten = self._known.popitem(last=False)
+                self._tokens -= len(forgotten)
+        return [found[key] for key in keys]

@@ -1,0 +1,94 @@
+"""A model, and how questions are put to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.cost import ModelShape
+from ifkv.documents.cache import DocumentCache
+from ifkv.documents.prefill import prefill_documents
+from ifkv.documents.token_ids import no_padding
+from ifkv.errors import InvalidInputError
+from ifkv.evaluation.questions import Question
+from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
+from ifkv.patching.handle import patch
+from ifkv.session.prompt_format import PromptFormat, PromptOptions
+from ifkv.session.splitting import fixed_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHORT_ANSWER = "Answer with as few words as possible and without a sentence around them."
+
+
+@dataclasses.dataclass
+class Bench:
+    """A model and how questions are put to it.
+
+    Attributes:
+        model: It is patched if it is not.
+        tokenizer: Its tokenizer; requests are laid out as [ifkv.Session][] does.
+        short_answer: Put behind every question, so that answers can be compared with gold ones;
+            the bare question that selectors may score does not have it.
+        split: Tokens of a document, cut from the passages one after another; None makes every
+            passage a document.
+        max_new_tokens: Length of an answer at most.
+        layout: How requests are laid out beyond that: ``system`` and so on.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    short_answer: str = SHORT_ANSWER
+    split: int | None = None
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    layout: PromptOptions = dataclasses.field(default_factory=PromptOptions)
+
+    def __post_init__(self) -> None:
+        self.format = PromptFormat(self.tokenizer, **self.layout)
+        patch(self.model)
+        self.shape = ModelShape.of(self.model)
+        self._prefix: DocumentCache | None = None
+
+    def documents(self, question: Question) -> list[DocumentCache]:
+        """The question's passages, or pieces of them, prefilled."""
+        parts = [self.format.document_ids(passage.document) for passage in question.passages]
+        if self.split is not None:
+            parts = fixed_length(parts, self.split)
+        if len(parts) < 2:
+            raise InvalidInputError(
+                f"question {question.id!r} has one document, which is exact as it is: there is "
+                "nothing to recompute. Cut it into pieces of a fixed length (split)."
+            )
+        made = prefill_documents(
+            self.model,
+            parts,
+            attention_mask=no_padding(parts),
+            prefix=self._prefix or self.format.prefix_ids(),
+        )
+        self._prefix = made[0].prefix
+        return made
+
+    def prompt(self, question: Question) -> list[int]:
+        """Token ids of the prompt."""
+        text = f"{question.text}\n{self.short_answer}" if self.short_answer else question.text
+        return self.format.prompt_ids(text)
+
+    def gold(self, question: Question, prompt: Sequence[int]) -> Tensor:
+        """Token ids of the first gold answer, as they follow the prompt, long ``[tokens]``."""
+        space = "" if self.tokenizer.decode(prompt)[-1:].isspace() else " "
+        return torch.tensor(self.format.encode(space + question.answers[0]))
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        config: Any = self.model.generation_config
+        ends = config.eos_token_id if config is not None else None
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        if ends is None:
+            return frozenset()
+        return frozenset([ends] if isinstance(ends, int) else ends)

@@ -1,0 +1,85 @@
+"""What a summary says of one way of answering, and of two ways beside each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ifkv.evaluation.bootstrap import Estimate
+
+FULL = "full prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way over all questions that were asked in it.
+
+    Attributes:
+        way: Its name: the selector's string, "full prefill" or "stitch only".
+        ratio: Its recompute ratio; None under a budget by number or mass.
+        count: Questions.
+        rows: Slots recomputed, as a share of the context; mean over questions.
+        flops: Operations to the first token, as a share of full prefill's, pooled.
+        selecting: The part of it that choosing takes.
+        gap: Share of the KL gap between stitching alone and full prefill recovered, pooled.
+        nll_gap: The same of the gold answer's likelihood.
+        kl: KL(full || this), mean over the answer's tokens and over questions, nats.
+        top1: Share of tokens with the same most likely continuation.
+        nll: -log p of the gold answer's tokens, nats.
+        f1: Token F1 of the answers; None if not every question has one.
+        em: Exact match; None likewise.
+        budget: The budget as tables show it; a plain ratio is its number.
+    """
+
+    way: str
+    ratio: float | None
+    count: int
+    rows: float
+    flops: float
+    selecting: float
+    gap: Estimate
+    nll_gap: Estimate
+    kl: Estimate
+    top1: Estimate
+    nll: Estimate
+    f1: Estimate | None
+    em: Estimate | None
+    budget: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much nearer to full prefill one way is than another, over the same questions.
+
+    Attributes:
+        first: The way that is compared.
+        second: What it is compared with.
+        ratio: The first one's ratio; None under a budget by number or mass.
+        gap: Difference of the shares of the gap, first minus second.
+        kl_ratio: The first one's KL over the second one's on a typical question: the geometric mean
+            of the questions' ratios.
+        f1: Difference of F1, at equal ratio and if both have answers.
+        budget: The first one's budget, as tables show it.
+    """
+
+    first: str
+    second: str
+    ratio: float | None
+    gap: Estimate
+    kl_ratio: Estimate
+    f1: Estimate | None
+    budget: str
+
+
+def as_dict(row: Row | Difference) -> dict[str, Any]:
+    """A row's numbers side by side, intervals as ``name_low`` and ``name_high``."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if "Estimate" in str(field.type):
+            for part in ("value", "low", "high"):
+                name = field.name if part == "value" else f"{field.name}_{part}"
+                flat[name] = None if value is None else getattr(value, part)
+        else:
+            flat[field.name] = value
+    return flat

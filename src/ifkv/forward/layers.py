@@ -1,0 +1,132 @@
+"""Run rows through a patched model's decoder layers under an attention pass.
+
+The loop calls the model's own layer modules with the keywords its own forward gives them; what a
+layer computes stays upstream's code. Owning the loop is what lets a pass stop after the deepest
+layer it needs, skip what nobody reads in the last layer, and build no masks. The canary tests
+watch the upstream forward it stands in for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ifkv.forward.watched_pass import WatchedPass
+from ifkv.models.compat import cache_keyword
+from ifkv.models.decoder import DecoderView
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.forward.passes import AttentionPass
+
+
+def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """Input embeddings of tokens.
+
+    Args:
+        model: A patched model.
+        token_ids: Long ``[rows]``, on the model's device.
+
+    Returns:
+        ``[1, rows, hidden]``.
+    """
+    return DecoderView(model).embed(token_ids)
+
+
+def run_layers(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
+    stop: int,
+    *,
+    start: int = 0,
+) -> Tensor:
+    """Run rows through the layers from ``start`` up to, not including, ``stop``.
+
+    Args:
+        model: A patched model.
+        hidden: ``[1, rows, hidden]``.
+        positions: Long ``[rows]``, or ``[axes, rows]``.
+        rotation: Cosines and sines the layers shall apply, ``[1, rows or 1, rotary_dim]``.
+        attention_pass: The pass.
+        stop: The first layer not to run.
+        start: The first layer to run; ``hidden`` is what it is given.
+
+    Returns:
+        The hidden states that layer ``stop`` would be given, ``[1, rows, hidden]``.
+
+    Raises:
+        UnsupportedModelError: A layer asks for what no pass knows, or leaves the pass out.
+    """
+    watched = WatchedPass(attention_pass)
+    for layer_idx, layer in enumerate(DecoderView(model).layers[start:stop], start):
+        watched.expect(layer_idx)
+        hidden = layer(hidden, **_keywords(layer, positions, rotation, watched))
+        watched.check(layer)
+    return hidden
+
+
+def run_attention(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
+    layer_idx: int,
+) -> None:
+    """Run only the attention block of one layer, for what it does to the pass.
+
+    In the deepest layer a pass needs keys and values (or scores), but nobody reads the layer's
+    output: its MLP, the larger part, need not run.
+
+    Args:
+        model: A patched model.
+        hidden: What the layer would be given, ``[1, rows, hidden]``.
+        positions: As in `run_layers`.
+        rotation: As in `run_layers`.
+        attention_pass: The pass.
+        layer_idx: The layer.
+
+    Raises:
+        UnsupportedModelError: As of `run_layers`.
+    """
+    layer = DecoderView(model).layers[layer_idx]
+    watched = WatchedPass(attention_pass)
+    watched.expect(layer_idx)
+    layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden),
+        **_keywords(layer.self_attn, positions, rotation, watched),
+    )
+    watched.check(layer)
+
+
+def row_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of every row.
+
+    Args:
+        model: A patched model.
+        hidden: Output of the last layer, ``[1, rows, hidden]``.
+
+    Returns:
+        ``[rows, vocabulary]``.
+    """
+    return DecoderView(model).logits(hidden)
+
+
+def _keywords(
+    module: nn.Module,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    attention_pass: AttentionPass,
+) -> dict[str, Any]:
+    return cache_keyword(module, attention_pass) | {
+        "attention_mask": None,
+        "position_ids": positions[..., None, :],
+        "use_cache": True,
+        "position_embeddings": rotation,
+        "ifkv_pass": attention_pass,
+    }

@@ -1,0 +1,68 @@
+"""A pass under which every layer must do what ifkv rests on, or is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ifkv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ifkv.forward.passes import AttentionPass, LayerCall
+
+
+class WatchedPass:
+    """Hands a pass what layers bring, and sees to it that each brings its own, and all of it.
+
+    A layer that keeps its keys and values to itself, attends by other means, or takes another's
+    place would compute something, and nobody would know.
+
+    Args:
+        attention_pass: The pass.
+    """
+
+    def __init__(self, attention_pass: AttentionPass):
+        self._pass = attention_pass
+        self._layer_idx = -1
+        self._done: list[str] = []
+
+    def expect(self, layer_idx: int) -> None:
+        """Say which layer runs next."""
+        self._layer_idx = layer_idx
+        self._done = []
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values, as `AttentionPass.update`."""
+        self._take("update", layer_idx)
+        return self._pass.update(keys, values, layer_idx, **unread)
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """Compute a layer's attention, as `AttentionPass.attend`."""
+        self._take("attend", call.layer_idx)
+        return self._pass.attend(call)
+
+    def _take(self, what: str, layer_idx: int) -> None:
+        if layer_idx != self._layer_idx:
+            raise UnsupportedModelError(
+                f"the layer in place {self._layer_idx} says that it is layer_idx {layer_idx}; set "
+                "self_attn.layer_idx of every layer to its place (layers that were removed leave "
+                "the others misnumbered)."
+            )
+        self._done.append(what)
+
+    def check(self, layer: nn.Module) -> None:
+        """Refuse a layer that has run without its part of the protocol.
+
+        Raises:
+            UnsupportedModelError: It did not update the cache and then attend, once.
+        """
+        if self._done != ["update", "attend"]:
+            steps = " and ".join(self._done) or "nothing"
+            raise UnsupportedModelError(
+                f"layer {self._layer_idx} ({type(layer).__name__}) should hand its keys and values "
+                "to the cache it is given, and then its attention to transformers' attention "
+                f"interface, once; it came with {steps}. ifkv does not fit such a layer."
+            )

@@ -1,0 +1,127 @@
+"""What decides a greedy answer, and which settings leave nothing else to decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.generation.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+# Settings that a greedy decoding of one sequence never looks at, or that ifkv takes care of.
+_IDLE = frozenset(
+    {
+        "_commit_hash",
+        "_from_model_config",
+        "bos_token_id",
+        "early_stopping",
+        "eos_token_id",
+        "disable_compile",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "generation_config",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_p",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "pad_token_id",
+        "prefill_chunk_size",
+        "repetition_penalty",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "return_dict_in_generate",
+        "temperature",
+        "tokenizer",
+        "top_h",
+        "top_k",
+        "top_p",
+        "transformers_version",
+        "typical_p",
+        "use_cache",
+    }
+)
+# Values of other settings that ask for nothing.
+_NEUTRAL: dict[str, Any] = {
+    "diversity_penalty": 0.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1,
+    "no_repeat_ngram_size": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedySettings:
+    """What decides a greedy answer.
+
+    Attributes:
+        eos_token_ids: Tokens that end it.
+        repetition_penalty: Of tokens that are there already, context and prompt included; 1 is
+            none.
+    """
+
+    eos_token_ids: frozenset[int]
+    repetition_penalty: float = 1.0
+
+
+def greedy_settings(model: PreTrainedModel, given: dict[str, Any]) -> GreedySettings | str:
+    """Settings for `generate_many`, or the one setting that it has no part for.
+
+    Args:
+        model: The model, whose generation config counts.
+        given: Keywords for ``model.generate()`` that come before it.
+
+    Returns:
+        The settings, or in words what asks for ``model.generate()`` itself.
+    """
+    return greedy_part(GenerationSettings.of(model, given))
+
+
+def greedy_part(settings: GenerationSettings) -> GreedySettings | str:
+    """As `greedy_settings`, from settings that are known."""
+    fields = dict(vars(settings.effective))
+    declared = set(vars(_empty()))  # what else a file says, generate() does not look at
+    known = {name: value for name, value in fields.items() if name in declared}
+    known |= {name: value for name, value in settings.given.items() if name not in fields}
+    for name, value in known.items():
+        if value is None or value is False or name in _IDLE or value == _NEUTRAL.get(name):
+            continue
+        return f"{name}={value!r}"
+    for name in ("min_new_tokens", "min_length"):
+        if settings.get(name):
+            return f"{name}={settings.get(name)!r}"
+    penalty = settings.get("repetition_penalty")
+    return GreedySettings(settings.stop_token_ids, 1.0 if penalty is None else float(penalty))
+
+
+@functools.cache
+def _empty() -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    return GenerationConfig()
+
+
+def penalised(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
+    """Logits as transformers' own processor of this name leaves them, row by row."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    processor = RepetitionPenaltyLogitsProcessor(penalty=penalty)
+    rows = [processor(ids[None], row[None]) for ids, row in zip(seen, logits, strict=True)]
+    return torch.cat(rows)

@@ -1,0 +1,226 @@
+"""Model families: the facts ifkv needs about an architecture, read from ``patches/*.toml``.
+
+A family file states facts and nothing executable: which model types it covers, where the classes
+live, how rotary embeddings are laid out, and a hash of the upstream code it was verified against.
+``patches/README.md`` explains the keys and how to add a family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ifkv.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from transformers import PreTrainedModel
+
+
+# Functions of a modeling file that its attention calls.
+FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Facts about one family of decoder-only models.
+
+    Attributes:
+        name: The family's name, equal to the file's stem.
+        model_types: Values of ``config.model_type`` that belong to it.
+        attention_class: Dotted path of the attention module's class.
+        layer_class: Dotted path of the decoder layer's class.
+        model_class: Dotted path of the decoder stack's class (embeddings, layers, final norm).
+        causal_lm_class: Dotted path of the class that puts the head onto the stack.
+        rotary_class: Dotted path of the rotary module's class.
+        rope_layout: ``"half-split"`` (pairs are ``x[i], x[i + rotary_dim / 2]``).
+        rope_types: Values of ``rope_parameters["rope_type"]`` whose rotation can be moved exactly.
+        qk_norm: Whether queries and keys are normalised per head before the rotation.
+        fused_qkv: Whether one projection makes queries, keys and values.
+        sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
+            ``"all-layers"`` (``config.sliding_window`` holds for every layer).
+        verified_transformers: Releases of transformers the tests ran on.
+        upstream_hashes: For each of `upstream_paths` its `source_hash`
+            in every release of transformers that has been read.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    attention_class: str
+    layer_class: str
+    model_class: str
+    causal_lm_class: str
+    rotary_class: str
+    rope_layout: str
+    rope_types: tuple[str, ...]
+    qk_norm: bool
+    fused_qkv: bool
+    sliding_window: str
+    verified_transformers: tuple[str, ...]
+    upstream_hashes: dict[str, tuple[str, ...]]
+
+    def function(self, name: str) -> str:
+        """Return the dotted path of a function beside the attention's class."""
+        return f"{self.attention_class.rpartition('.')[0]}.{name}"
+
+    @property
+    def upstream_paths(self) -> tuple[str, ...]:
+        """Dotted paths of all code whose reading ifkv rests on.
+
+        The functions are there because equal attentions may call others: they rotate queries and
+        keys, and say what an attention with the family's keywords computes.
+        """
+        return (
+            self.attention_class,
+            self.layer_class,
+            self.model_class,
+            self.causal_lm_class,
+            self.rotary_class,
+            *map(self.function, FUNCTIONS),
+        )
+
+
+_CHOICES = {
+    "rope_layout": ("half-split",),
+    "sliding_window": ("none", "layer-types", "all-layers"),
+}
+
+
+def parse_family(text: str, name: str) -> Family:
+    """Validate the text of one family file.
+
+    Args:
+        text: TOML.
+        name: The file's stem; becomes the family's name.
+
+    Returns:
+        The family.
+
+    Raises:
+        UnsupportedModelError: The text is not TOML, or a key is unknown, missing, or has a value
+            of the wrong kind.
+    """
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UnsupportedModelError(f"patches/{name}.toml is not TOML: {error}.") from error
+    fields = {f.name: f for f in dataclasses.fields(Family) if f.name != "name"}
+    if unknown := sorted(set(found) - set(fields)):
+        raise UnsupportedModelError(
+            f"patches/{name}.toml has the unknown key {unknown[0]!r}; "
+            f"known keys are {', '.join(fields)}. Remove it or correct its spelling."
+        )
+    if missing := sorted(set(fields) - set(found)):
+        raise UnsupportedModelError(
+            f"patches/{name}.toml lacks the key {missing[0]!r}. Every key of patches/README.md "
+            "must be stated: a family is facts, and none has a default."
+        )
+    values: dict[str, Any] = {}
+    for key, field in fields.items():
+        value = found[key]
+        kind = str(field.type)
+        ok = {
+            "str": isinstance(value, str),
+            "bool": isinstance(value, bool),
+            "tuple[str, ...]": _are_strings(value),
+            "dict[str, tuple[str, ...]]": isinstance(value, dict)
+            and all(_are_strings(v) for v in value.values()),
+        }[kind]
+        if not ok or (key in _CHOICES and value not in _CHOICES[key]):
+            rule = f"one of {_CHOICES[key]}" if key in _CHOICES else kind
+            raise UnsupportedModelError(
+                f"patches/{name}.toml: {key} is {value!r} but must be {rule}."
+            )
+        if kind.startswith("tuple"):
+            value = tuple(value)
+        elif kind.startswith("dict"):
+            value = {path: tuple(hashes) for path, hashes in value.items()}
+        values[key] = value
+    family = Family(name=name, **values)
+    if unread := sorted(set(family.upstream_paths) - set(family.upstream_hashes)):
+        raise UnsupportedModelError(
+            f"patches/{name}.toml: upstream_hashes lacks {unread[0]}; read that code and state its "
+            "hash (ifkv.models.source_hash)."
+        )
+    return family
+
+
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _folder() -> Traversable:
+    """The folder of family files: inside the installed package, or at the root of a checkout."""
+    installed = resources.files("ifkv") / "patches"
+    if installed.is_dir():
+        return installed
+    return Path(__file__).resolve().parents[3] / "patches"
+
+
+@cache
+def families() -> dict[str, Family]:
+    """All families, by name.
+
+    Raises:
+        UnsupportedModelError: A file is malformed, or two families claim one model type.
+    """
+    found: dict[str, Family] = {}
+    claimed: dict[str, str] = {}
+    for entry in sorted(_folder().iterdir(), key=lambda e: e.name):
+        if not entry.name.endswith(".toml"):
+            continue
+        family = parse_family(entry.read_text(encoding="utf-8"), entry.name.removesuffix(".toml"))
+        for model_type in family.model_types:
+            if model_type in claimed:
+                raise UnsupportedModelError(
+                    f"model type {model_type!r} is claimed by patches/{claimed[model_type]}.toml "
+                    f"and patches/{family.name}.toml; remove it from one of them."
+                )
+            claimed[model_type] = family.name
+        found[family.name] = family
+    return found
+
+
+def resolve_family(model: PreTrainedModel) -> Family:
+    """Find the family of a model.
+
+    Args:
+        model: A causal language model from transformers.
+
+    Raises:
+        UnsupportedModelError: No family covers its ``config.model_type``.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModelError(
+            f"the model is of type {type(model).__name__}, but must be a loaded one; make it with "
+            "transformers: AutoModelForCausalLM.from_pretrained(...).eval()."
+        )
+    return family_of(config, type(model).__name__)
+
+
+def family_of(config: object, name: str) -> Family:
+    """Find the family of a model by its config, before there are weights.
+
+    Args:
+        config: The model's config.
+        name: What to call the model in a refusal.
+
+    Raises:
+        UnsupportedModelError: No family covers its ``model_type``.
+    """
+    model_type = getattr(config, "model_type", None)
+    for family in families().values():
+        if model_type in family.model_types:
+            return family
+    known = sorted(t for family in families().values() for t in family.model_types)
+    raise UnsupportedModelError(
+        f"{name} has model_type {model_type!r}, which no family covers; known are "
+        f"{', '.join(known)}. To add one, write patches/<name>.toml (see patches/README.md) and "
+        "check it with `ifkv verify`."
+    )

@@ -1,0 +1,144 @@
+"""Does a model contradict its family file? A fact that does not hold is refused, not believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.errors import UnsupportedModelError
+from ifkv.models.decoder import DecoderView
+from ifkv.models.rope import rotate
+from ifkv.models.upstream_code import attention_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.models.families import Family
+
+# Far from the rounding of float32, near enough for any other pairing of dimensions to be seen.
+TOLERANCE = 1e-4
+
+
+def check_facts(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a model of which its family's facts are not true.
+
+    Args:
+        model: A model of the family's structure, its weights in memory.
+        family: The family.
+
+    Raises:
+        UnsupportedModelError: Normalisation, projections, windows or rotation are others.
+    """
+    view = DecoderView(model)
+    config: Any = view.config
+    if not getattr(config, "is_causal", True):
+        raise _refusal(model, family, "config.is_causal is False: rows see what comes behind them")
+    for index, layer in enumerate(view.layers):
+        attention: Any = layer.self_attn
+        found = (*_of_projections(attention, family), *_of_window(attention, family, config, index))
+        for contradiction in found:
+            raise _refusal(model, family, f"layer {index} {contradiction}")
+        if index == 0:
+            _check_rotation(model, family, attention)
+    _check_frequencies(model, family)
+
+
+def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{contradiction}; so this {type(model).__name__} is no model of that family, whatever its "
+        f"model_type says. Describe it in a file of its own beside patches/{family.name}.toml."
+    )
+
+
+def _of_projections(attention: Any, family: Family) -> Iterator[str]:
+    """What contradicts ``qk_norm`` and ``fused_qkv``, and what no family allows."""
+    if not getattr(attention, "is_causal", True):
+        yield "has is_causal = False: its rows see what comes behind them"
+    for name in ("q_norm", "k_norm"):
+        has = getattr(attention, name, None) is not None
+        if has != family.qk_norm:
+            yield (
+                f"{'has' if has else 'lacks'} {name}, but family {family.name!r} says "
+                f"qk_norm = {str(family.qk_norm).lower()}"
+            )
+    separate = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+    if hasattr(attention, "qkv_proj") != family.fused_qkv or separate == family.fused_qkv:
+        made = "separate projections" if separate else "no separate projections"
+        yield (
+            f"has {made} of queries, keys and values, but family {family.name!r} says "
+            f"fused_qkv = {str(family.fused_qkv).lower()}"
+        )
+
+
+def _of_window(attention: Any, family: Family, config: Any, index: int) -> Iterator[str]:
+    """What contradicts ``sliding_window``, by which a layer says what it attends to."""
+    stated, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    own = getattr(attention, "sliding_window", None)
+    rule = f"family {family.name!r} says sliding_window = {family.sliding_window!r}"
+    if family.sliding_window == "none":
+        if stated is not None or own is not None:
+            yield f"has a sliding window of {own or stated}, but {rule}"
+    elif family.sliding_window == "layer-types":
+        kind = types[index] if types is not None and index < len(types) else None
+        expected = {"full_attention": None, "sliding_attention": stated}
+        if kind not in expected:
+            yield f"is of type {kind!r} by config.layer_types, but {rule}, full or sliding"
+        elif own != expected[kind]:
+            yield (
+                f"attends with a window of {own} where config.layer_types ({kind}) and "
+                f"config.sliding_window ({stated}) ask for {expected[kind]}, and {rule}"
+            )
+    elif own not in (None, stated):
+        yield f"has a sliding window of {own} of its own, but {rule}"
+    elif stated is not None and types is not None and set(types) != {"sliding_attention"}:
+        yield f"is among layers of types {sorted(set(types))}, but {rule}"
+
+
+@torch.no_grad()
+def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> None:
+    """Refuse an attention that rotates queries and keys in another way than ifkv will."""
+    apply = attention_function(attention, "apply_rotary_pos_emb")
+    if apply is None:
+        return  # what it calls instead has not been read, which is said elsewhere
+    device, half = model.device, DecoderView(model).rotary.inv_freq.numel()
+    heads = torch.linspace(-1, 2, 2 * attention.head_dim, device=device)
+    heads = heads.reshape(1, 1, 2, attention.head_dim)
+    angles = torch.linspace(0.1, 3, 2 * half, device=device).reshape(2, half).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    try:
+        turned = apply(heads, heads, cos[None], sin[None])
+    except (RuntimeError, TypeError, ValueError):
+        return  # takes something else; if it does so in a pass, that fails by itself
+    expected = rotate(heads, cos, sin)
+    for part in turned:
+        if part.shape != expected.shape or not torch.allclose(part, expected, atol=TOLERANCE):
+            raise _refusal(
+                model,
+                family,
+                f"apply_rotary_pos_emb pairs dimensions in another way than family {family.name!r} "
+                f"says, rope_layout = {family.rope_layout!r}",
+            )
+
+
+@torch.no_grad()
+def _check_frequencies(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a rotary module whose angles are not position times frequency, in two equal halves."""
+    rotary = DecoderView(model).rotary
+    if getattr(rotary, "rope_type", "default") == "longrope":
+        return  # a call would change which of its frequencies are in use
+    like = torch.empty(0, dtype=torch.float32, device=model.device)
+    positions = torch.tensor([0, 1, 5], device=model.device)
+    cos, sin = rotary(like, position_ids=positions[None])
+    angles = (positions[:, None] * rotary.inv_freq.to(model.device).float()).repeat(1, 2)
+    scaling = getattr(rotary, "attention_scaling", 1.0)
+    for part, expected in ((cos[0], angles.cos() * scaling), (sin[0], angles.sin() * scaling)):
+        if part.shape != expected.shape or not torch.allclose(part, expected, atol=TOLERANCE):
+            raise _refusal(
+                model,
+                family,
+                f"{type(rotary).__name__} turns dimensions by other angles than position times "
+                f"inv_freq, in two halves, as family {family.name!r} says, "
+                f"rope_layout = {family.rope_layout!r}",
+            )

@@ -1,0 +1,109 @@
+"""The attention and mask functions that are registered with transformers.
+
+They serve ifkv's own passes (`ifkv.forward.passes`) and decoding steps over stitched caches. Every
+other call goes to the attention that the model used before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ifkv.backends.fp8 import restore
+from ifkv.backends.marks import is_stitched, scales_of
+from ifkv.backends.plans import UNSCALED
+from ifkv.backends.spec import AttentionSpec
+from ifkv.errors import UnsupportedModelError
+from ifkv.forward.passes import LayerCall
+from ifkv.models.upstream_code import attention_function
+from ifkv.patching.attention_keywords import checked_spec, spec_of, strange_keywords
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+    from ifkv.backends.base import Backend
+    from ifkv.forward.passes import AttentionPass
+
+Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
+
+
+def register(name: str, config: PreTrainedConfig, backend: Backend | None = None) -> None:
+    """Register the attention and mask functions of one patched model.
+
+    Args:
+        name: The name to register them under.
+        config: The config that lies under the overlay: it names the attention to delegate to,
+            read at every call so that ``set_attn_implementation`` keeps working while patched.
+        backend: It is offered the decoding steps over stitched caches.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
+        if current is not None:
+            spec = checked_spec(module, attention_mask, kwargs)
+            layer_idx: Any = module.layer_idx
+            return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
+        scales = scales_of(key)
+        decoding = _spec_of_decoding(query, key, attention_mask, kwargs)
+        if backend is not None and decoding is not None:
+            decoded = backend.decode(query, key, value, decoding, scales=scales or UNSCALED)
+            if decoded is not None:
+                return decoded, None
+        if scales is not None:  # the model's own attention knows nothing of 8 bits
+            key = restore(key, scales.keys, query.dtype)
+            value = restore(value, scales.values, query.dtype)
+        # "eager" lives in each modeling file, not in the registry.
+        eager: Any = attention_function(module, "eager_attention_forward")
+        if eager is None and config._attn_implementation == "eager":
+            raise UnsupportedModelError(
+                f"{type(module).__name__} calls no eager_attention_forward, so "
+                "ifkv cannot hand its attention back to it; unpatch the model, or take "
+                "attn_implementation='sdpa'."
+            )
+        usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        return usual(module, query, key, value, attention_mask, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        # An attention registered without a mask function gets None from transformers, too.
+        usual = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        return None if usual is None else usual(*args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    # Without this second registration every padding mask would silently be dropped.
+    AttentionMaskInterface.register(name, mask)
+
+
+def _spec_of_decoding(
+    query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> AttentionSpec | None:
+    """How the row attends if this is one row per sequence that sees all of a stitched cache.
+
+    Without a mask nothing is padded: transformers leaves masks out only where they hide nothing.
+    A keyword that is not understood is one for the model's own attention, which knows it.
+    """
+    if mask is not None or query.shape[2] != 1 or not is_stitched(key):
+        return None
+    spec = None if strange_keywords(kwargs) else spec_of(kwargs)
+    if spec is None or (spec.window is not None and key.shape[2] > spec.window):
+        return None
+    return AttentionSpec(spec.scaling)
+
+
+def unregister(name: str) -> None:
+    """Remove what `register` registered."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(name, None)  # there is no public way
+    AttentionMaskInterface._global_mapping.pop(name, None)

@@ -1,0 +1,76 @@
+"""Measure how fast documents come from a folder's disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from pathlib import Path
+
+DISK_TOKENS = 512
+
+
+def measure_disk(folder: Path, *, rounds: int = 2) -> tuple[float, float, float]:
+    """Measure how fast documents come from a folder's disk.
+
+    A store of some MiB is made in a folder of its own inside, and removed again. Where the system
+    lets nobody drop files from its page cache, both rates are those of the page cache.
+
+    Args:
+        folder: Where; made if it is not there.
+        rounds: How often.
+
+    Returns:
+        Bytes per second out of the page cache, and past it; and seconds to open a document.
+
+    Raises:
+        StoreError: Nothing can be written there.
+        OSError: Nothing can be written there.
+    """
+    import torch
+
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.store import DiskStore
+
+    folder.mkdir(parents=True, exist_ok=True)
+    opening: list[float] = []
+    reading: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".calibration-") as place:
+        rows = torch.rand(16, 4, DISK_TOKENS, 64)
+        made = [
+            DocumentCache(
+                torch.arange(number, number + DISK_TOKENS), torch.arange(0), rows, rows, "0" * 32
+            )
+            for number in range(4)
+        ]
+        nbytes = sum(document.nbytes for document in made)
+        with DiskStore(place) as store:
+            keys = [store.put(document) for document in made]
+        for cold in (True, False) * rounds:
+            if cold:
+                _forget(Path(place))
+            with DiskStore(place) as store:
+                start = time.perf_counter()
+                documents = [store.get(key, lazy=True) for key in keys]
+                opened = time.perf_counter()
+                for document in documents:
+                    for layer in range(document.shape[0]):
+                        document.layer(layer)
+                reading[cold].append(time.perf_counter() - opened)
+                opening.append((opened - start) / len(keys))
+    return nbytes / min(reading[False]), nbytes / min(reading[True]), min(opening)
+
+
+def _forget(folder: Path) -> None:
+    """Have the system drop a folder's files from its page cache, where it takes such advice."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)

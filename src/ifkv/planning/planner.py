@@ -1,0 +1,264 @@
+"""Predict times to first token from a model's shape and a machine's rates, and choose a ratio.
+
+Times add up what `ifkv.cost` counts, at the rates of [ifkv.planning.calibration][]: rows through a
+layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a machine
+with one rate for everything and no overhead the prediction is the arithmetic itself.
+
+The choice (`ifkv.planning.plan`): the largest ratio whose hot TTFT is predicted to come
+``speedup`` times as soon as that of plain prefill, twice by default, since answers come nearer to
+plain prefill's with every recomputed token. If none does, the soonest ratio; and plain prefill,
+which is exact, where no ratio is sooner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.cost import ModelShape, causal_pairs, scoring_cost, speedup_bound, spread_pairs
+from ifkv.cost.config_shape import shape_of_config
+from ifkv.errors import CalibrationWarning
+from ifkv.planning.calibration import Rates, rates_for
+from ifkv.planning.plan import Forecast, Plan, choose
+from ifkv.planning.sanity import doubt_about
+from ifkv.planning.support import check_plannable, check_request
+from ifkv.selectors import DEFAULT_SELECTOR, QueryRanked, Selector, resolve
+from ifkv.steps.select import budget
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "RATIOS",
+    "SPEEDUP",
+    "Forecast",
+    "Plan",
+    "Planner",
+    "planner_for",
+    "shape_of_config",
+]
+
+RATIOS = (0.05, 0.15, 0.3)
+SPEEDUP = 2.0
+
+
+class Planner:
+    """Makes plans for one model on one machine.
+
+    Args:
+        shape: The model's shape.
+        rates: The machine's rates.
+        positions: Tokens that the model has positions for; None knows no end.
+
+    Examples:
+        >>> from ifkv.planning.planner import Planner
+        >>> from ifkv.planning.calibration import Curve, Grid, Rates
+        >>> from ifkv.cost import ModelShape
+        >>> from ifkv.testing import tiny_model
+        >>> flat = Grid((1.0,), (1.0,), ((1e9,),))
+        >>> rates = Rates("2026-01-01", Curve((1.0,), (1e-3,)), flat, flat, flat, flat,
+        ...               value_bytes=1e9, weight_bytes=1e9, stitch_bytes=1e9, stitch_document=0.0,
+        ...               host_bytes=None)
+        >>> plan = Planner(ModelShape.of(tiny_model()), rates).plan(1000, documents=4, prompt=20)
+        >>> plan.ratio, plan.reason
+        (0.3, 'the largest of these ratios predicted to be 2 times as soon as plain prefill')
+    """
+
+    def __init__(self, shape: ModelShape, rates: Rates, *, positions: int | None = None):
+        self.shape = shape
+        self.rates = rates
+        self.positions = positions
+        self._warned = False
+
+    def plan(
+        self,
+        tokens: int,
+        *,
+        documents: int,
+        prompt: int,
+        question: int | None = None,
+        ratios: Sequence[float] = RATIOS,
+        selector: str | Selector = DEFAULT_SELECTOR,
+        speedup: float = SPEEDUP,
+    ) -> Plan:
+        """Predict a request's times and choose among the ratios.
+
+        The first plan whose times are in doubt (``Plan.doubt``) says so in a
+        `CalibrationWarning`.
+
+        Args:
+            tokens: Tokens of the context, the prefix among them.
+            documents: How many documents it has; they count as equally long.
+            prompt: Tokens of the prompt.
+            question: Tokens of the bare question, where it is what scores; the prompt's if None.
+            ratios: What to choose among.
+            selector: What chooses the tokens, as in [ifkv.Session.ask][].
+            speedup: How many times as soon as plain prefill a ratio should be.
+
+        Raises:
+            InvalidInputError: A number that is not positive, more documents than tokens, a ratio
+                outside [0, 1] or none at all, more tokens than the model has positions, or a
+                selector whose time is not predicted.
+        """
+        question = prompt if question is None else question
+        check_request(
+            tokens,
+            documents=documents,
+            prompt=prompt,
+            question=question,
+            ratios=ratios,
+            speedup=speedup,
+            positions=self.positions,
+        )
+        rule = check_plannable(resolve(selector))
+        seconds, flops = self._choosing(tokens, prompt, question, rule)
+        prefill = self._prefill(tokens + prompt)
+        forecasts = tuple(
+            self._forecast(tokens, documents, prompt, ratio, seconds, flops)
+            for ratio in sorted(set(ratios))
+        )
+        ratio, reason = choose(prefill, forecasts, speedup)
+        nbytes = tokens * self.shape.token_bytes
+        plan = Plan(tokens, documents, prompt, prefill, nbytes, forecasts, ratio, reason)
+        doubt = doubt_about(plan, self.rates, self.shape.num_layers)
+        if doubt is not None and not self._warned:
+            self._warned = True
+            warnings.warn(doubt, CalibrationWarning, stacklevel=2)
+        return dataclasses.replace(plan, doubt=doubt)
+
+    def _prefill(self, tokens: int) -> float:
+        shape, rates = self.shape, self.rates
+        pairs = 4 * shape.attention_width * causal_pairs(0, tokens)
+        layer = rates.layer.at(tokens) + pairs / rates.prefill_attention.at(tokens, 1)
+        return shape.num_layers * layer + self._head()
+
+    def _forecast(
+        self,
+        tokens: int,
+        documents: int,
+        prompt: int,
+        ratio: float,
+        choosing: float,
+        choosing_flops: float,
+    ) -> Forecast:
+        shape, rates = self.shape, self.rates
+        first = tokens // documents  # is exact already, and never selected
+        rows = min(budget(tokens, ratio), tokens - first)
+        position = (tokens + first) / (2 * tokens)
+        nbytes = tokens * shape.token_bytes
+        stitch = nbytes / rates.stitch_bytes + documents * rates.stitch_document
+        if rates.host_bytes is not None:
+            stitch += nbytes / rates.host_bytes
+        if ratio in (0, 1):  # a budget of nothing or of everything needs no scores
+            choosing = choosing_flops = 0.0
+        recompute = self._recompute(tokens, rows, prompt, position)
+        hot = stitch + choosing + recompute
+        warm, cold = (
+            None if speed is None else hot + nbytes / speed + documents * rates.open_document
+            for speed in (rates.warm_bytes, rates.cold_bytes)
+        )
+        bound = speedup_bound(
+            shape,
+            context_length=tokens,
+            query_length=prompt,
+            ratio=rows / tokens,
+            position=position,
+            selection_flops=choosing_flops,
+        )
+        return Forecast(ratio, rows, stitch, choosing, recompute, hot, warm, cold, bound)
+
+    def _choosing(
+        self, tokens: int, prompt: int, question: int, rule: QueryRanked
+    ) -> tuple[float, float]:
+        """Seconds and operations of a selector."""
+        shape, layers = self.shape, rule.layers.within(self.shape.num_layers)
+        lengths = {"prompt": [prompt], "question": [question], "both": [prompt, question]}
+        seconds = flops = 0.0
+        for length in lengths[rule.query]:
+            further = rule.further_cost(shape, length, tokens, layers)
+            seconds += self._scoring(tokens, length, layers)
+            seconds += further.bytes / self.rates.value_bytes
+            flops += (scoring_cost(shape, length, tokens, layers) + further).flops
+        return seconds, flops
+
+    def _scoring(self, tokens: int, query: int, layers: list[int]) -> float:
+        shape, rates = self.shape, self.rates
+        wide = shape.attention_width
+        attention = 4 * wide * causal_pairs(tokens, query)
+        attention /= rates.query_attention.at(tokens, query)
+        norms = 2 * wide * query * tokens / rates.norms.at(tokens, query)
+        through = rates.layer.at(query)
+        # The deepest layer runs without its MLP.
+        return (
+            max(layers) * (through + attention)
+            + through * self._attention_share
+            + attention
+            + len(layers) * norms
+        )
+
+    def _recompute(self, tokens: int, rows: int, prompt: int, position: float) -> float:
+        shape, rates = self.shape, self.rates
+        wide, every = shape.attention_width, rows + prompt
+        through = rates.layer.at(every)
+        rate = rates.rows_attention.at(tokens, every / tokens)
+        pairs = spread_pairs(rows, tokens, position) + causal_pairs(tokens, prompt)
+        one = causal_pairs(tokens + prompt - 1, 1) * 4 * wide / rates.query_attention.at(tokens, 1)
+        # In the last layer rows give keys and values alone, and one is run whole.
+        return (
+            (shape.num_layers - 1) * (through + 4 * wide * pairs / rate)
+            + through * self._attention_share
+            + rates.layer.at(1)
+            + one
+            + self._head()
+        )
+
+    def _head(self) -> float:
+        shape = self.shape
+        return shape.vocabulary * shape.hidden_size * shape.element_size / self.rates.weight_bytes
+
+    @property
+    def _attention_share(self) -> float:
+        return self.shape.attention_parameters / self.shape.layer_parameters
+
+
+def planner_for(
+    model: PreTrainedModel | PretrainedConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    recalibrate: bool = False,
+) -> Planner:
+    """A planner for a model on this machine, whose rates are measured if they are not known yet.
+
+    Args:
+        model: A model, or only its config.
+        dtype: Of weights and cache; a model's own.
+        device: Where it runs; a model's own.
+        backend: As in [ifkv.patch][].
+        recalibrate: Measure the rates anew.
+
+    Raises:
+        InvalidInputError: The config describes no model of this kind.
+        UnsupportedModelError: The model belongs to no family that is supported.
+    """
+    found: Any = model
+    if hasattr(found, "get_decoder"):
+        config, shape = found.config, ModelShape.of(found)
+        dtype, device = found.dtype, found.device
+    else:
+        config, dtype = found, dtype or torch.float32
+        shape = shape_of_config(config, dtype)
+    rates = rates_for(
+        config,
+        shape,
+        dtype=dtype,
+        device=torch.device(device),
+        backend=backend,
+        again=recalibrate,
+    )
+    return Planner(shape, rates, positions=config.max_position_embeddings)

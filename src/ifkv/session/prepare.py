@@ -1,0 +1,207 @@
+"""Everything between questions and their first tokens: stitch, score, select, recompute.
+
+Every step takes a list of requests and runs them in one pass; a single question is a list of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ifkv.cache.stitch import stitch_many
+from ifkv.cost import Cost, ModelShape, mean_position, scoring_cost, speedup_bound
+from ifkv.documents.cache import DocumentCache
+from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
+from ifkv.session.answer import Prepared
+from ifkv.session.stopwatch import Stopwatch
+from ifkv.steps.reorder import order_by_hits
+from ifkv.steps.requests import recompute_many, score_many
+from ifkv.steps.score import chosen_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ifkv.cache.stitched import StitchedCache
+
+# Share of the context that counts as found by a question when documents are reordered and the
+# budget is not a ratio.
+REORDER_RATIO = 0.15
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrepareRequest:
+    """A question in token ids, with what it is asked over.
+
+    Attributes:
+        documents: Documents that the model made behind one prefix.
+        prompt_ids: The prompt's tokens.
+        question_ids: The bare question's.
+        budget: How many slots to recompute; nothing has to be scored for all or none.
+    """
+
+    documents: Sequence[DocumentCache]
+    prompt_ids: list[int]
+    question_ids: list[int]
+    budget: Budget
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrepareOptions:
+    """How questions are prepared.
+
+    Attributes:
+        selector: What chooses the slots.
+        reorder: Whether to put the documents that the prompt finds most in last. What counts as
+            found is the budget's ratio, or `REORDER_RATIO` where it has none.
+        layers: Scoring layers for reordering, as in [ifkv.score][].
+        tokenizer: Tells sentences apart, where a budget smooths by them.
+        kv_dtype: Of the requests' caches, as in [ifkv.stitch][].
+    """
+
+    selector: Selector
+    reorder: bool = False
+    layers: Sequence[int] | None = None
+    tokenizer: Any = None
+    kv_dtype: torch.dtype | None = None
+
+
+def prepare(
+    model: PreTrainedModel, asked: Sequence[PrepareRequest], timed: Stopwatch, how: PrepareOptions
+) -> list[Prepared]:
+    """Stitch each question's documents, repair them for its prompt, and run the prompt.
+
+    Args:
+        model: A patched model.
+        asked: The questions.
+        timed: Started when they arrived; a step's seconds are those of all questions.
+        how: How to prepare them.
+
+    Returns:
+        For each question the cache with the prompt in it, and the first token's logits.
+
+    Raises:
+        InvalidInputError: As of the steps.
+    """
+    documents, prompts = [one.documents for one in asked], [one.prompt_ids for one in asked]
+    with timed("load"):
+        _read_shared(documents, every=how.reorder)
+    orders = None
+    spent = [Cost() for _ in asked]
+    if how.reorder:
+        with timed("reorder"):
+            orders, spent = _orders(model, asked, how)
+    with timed("stitch"):
+        caches = stitch_many(model, documents, orders=orders, kv_dtype=how.kv_dtype)
+    timed.loaders = [cache.loader for cache in caches if cache.loader is not None]
+    with timed("select"):
+        requests = [
+            Request(
+                one.prompt_ids,
+                one.question_ids,
+                one.documents,
+                sentence_groups(how.tokenizer, cache) if one.budget.sentences else None,
+            )
+            for one, cache in zip(asked, caches, strict=True)
+        ]
+        budgets = [one.budget for one in asked]
+        selections = how.selector.select_many(model, caches, requests, budgets)
+        spent = [before + found.cost for before, found in zip(spent, selections, strict=True)]
+    with timed("recompute and prompt"):
+        slots = [found.slots for found in selections]
+        logits = recompute_many(model, caches, slots, prompts=prompts)
+    prepared = []
+    for cache, prompt, row, found, cost in zip(
+        caches, prompts, logits, selections, spent, strict=True
+    ):
+        assert row is not None
+        prepared.append(finished(model, cache, prompt, row, found, how.selector, cost, timed))
+    return prepared
+
+
+def reorder_ratio(budget: Budget) -> float:
+    """Share of the context that counts as found when documents are reordered."""
+    return REORDER_RATIO if budget.ratio is None else budget.ratio
+
+
+def _orders(
+    model: PreTrainedModel, asked: Sequence[PrepareRequest], how: PrepareOptions
+) -> tuple[list[list[int]], list[Cost]]:
+    """Find each question's order of documents, as [ifkv.reorder][] does, and what it cost."""
+    prompts = [one.prompt_ids for one in asked]
+    caches = stitch_many(
+        model, [one.documents for one in asked], geometry="hl-tp", kv_dtype=how.kv_dtype
+    )
+    scores = score_many(model, caches, prompts, layers=how.layers)
+    shape = ModelShape.of(model)
+    chosen = chosen_layers(shape.num_layers, how.layers)
+    orders = [
+        order_by_hits(cache, own, reorder_ratio(one.budget))
+        for cache, own, one in zip(caches, scores, asked, strict=True)
+    ]
+    costs = [
+        scoring_cost(shape, len(prompt), cache.context_length, chosen)
+        for cache, prompt in zip(caches, prompts, strict=True)
+    ]
+    return orders, costs
+
+
+def _read_shared(requests: Sequence[Sequence[DocumentCache]], *, every: bool) -> None:
+    """Bring documents that are read more than once into memory: a store would read them anew.
+
+    Args:
+        requests: For each request its documents.
+        every: Whether each request reads its documents twice.
+    """
+    uses = Counter(id(document) for documents in requests for document in documents)
+    for documents in requests:
+        for document in documents:
+            if document.lazy and (every or uses[id(document)] > 1):
+                _ = document.keys
+
+
+def finished(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    prompt_ids: list[int],
+    logits: Tensor,
+    selection: Selection,
+    selector: Selector,
+    spent: Cost,
+    timed: Stopwatch,
+) -> Prepared:
+    """What is known once a request's first token is decided.
+
+    Args:
+        model: The model.
+        cache: The repaired cache with the prompt in it.
+        prompt_ids: The prompt's tokens.
+        logits: Of the first answered token, ``[vocabulary]``.
+        selection: What was recomputed.
+        selector: What chose it.
+        spent: What choosing has cost, reordering included.
+        timed: Started when the question arrived.
+    """
+    return Prepared(
+        cache=cache,
+        prompt_ids=prompt_ids,
+        logits=logits,
+        scores=selection.scores,
+        attention=selection.attention,
+        slots=selection.slots,
+        timings=dict(timed.timings),
+        ttft_seconds=timed.seconds,
+        speedup_bound=speedup_bound(
+            ModelShape.of(model),
+            context_length=cache.context_length,
+            query_length=len(prompt_ids),
+            ratio=len(selection.slots) / cache.context_length,
+            position=mean_position(selection.slots, cache.context_length),
+            selection_flops=spent.flops,
+        ),
+        selector=str(selector),
+        selection_cost=spent,
+    )

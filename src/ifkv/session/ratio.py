@@ -1,0 +1,101 @@
+"""``ratio="auto"``: a session's recompute ratio is planned anew for every request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ifkv.errors import InvalidInputError
+from ifkv.planning.support import check_plannable
+from ifkv.selectors import Budget, Selector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.planning.planner import Plan, Planner
+
+Ratio = float | Budget | Literal["auto"]
+Chooser = Callable[["Sequence[DocumentCache]", int, int], "tuple[Budget, Plan | None]"]
+
+
+class Ratios:
+    """What the ratios given to a session and to its requests mean; safe to share by threads.
+
+    Args:
+        model: A patched model.
+        default: The ratio of requests that give none.
+        backend: As in [ifkv.patch][]; rates are measured with it.
+        planner: Makes the plans. If None, `ifkv.planning.planner_for` makes one for this
+            machine when a plan is first wanted.
+
+    Raises:
+        InvalidInputError: The ratio is neither ``"auto"`` nor a ratio or budget.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, default: Ratio, backend: str, planner: Planner | None
+    ):
+        self._model = model
+        self._backend = backend
+        self._planner = planner
+        self._lock = threading.Lock()
+        self._default = default
+        if default != "auto":
+            Budget.of(default)
+
+    def fixed(self, ratio: Ratio | None, where: str) -> Budget:
+        """The budget of a request that cannot be planned.
+
+        Args:
+            ratio: As the request gives it.
+            where: What cannot be planned, for the message.
+
+        Raises:
+            InvalidInputError: It would have to be planned, or is a bad ratio.
+        """
+        given = self._default if ratio is None else ratio
+        if given == "auto":
+            raise InvalidInputError(
+                f"ratio is 'auto', but {where} are not planned; give a ratio between 0 and 1."
+            )
+        return Budget.of(given)
+
+    def chooser(self, ratio: Ratio | None, selector: Selector, *, reorder: bool) -> Chooser:
+        """What turns a request's documents, prompt tokens and question tokens into its budget.
+
+        For ``"auto"`` the machine is measured here if it has to be, before the request's clock
+        starts. A plan that recommends plain prefill becomes a ratio of 1, which equals it.
+
+        Raises:
+            InvalidInputError: A bad ratio; or ``"auto"`` with what plans know nothing of.
+        """
+        given = self._default if ratio is None else ratio
+        if given != "auto":
+            budget = Budget.of(given)
+            return lambda documents, prompt, question: (budget, None)
+        check_plannable(selector, reorder=reorder)
+        planner = self._planned()
+
+        def choose(
+            documents: Sequence[DocumentCache], prompt: int, question: int
+        ) -> tuple[Budget, Plan]:
+            plan = planner.plan(
+                len(documents[0].prefix_ids) + sum(len(each.token_ids) for each in documents),
+                documents=len(documents),
+                prompt=prompt,
+                question=question,
+                selector=selector,
+            )
+            return Budget(ratio=1.0 if plan.ratio is None else plan.ratio), plan
+
+        return choose
+
+    def _planned(self) -> Planner:
+        with self._lock:  # several threads measuring at once would measure each other
+            if self._planner is None:
+                from ifkv.planning import planner
+
+                self._planner = planner.planner_for(self._model, backend=self._backend)
+            return self._planner

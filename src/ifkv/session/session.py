@@ -1,0 +1,517 @@
+"""One object for people with text and a tokenizer: add documents, ask questions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.backends.fp8 import check_kv_dtype
+from ifkv.documents.source import Source
+from ifkv.errors import DocumentUnreadableError, InvalidInputError
+from ifkv.generation.checks import functions
+from ifkv.models.families import resolve_family
+from ifkv.patching.handle import patch
+from ifkv.planning.support import check_plannable
+from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
+from ifkv.session.answer import Answer, Prepared
+from ifkv.session.catalog import Catalog
+from ifkv.session.complete import answer_settings, check_room, chosen_selector, complete
+from ifkv.session.control_tokens import ControlTokens
+from ifkv.session.corpus import Corpus
+from ifkv.session.library import Library
+from ifkv.session.prepare import PrepareOptions, PrepareRequest, prepare
+from ifkv.session.prompt_format import INSTRUCTION, PromptFormat
+from ifkv.session.ratio import Ratio, Ratios
+from ifkv.session.stopwatch import Stopwatch
+from ifkv.session.text_documents import document_pieces
+from ifkv.store import session_store
+from ifkv.utils.checks import token_tensor
+from ifkv.utils.copying import Uncopied
+
+# Tokens that a batch of ask_many holds when the caller does not say.
+DEFAULT_REQUEST_TOKENS = 16384
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.generation.streaming import Closing
+    from ifkv.planning.planner import Planner
+    from ifkv.session.answer_stream import AnswerStream
+    from ifkv.session.conversation import Conversation
+    from ifkv.store import DocumentStore
+
+
+class Session(Uncopied):
+    """Documents of one model and one prefix, and the questions asked over them.
+
+    Args:
+        model: A Llama, Qwen, Mistral or Phi-3 model; it is patched if it is not.
+        tokenizer: Its tokenizer.
+        store: Where documents are kept: a store; or the path or URL of one, which is opened behind
+            2 GiB of memory. If None, in the user's cache folder (or where ``IFKV_STORE`` or
+            ``IFKV_CACHE`` point), so that they are there the next time; for this session alone
+            with ``MemoryStore()``.
+        prefix: Text or token ids that every document is encoded behind; by default what the
+            tokenizer's chat template puts before the documents, with ``instruction``.
+        instruction: Text before the documents, when the prefix is not given.
+        system: The system prompt, part of the prefix; what the chat template says by itself if
+            None.
+        chat_template_kwargs: Further variables of the chat template, such as
+            ``{"enable_thinking": False}``.
+        date: What is written where the chat template prints today's date, with which no document
+            would be found the next day: a date, as text too (``"2026-01-31"``), or ``"today"``,
+            which stays that of this call. If None, always the same date, with a
+            `PromptWarning`.
+        control_tokens: ``"text"`` takes control tokens such as ``<|im_end|>`` for letters in
+            documents and questions, in the instruction and in the system prompt; ``"parse"`` takes
+            them for what they are in the chat template, so that whoever writes a document can end
+            its message.
+        backend: For [ifkv.patch][].
+        ratio: Of requests that give none; see `ask`.
+        selector: Of requests that give none; see `ask`.
+        planner: Makes the plans of ``ratio="auto"``, in place of one for this machine.
+        kv_dtype: Of each request's cache, as in [ifkv.stitch][]; what the store keeps is
+            another matter (``codec`` of the stores).
+
+    Examples:
+        >>> import ifkv
+        >>> from ifkv.testing import tiny_model, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+        >>> keys = session.add(["The lamp is red.", "The door is green."])
+        >>> answer = session.ask("Which colour is the door?", ratio=0.5, max_new_tokens=4)
+        >>> len(answer.token_ids) <= 4, sorted(answer.order)
+        (True, [0, 1])
+    """
+
+    _instead = (
+        "copy.copy(session) is another over the same model and store, and in another process make "
+        "one: ifkv.Session(model, tokenizer, store=path)"
+    )
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        store: DocumentStore | str | os.PathLike[str] | None = None,
+        prefix: str | Sequence[int] | None = None,
+        instruction: str = INSTRUCTION,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | str | None = None,
+        control_tokens: ControlTokens = "text",
+        backend: str = "auto",
+        ratio: Ratio = 0.15,
+        selector: str | Selector = DEFAULT_SELECTOR,
+        planner: Planner | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ):
+        resolve_family(model)
+        check_kv_dtype(kv_dtype, model.device)
+        self.selector = resolve(selector)
+        if ratio == "auto":
+            check_plannable(self.selector, reorder=False)
+        if prefix is not None and (system is not None or date is not None):
+            raise InvalidInputError(
+                "prefix was given together with a system prompt or date, which it replaces; write "
+                "them into the prefix."
+            )
+        self.format = PromptFormat(
+            tokenizer,
+            instruction,
+            system=system,
+            chat_template_kwargs=chat_template_kwargs,
+            date=date,
+            control_tokens=control_tokens,
+        )
+        patch(model, backend=backend)
+        self._ratios = Ratios(model, ratio, backend, planner)
+        self.model = model
+        self.kv_dtype = kv_dtype
+        self.tokenizer = tokenizer
+        if prefix is None:
+            self.prefix_ids = self.format.prefix_ids()
+        elif isinstance(prefix, str):
+            self.prefix_ids = self.format.parse(prefix)
+        else:
+            self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
+        self._library = Library(model, session_store(store), self.prefix_ids, tokenizer.decode)
+        self._catalog = Catalog(self.store)
+        self._corpus = Corpus(model, tokenizer, self._library, self._catalog, self.prefix_ids)
+
+    def __copy__(self) -> Session:
+        """Another session over the same model and store, with a list of documents of its own."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._library = copy.copy(self._library)
+        parts = twin._library, self._catalog, self.prefix_ids
+        twin._corpus = Corpus(self.model, self.tokenizer, *parts)
+        return twin
+
+    @property
+    def store(self) -> DocumentStore:
+        """Where documents are kept."""
+        return self._library.store
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the documents that this session added, in order, each once."""
+        return self._library.keys
+
+    @property
+    def prefilled(self) -> int:
+        """How many documents this session has prefilled; others were in the store."""
+        return self._library.prefilled
+
+    def add(
+        self,
+        texts: Sequence[str],
+        *,
+        split: int | None = None,
+        sources: Sequence[Source | str | None] | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+    ) -> list[str]:
+        """Prefill documents and keep them; those the store holds already are not computed again.
+
+        A session that chooses by ``sensitivity-aware`` measures their sensitivities, too, for one
+        more prefill of each, and makes those again that the store holds without. Each batch is kept
+        as soon as it is made: after an interruption the same call goes on from there.
+
+        Args:
+            texts: The documents' texts: a list, or anything else that has them in an order, such
+                as a generator or one column of a table.
+            split: Tokens of a document at most: longer texts are cut into several, at headings,
+                paragraphs, sentences and, where these are too long themselves, words. If None, a
+                text is a document.
+            sources: Where each text is from: an [ifkv.Source][], or a title. They are kept
+                beside the documents, are no part of their keys, and come back with answers
+                (`Answer.sources`); those of pieces say which, and where it begins.
+            batch_tokens: As in [ifkv.prefill_documents][].
+            progress: Show a progress bar.
+
+        Returns:
+            The documents' keys in the store, in order. With ``split`` this is still one flat list:
+            the pieces of the first text, then those of the second. To know which are whose, give
+            sources, or add texts one by one.
+
+        Raises:
+            InvalidInputError: A document is blank or longer than the model's positions, or
+                ``texts`` is no list of texts: a mapping, say, a set or a whole table. Of a list
+                it says which text is meant, counting from 0. Or ``sources`` are not one for each.
+            StoreFullError: The store or its disk has no room.
+        """
+        ids, names, own = document_pieces(
+            self.model, self.format, self.prefix_ids, texts, split, sources
+        )
+        keys = self._library.add(
+            ids,
+            names=names,
+            batch_tokens=batch_tokens,
+            sensitivities=self.selector.sensitivities,
+            progress=progress,
+        )
+        self._catalog.add(keys, own)
+        return keys
+
+    def stored(self, only: str | Sequence[str] | None = None) -> list[str]:
+        """Return keys of what the store holds for this model and prefix, whoever added it.
+
+        Args:
+            only: Patterns such as ``"notes/*"``: documents with a source whose title or location
+                matches one of them. All if None.
+
+        Returns:
+            The keys, ordered by location and the place in it.
+
+        Raises:
+            InvalidInputError: There is none, or none that a pattern matches.
+        """
+        return self._corpus.stored(only)
+
+    def sources(self, documents: Sequence[str] | None = None) -> dict[str, list[Source]]:
+        """Return where documents are from, by key: what this session was told, then the store.
+
+        Args:
+            documents: Their keys; all that this session added if None.
+        """
+        keys = self._library.named(documents)
+        known = self._catalog.find(keys)
+        return {key: known.get(key, []) for key in keys}
+
+    def retrieve(
+        self, question: str, count: int, *, documents: Sequence[str] | None = None
+    ) -> list[str]:
+        """Return keys of the documents whose words fit a question best, by BM25.
+
+        Args:
+            question: The question.
+            count: How many at most; documents that share no word with it are left out.
+            documents: Keys of those to choose among, as `stored` gives them; all that this
+                session added if None.
+
+        Returns:
+            The keys, the best last, next to the question.
+
+        Raises:
+            InvalidInputError: The package bm25s is not installed (``ifkv[retrieve]``), or no
+                document has a word of the question.
+        """
+        return self._corpus.retrieve(question, count, documents)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        documents: Sequence[str] | None = None,
+        ratio: Ratio | None = None,
+        reorder: bool = False,
+        selector: str | Selector | None = None,
+        max_new_tokens: int | None = None,
+        stream: bool | Callable[[str], None] = False,
+        layers: Sequence[int] | None = None,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """Answer a question over documents.
+
+        Args:
+            question: The question, by which the default selector chooses.
+            documents: Keys of the documents to use, in order; all that this session added if None.
+            ratio: Recompute ratio. 0 answers from the stitched documents as they are; 1 recomputes
+                everything that is not exact already and equals a full prefill. Or a
+                `Budget`, for other limits and for smoothed scores. Or
+                ``"auto"``: a `Plan` for this machine chooses, and is the
+                answer's ``plan``; the first time the machine is measured for some seconds.
+                The session's ratio if None.
+            reorder: Put the documents the question finds most in last.
+            max_new_tokens: Length of the answer at most; 64 if nothing else limits it.
+            stream: True prints the answer as it comes; a function is called with each piece.
+            selector: What chooses the tokens to recompute: a name, with options behind a colon, or
+                a selector; see [ifkv.selectors][]. The session's if None.
+            layers: Scoring layers, as in [ifkv.score][], of reordering and of a selector that
+                has some and does not name them itself.
+            **generate_kwargs: For ``model.generate()``, where they mean what they mean here:
+                sampling, beams, penalties, ``stop_strings``, or a ``generation_config``. What they
+                leave out, the model's own ``generation_config`` says, which
+                ``generation_config.json`` fills: a checkpoint that asks for sampling there is
+                sampled from, ``do_sample=False`` is greedy. ``max_length`` counts from the
+                prompt's start, in the model's own config from the context's.
+
+        Returns:
+            The answer.
+
+        Raises:
+            InvalidInputError: Nothing to answer from, an unknown document, or a bad argument.
+            DocumentUnreadableError: A stored document cannot be trusted, or its store does not
+                answer, and this session does not know its tokens. Otherwise it is prefilled
+                again, with a ``StoreWarning``.
+        """
+        settings = answer_settings(self, max_new_tokens, generate_kwargs)  # before any work
+        check_room(self, settings, question, documents)
+        ready = self.prepare(
+            question,
+            documents=documents,
+            ratio=ratio,
+            reorder=reorder,
+            selector=selector,
+            layers=layers,
+        )
+        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
+
+    def stream(self, question: str, **options: Any) -> AnswerStream:
+        """The answer to a question, piece by piece as it is generated.
+
+        Work begins with the first piece. To leave the loop, or to close the stream, stops the
+        answer there.
+
+        Args:
+            question: The question.
+            **options: As of `ask`.
+
+        Returns:
+            An iterator over the pieces, for ``for`` or ``async for``, whose ``answer`` is the
+            `Answer` at the end.
+
+        Raises:
+            InvalidInputError: As of `ask`, with the first piece.
+
+        Examples:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> keys = session.add(["The lamp is red.", "The door is green."])
+            >>> stream = session.stream("Which colour is the door?", max_new_tokens=4)
+            >>> text = "".join(stream)
+            >>> stream.answer.text == text.strip()
+            True
+        """
+        from ifkv.session.answer_stream import AnswerStream
+
+        def run(emit: Callable[[str], None], stopping: Closing) -> Answer:
+            own = functions("stopping_criteria", options.get("stopping_criteria"))
+            criteria = [*own, stopping]
+            given = {**options, "stopping_criteria": criteria}
+            return self.ask(question, stream=emit, **given)
+
+        return AnswerStream(run)
+
+    def ask_many(
+        self,
+        questions: Sequence[str],
+        *,
+        documents: Sequence[str] | Sequence[Sequence[str] | None] | None = None,
+        ratio: Ratio | None = None,
+        reorder: bool = False,
+        selector: str | Selector | None = None,
+        max_new_tokens: int | None = None,
+        stream: Callable[[int, str], None] | None = None,
+        layers: Sequence[int] | None = None,
+        batch_tokens: int = DEFAULT_REQUEST_TOKENS,
+        **generate_kwargs: Any,
+    ) -> list[Answer]:
+        """Answer several questions, in batches that share every read of the weights.
+
+        The answers are those of `ask`, one question after another. Greedy answers are
+        decoded side by side; sampling, beams and further settings of ``model.generate()`` one by
+        one. Selectors that score by the query do so for all questions of a batch in one pass.
+
+        Args:
+            questions: The questions; their prompts may have any lengths.
+            documents: Keys of the documents of all questions, or for each question a list of its
+                own (None in it for all documents). Documents that questions share are read once.
+            ratio: As in `ask`, but for ``"auto"``.
+            reorder: As in `ask`.
+            selector: As in `ask`.
+            max_new_tokens: As in `ask`, of each answer.
+            stream: Called with a question's number and each piece of its answer as it comes.
+            layers: As in `ask`.
+            batch_tokens: Tokens of context, prompt and answer that a batch holds at most, over
+                its questions (a longer one goes alone): it bounds the memory.
+            **generate_kwargs: As in `ask`.
+
+        Returns:
+            The answers, in order. ``ttft_seconds`` counts from this call; a step's timing is that
+            of its batch.
+
+        Raises:
+            InvalidInputError: As of `ask`, naming the question (request) that it is about.
+                Everything is checked before any answer is worked on.
+            DocumentUnreadableError: As of `ask`.
+
+        Examples:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> lamp, door = session.add(["The lamp is red.", "The door is green."])
+            >>> answers = session.ask_many(
+            ...     ["Which colour is the lamp?", "And the door?"],
+            ...     documents=[[lamp], [lamp, door]],
+            ...     max_new_tokens=4,
+            ... )
+            >>> [len(answer.document_slices) for answer in answers]
+            [1, 2]
+        """
+        from ifkv.session.ask import ask_many
+
+        return ask_many(
+            self,
+            questions,
+            documents=documents,
+            ratio=ratio,
+            reorder=reorder,
+            selector=selector,
+            max_new_tokens=max_new_tokens,
+            stream=stream,
+            layers=layers,
+            batch_tokens=batch_tokens,
+            generate_kwargs=generate_kwargs,
+        )
+
+    def prepare(
+        self,
+        question: str,
+        *,
+        documents: Sequence[str] | None = None,
+        ratio: Ratio | None = None,
+        reorder: bool = False,
+        selector: str | Selector | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> Prepared:
+        """Everything before the first token: the cache with the prompt in it, and its logits.
+
+        Takes the arguments of `ask` and raises its errors.
+        """
+        rule = chosen_selector(self, selector, layers)
+        choose = self._ratios.chooser(ratio, rule, reorder=reorder)
+        timed = Stopwatch(self.model)
+        prompt, bare = self.format.prompt_ids(question), self.format.encode(question)
+        how = PrepareOptions(rule, reorder, layers, self.tokenizer, self.kv_dtype)
+        with timed("load"):
+            # Reordering reads documents twice, so then they are read whole.
+            chosen = self._library.get(documents, lazy=not reorder)
+        budget, plan = choose(chosen, len(prompt), len(bare))
+        asked = PrepareRequest(chosen, prompt, bare, budget)
+        try:
+            (ready,) = prepare(self.model, [asked], timed, how)
+        except DocumentUnreadableError as error:  # found on the way, at rows that were just read
+            with timed("load"):
+                made = {error.key: self._library.make_again(error.key, error)}
+                again = self._library.get(documents, made=made)
+                asked = dataclasses.replace(asked, documents=again)
+            (ready,) = prepare(self.model, [asked], timed, how)
+        sources = self._catalog.first(self._library.named(documents))
+        return dataclasses.replace(ready, question=question, plan=plan, sources=sources)
+
+    def complete(
+        self,
+        ready: Prepared,
+        *,
+        max_new_tokens: int | None = None,
+        stream: bool | Callable[[str], None] = False,
+        **generate_kwargs: Any,
+    ) -> Answer:
+        """Decode the answer to a prepared question; takes the arguments of `ask`."""
+        settings = answer_settings(self, max_new_tokens, generate_kwargs)
+        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
+
+    def conversation(self, documents: Sequence[str] | None = None) -> Conversation:
+        """Begin a conversation: questions that follow one another over one repaired cache.
+
+        Args:
+            documents: Keys of the documents to begin with, in order; all that this session added
+                if None. `Conversation.add` brings in more.
+
+        Raises:
+            InvalidInputError: There is none, or one is not in the store; or the tokenizer's chat
+                template rewrites earlier turns, which a kept cache cannot follow.
+
+        Examples:
+            >>> import ifkv
+            >>> from ifkv.testing import tiny_model, tiny_tokenizer
+            >>> tokenizer = tiny_tokenizer()
+            >>> session = ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+            >>> chat = session.conversation(session.add(["The lamp is red."]))
+            >>> first = chat.ask("Which colour is the lamp?", max_new_tokens=4)
+            >>> chat.add(session.add(["The door is green."]))
+            >>> second = chat.ask("And the door?", max_new_tokens=4)
+            >>> len(second.document_slices), len(chat.answers)
+            (2, 2)
+        """
+        from ifkv.session.conversation import Conversation
+
+        return Conversation(self, documents)
+
+    def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
+        """Tokens of prefix and documents, long ``[T]``, as they are given to `ask`."""
+        chosen = self._library.get(documents, lazy=True)
+        return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])

@@ -1,0 +1,193 @@
+"""What a later turn of a conversation runs before its first token: only what is new."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.cache.extend import extend
+from ifkv.cache.stitched import check_cache
+from ifkv.cost import Cost, ModelShape, recompute_cost
+from ifkv.errors import InvalidInputError
+from ifkv.models.decoder import DecoderView
+from ifkv.patching.handle import handle_of
+from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
+from ifkv.session.complete import answer_settings, chosen_selector
+from ifkv.session.prepare import finished
+from ifkv.session.ratio import Ratio
+from ifkv.session.stopwatch import Stopwatch
+from ifkv.steps.pending_rows import owe
+from ifkv.steps.recompute import recompute
+from ifkv.steps.score import chosen_layers
+
+if TYPE_CHECKING:
+    from ifkv.cache.stitched import StitchedCache
+    from ifkv.documents.cache import DocumentCache
+    from ifkv.generation.settings import GenerationSettings
+    from ifkv.session.answer import Prepared
+    from ifkv.session.session import Session
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """A question of a conversation, and how to answer it; as `Conversation.ask` takes it."""
+
+    question: str
+    budget: Budget
+    selector: Selector
+    revisit: bool
+    settings: GenerationSettings
+
+    @classmethod
+    def checked(
+        cls,
+        session: Session,
+        question: str,
+        *,
+        ratio: Ratio | None = None,
+        revisit: bool = False,
+        selector: str | Selector | None = None,
+        max_new_tokens: int | None = None,
+        layers: Sequence[int] | None = None,
+        **generate_kwargs: Any,
+    ) -> Asked:
+        """From its arguments; refuses bad ones before any work."""
+        settings = answer_settings(session, max_new_tokens, generate_kwargs)
+        chosen_layers(DecoderView(session.model).num_layers, layers)
+        session.format.prompt_ids(question)
+        budget = session._ratios.fixed(ratio, "turns of a conversation")
+        rule = chosen_selector(session, selector, layers)
+        return cls(question, budget, rule, revisit, settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turn:
+    """What comes behind the rows of earlier turns.
+
+    Attributes:
+        documents: Further documents, in order.
+        before_ids: Tokens that stand before these documents and have no rows yet; none without
+            documents.
+        prompt_ids: Tokens that follow them.
+        old_slots: Slots of earlier documents that may be recomputed now, long, ascending, on the
+            model's device.
+    """
+
+    documents: Sequence[DocumentCache]
+    before_ids: list[int]
+    prompt_ids: list[int]
+    old_slots: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        session: Session,
+        cache: StitchedCache,
+        asked: Asked,
+        *,
+        documents: Sequence[str],
+        before_ids: list[int],
+        prompt_ids: list[int],
+        recomputed: Tensor,
+        timed: Stopwatch,
+    ) -> Turn:
+        """A turn whose documents are read from the session's store.
+
+        Args:
+            session: The conversation's session.
+            cache: The conversation's cache.
+            asked: The question.
+            documents: Keys of further documents, maybe none.
+            before_ids: As the attribute.
+            prompt_ids: As the attribute.
+            recomputed: Slots that earlier turns have recomputed, long, on the CPU.
+            timed: Times the reading.
+
+        Raises:
+            InvalidInputError: The selector needs positions that documents do not have any more.
+            FingerprintMismatchError: The model's weights have changed since the last turn.
+            NotPatchedError: The model has been unpatched.
+        """
+        model = session.model
+        handle_of(model).fingerprints.of(model)  # weights may have changed since the last turn
+        check_cache(model, cache)
+        own = getattr(asked.selector, "geometry", "global")
+        if own != "global" and (asked.revisit or documents):
+            raise InvalidInputError(
+                f"selector {asked.selector} scores documents in positions of their own, but behind "
+                "the first turn they have those of the conversation; give geometry=global."
+            )
+        found: list[DocumentCache] = []
+        if documents:
+            with timed("load"):
+                found = session._library.get(documents)
+        open_slots = torch.zeros(cache.context_length, dtype=torch.bool)
+        for rows in cache.document_slices[1:] if asked.revisit else ():
+            open_slots[rows] = True
+        open_slots[recomputed] = False
+        return cls(found, before_ids, prompt_ids, open_slots.nonzero()[:, 0].to(model.device))
+
+
+def prepare_turn(
+    session: Session,
+    cache: StitchedCache,
+    asked: Asked,
+    turn: Turn,
+    timed: Stopwatch,
+    save: Callable[[Tensor], None],
+) -> Prepared:
+    """Append a turn's documents, repair them for its prompt, and run the prompt.
+
+    Without documents and old slots that is the prompt's rows over the cache and nothing else.
+
+    Args:
+        session: The conversation's session.
+        cache: The conversation's cache, which ends with its context.
+        asked: The question; its budget is of the slots that may be recomputed.
+        turn: What is new.
+        timed: Started when the question arrived.
+        save: Called with slots of earlier documents before they are recomputed.
+
+    Returns:
+        The cache with the prompt in it, and the first token's logits.
+
+    Raises:
+        InvalidInputError: As of the steps.
+    """
+    model, budget, selector = session.model, asked.budget, asked.selector
+    start, candidates = cache.context_length, turn.old_slots
+    if turn.documents:
+        owe(model, cache, turn.before_ids)
+        # A selector may look at any row, unless its class says otherwise; and where slots before
+        # these rows are to be recomputed, these see them as the turns before did.
+        if len(turn.old_slots) or not vars(type(selector)).get("only_scores", False):
+            with timed("recompute and prompt"):
+                recompute(model, cache, [])
+        with timed("stitch"):
+            candidates = torch.cat((candidates, extend(model, cache, turn.documents)))
+    selection = Selection(candidates, None, Cost())  # no slots, if there are none to choose from
+    if len(candidates):
+        with timed("select"):
+            view = cache.choosing(candidates)
+            groups = sentence_groups(session.tokenizer, view) if budget.sentences else None
+            question = session.format.encode(asked.question)
+            request = Request(turn.prompt_ids, question, None, groups)
+            selection = selector.select(model, view, request, budget)
+    slots = selection.slots
+    with timed("recompute and prompt"):
+        save(slots[slots < start])
+        logits = recompute(model, cache, slots, prompt_ids=turn.prompt_ids)
+    assert logits is not None
+    ready = finished(
+        model, cache, turn.prompt_ids, logits, selection, selector, selection.cost, timed
+    )
+    shape, length = ModelShape.of(model), cache.context_length
+    ran = torch.cat((torch.arange(start, start + len(turn.before_ids)), slots.cpu()))
+    new = recompute_cost(shape, torch.arange(start, length), length, len(turn.prompt_ids))
+    own = recompute_cost(shape, ran, length, len(turn.prompt_ids)) + selection.cost
+    bound = new.flops / own.flops
+    return dataclasses.replace(ready, question=asked.question, speedup_bound=bound)

@@ -1,0 +1,201 @@
+"""Recompute selected slots under the full causal mask, in one forward with the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ifkv.cache.stitched import StitchedCache, positions_of
+from ifkv.forward.graphs import run_to_attention
+from ifkv.forward.layers import row_logits, run_layers
+from ifkv.models.decoder import DecoderView
+from ifkv.patching.handle import PatchHandle, handle_of
+from ifkv.steps.partial_depth import run_by_depth
+from ifkv.steps.recompute_request import Recomputation
+from ifkv.steps.rows_pass import RowsPass
+from ifkv.utils.checks import check_positive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def recompute(
+    model: PreTrainedModel,
+    cache: StitchedCache,
+    slots: Sequence[int] | Tensor,
+    *,
+    prompt_ids: Sequence[int] | Tensor | None = None,
+    block_tokens: int | None = None,
+    depths: Sequence[int] | Tensor | None = None,
+) -> Tensor | None:
+    """Recompute the keys and values at the given slots, in place, through all layers.
+
+    In every layer the rows' new keys and values are written first; then each row attends to the
+    whole mixed cache up to its own position. With every slot given, the cache equals a full
+    prefill. With a prompt, its rows run in the same forward, behind the selected ones: that is the
+    same mathematics as recomputing and then prefilling, and reads the weights once.
+
+    Args:
+        model: A patched model.
+        cache: A stitched cache in the global geometry that ends with its context.
+        slots: Slots to recompute, in any order, each once.
+        prompt_ids: Tokens to be answered; their rows are appended to the cache.
+        block_tokens: Run at most this many rows at once, in ascending blocks, which changes
+            nothing but the memory needed.
+        depths: For each slot, in the order given, in how many layers from the first it is
+            recomputed; in deeper ones its keys and values stay as they were, and it is not run. So
+            the sets of the layers are nested. In all layers if None; the prompt's rows always are.
+
+    Returns:
+        Logits of the prompt's last row, ``[vocabulary]``, or None without a prompt.
+
+    Raises:
+        NotPatchedError: The model is not patched.
+        InvalidInputError: Slots out of range or duplicated, depths that are not one per slot from
+            0 to the number of layers, bad ids, rows appended already, or more tokens than the
+            model has positions.
+        GeometryError: The cache's geometry is not global.
+        FingerprintMismatchError: The cache belongs to another model.
+    """
+    job = Recomputation.checked(model, cache, slots, prompt_ids, depths)
+    return run_recomputations(model, [job], block_tokens)[0]
+
+
+@torch.no_grad()
+def run_recomputations(
+    model: PreTrainedModel, jobs: Sequence[Recomputation], block_tokens: int | None
+) -> list[Tensor | None]:
+    """Run the rows of one or several requests together; see `recompute`.
+
+    Args:
+        model: A patched model.
+        jobs: The requests, each over a cache of its own.
+        block_tokens: Rows to run at once; None runs all.
+
+    Returns:
+        For each request what `recompute` returns.
+
+    Raises:
+        InvalidInputError: ``block_tokens`` is no whole number of at least 1.
+    """
+    if block_tokens is not None:
+        check_positive(block_tokens, "block_tokens")
+    handle = handle_of(model)
+    for job in jobs:
+        if len(job.slots):
+            for layer in job.cache.layers:
+                layer.reserve(job.length)
+    counts = [len(job.slots) for job in jobs]
+    lasts: dict[int, Tensor] = {}
+    for block in cut_blocks(counts, block_tokens or max(1, sum(counts))):
+        hidden = _run_block(model, handle, [(jobs[index], rows) for index, rows in block])
+        end = 0
+        for index, rows in block:
+            end += rows.stop - rows.start
+            if rows.stop == counts[index] and jobs[index].prompt is not None:
+                lasts[index] = hidden[:, end - 1 : end].clone()  # the rest need not be kept
+    for job in jobs:
+        if job.owed is not None:
+            job.owed.paid()
+    logits: list[Tensor | None] = [None] * len(jobs)
+    if not lasts:
+        return logits
+    answering = sorted(lasts)
+    rows_of = torch.cat([lasts[index] for index in answering], dim=1)
+    found = _answer_rows(model, handle, [jobs[index] for index in answering], rows_of)
+    for index, row in zip(answering, found, strict=True):
+        job = jobs[index]
+        logits[index] = row
+        for layer in job.cache.layers:
+            layer.length = job.length
+        job.cache.prompt_ids = job.prompt
+    return logits
+
+
+def cut_blocks(counts: Sequence[int], size: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut the rows of several requests, laid end to end, into blocks of ``size`` rows at most.
+
+    Args:
+        counts: Rows of each request.
+        size: At least 1.
+
+    Yields:
+        For each block its requests' numbers and which of their rows are in it.
+
+    >>> list(cut_blocks([3, 0, 2], 4))
+    [[(0, slice(0, 3, None)), (2, slice(0, 1, None))], [(2, slice(1, 2, None))]]
+    """
+    block: list[tuple[int, slice]] = []
+    room = size
+    for index, count in enumerate(counts):
+        start = 0
+        while start < count:
+            stop = min(count, start + room)
+            block.append((index, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
+
+
+def _run_block(
+    model: PreTrainedModel, handle: PatchHandle, block: Sequence[tuple[Recomputation, slice]]
+) -> Tensor:
+    """Run rows through the layers, up to the last layer's keys and values.
+
+    Returns:
+        What the last layer was given, ``[1, rows, hidden]``.
+    """
+    hidden = torch.cat([job.entering(model, rows) for job, rows in block], dim=1)
+    own = [job.slots[rows] for job, rows in block]
+    lengths = [job.length for job, _ in block]
+    if any(job.depths is not None or job.begins is not None for job, _ in block):
+        depth = DecoderView(model).num_layers
+        reach, begins = [], []
+        for part, (job, rows) in zip(own, block, strict=True):
+            reach.append(torch.full_like(part, depth) if job.depths is None else job.depths[rows])
+            begins.append(torch.zeros_like(part) if job.begins is None else job.begins[rows])
+        caches = [job.cache for job, _ in block]
+        return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins)
+    plan = handle.backend.plan_requests(own, lengths, model.device)
+    last = DecoderView(model).num_layers - 1
+    counts = [rows.stop - rows.start for _, rows in block]
+    caches = [job.cache for job, _ in block]
+    positions = positions_of(caches, plan.slots, counts)
+    rotation = handle.rope.rotation(positions, hidden.dtype)
+    run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
+    # Nobody reads the last layer's output at these rows, only its keys and values.
+    return run_to_attention(model, handle.captures, hidden, positions, rotation, run, last)
+
+
+def _answer_rows(
+    model: PreTrainedModel, handle: PatchHandle, jobs: Sequence[Recomputation], hidden: Tensor
+) -> Tensor:
+    """The last layer for each request's last row, whose keys and values have been written.
+
+    Args:
+        model: A patched model.
+        handle: Its handle.
+        jobs: The requests.
+        hidden: What the last layer was given at these rows, ``[1, requests, hidden]``.
+
+    Returns:
+        Logits ``[requests, vocabulary]``.
+    """
+    last = DecoderView(model).num_layers - 1
+    plan = handle.backend.plan_requests(
+        [job.slots[-1:] for job in jobs], [job.length for job in jobs], model.device
+    )
+    caches, counts = [job.cache for job in jobs], [1] * len(jobs)
+    positions = positions_of(caches, plan.slots, counts)
+    rotation = handle.rope.rotation(positions, hidden.dtype)
+    run = RowsPass(handle, caches, counts, plan, write=False)
+    out = run_layers(model, hidden, positions, rotation, run, last + 1, start=last)
+    return row_logits(model, out)

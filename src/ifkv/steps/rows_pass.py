@@ -1,0 +1,73 @@
+"""The attention pass of rows scattered over stitched caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ifkv.backends.base import RowPlan
+from ifkv.cache.stitched import StitchedCache
+from ifkv.forward.passes import LayerCall
+from ifkv.patching.handle import PatchHandle
+
+
+class RowsPass:
+    """Rows scattered over stitched caches: written at their slots, then position-causal.
+
+    Args:
+        handle: The model's handle.
+        caches: The cache of each request.
+        counts: Rows of each request, which follow one another.
+        plan: From `Backend.plan_requests`, of the same requests.
+        write: Whether the rows' keys and values are to be written; they have been otherwise.
+        skip_attention_in: A layer that is run for its keys and values alone.
+    """
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        caches: Sequence[StitchedCache],
+        counts: Sequence[int],
+        plan: RowPlan,
+        *,
+        write: bool = True,
+        skip_attention_in: int | None = None,
+    ):
+        self._backend = handle.backend
+        self._caches = caches
+        self._counts = list(counts)
+        self._slots = plan.slots.split(self._counts)
+        self._plan = plan
+        self._write = write
+        self._skip = skip_attention_in
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
+    ) -> tuple[Tensor, Tensor]:
+        """Overwrite the rows' slots; the whole buffers are what they attend to."""
+        if self._write:
+            parts = zip(
+                self._caches,
+                self._slots,
+                keys.split(self._counts, dim=2),
+                values.split(self._counts, dim=2),
+                strict=True,
+            )
+            for cache, slots, own_keys, own_values in parts:
+                cache.layers[layer_idx].write(slots, own_keys, own_values)
+        return keys, values
+
+    def attend(self, call: LayerCall) -> Tensor:
+        """Position-causal attention of the rows."""
+        if call.layer_idx == self._skip:
+            return call.query.transpose(1, 2)  # run for its keys and values; nobody reads this
+        layers = [cache.layers[call.layer_idx] for cache in self._caches]
+        return self._backend.attend_requests(
+            call.query,
+            [layer.key_buffer for layer in layers],
+            [layer.value_buffer for layer in layers],
+            self._plan,
+            call.spec,
+            scales=[layer.scales for layer in layers],
+        )

@@ -1,0 +1,261 @@
+"""The laws of the method, checked on one model: what ``ifkv verify`` runs.
+
+Each law compares the fast path with a native forward of the same model on the same token ids, so
+nothing but the model is trusted. Tolerances: 1e-10 in float64 and 1e-5 in float32, relative to the
+largest value compared; in half precision, and of quantized models, twice what the model's own
+computations lie apart (`ifkv.testing.yardsticks`). Laws that promise equal bits are held to equal
+bits. Tokens are not compared: of two that are as good as equally likely either may be chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.cache.stitch import stitch
+from ifkv.documents.cache import DocumentCache
+from ifkv.documents.prefill import prefill_documents
+from ifkv.documents.token_ids import no_padding
+from ifkv.generation.generate import generate
+from ifkv.models.module_state import settle
+from ifkv.patching.handle import check_model, patch
+from ifkv.steps.recompute import recompute
+from ifkv.steps.score import score
+from ifkv.steps.select import select
+from ifkv.testing.plain_decoding import plain_decoding
+from ifkv.testing.yardsticks import (
+    TOLERANCE,
+    NativePass,
+    Yardstick,
+    cache_error,
+    error,
+    native_pass,
+    native_scores,
+    yardstick,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ifkv.cache.stitched import StitchedCache
+
+SINGLE = TOLERANCE[torch.float32]
+POISON = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class LawResult:
+    """One law, measured.
+
+    Attributes:
+        law: What must hold.
+        error: Largest deviation, relative to the largest value compared.
+        tolerance: The largest that is allowed; 0 where bits must be equal.
+    """
+
+    law: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the law holds on this model."""
+        return self.error <= self.tolerance
+
+
+@torch.no_grad()
+def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[LawResult]:
+    """Check the laws on a model with random token ids.
+
+    Args:
+        model: A causal language model in ``eval()`` mode. It is patched for the time
+            being, and not patched afterwards. A half-precision one is copied to float32.
+        seed: Seed of the token ids.
+        length: Tokens of each of three documents, roughly.
+
+    Yields:
+        One result per law, as soon as it is measured.
+
+    Raises:
+        IfkvError: The model is not supported; nothing has been measured then.
+    """
+    check_model(model)
+    native: Any = model
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = int(native.get_input_embeddings().weight.shape[0])
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, vocabulary, (n,), generator=draw).tolist()
+
+    prefix, prompt = tokens(4), tokens(8)
+    parts = [tokens(length), tokens(length // 2), tokens(length + 7)]
+    context = prefix + [t for part in parts for t in part]
+    ids = torch.tensor([context + prompt], device=model.device)
+    total, first = len(context), len(prefix) + len(parts[0])
+    settle(model)
+    before = native(ids).logits
+    truth = native_pass(model, ids, total)
+    allowed = yardstick(model, ids, total, truth)
+
+    with patch(model):
+        yield LawResult(
+            "a patched model without our caches gives the same bits",
+            0.0 if torch.equal(native(ids).logits, before) else float("inf"),
+            0.0,
+        )
+        mask = no_padding(parts)  # random ids may end in one that ends texts
+        documents = prefill_documents(model, parts, attention_mask=mask, prefix=prefix)
+        sizes = _Sizes(total, first, range(len(truth.cache.layers)))
+        yield from _laws(model, documents, prompt, truth, sizes, allowed)
+        alone = prefill_documents(model, [parts[1]], prefix=prefix)[0]
+        yield LawResult(
+            "8: a document's cache does not depend on its neighbours",
+            max(
+                error(alone.keys, documents[1].keys),
+                error(alone.values, documents[1].values),
+            ),
+            allowed.rows,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Slots of the context, the first slot that is not exact already, and all layers."""
+
+    total: int
+    first: int
+    layers: range
+
+
+def _laws(
+    model: PreTrainedModel,
+    documents: list[DocumentCache],
+    prompt: list[int],
+    native: NativePass,
+    sizes: _Sizes,
+    allowed: Yardstick,
+) -> Iterator[LawResult]:
+    total, first, layers = sizes.total, sizes.first, sizes.layers
+    truth, expected, tolerance = native.cache, native.logits, allowed.rows
+    everything = slice(0, total)
+    stitched = stitch(model, documents)
+    yield LawResult(
+        "4: layer 0 is exact for all slots without recompute",
+        cache_error(stitched, truth, everything, range(1)),
+        tolerance,
+    )
+    yield LawResult(
+        "5: prefix and first document are exact in every layer",
+        cache_error(stitched, truth, slice(0, first), layers),
+        tolerance,
+    )
+
+    whole = stitched.clone()
+    logits = recompute(model, whole, range(total), prompt_ids=prompt)
+    assert logits is not None
+    yield LawResult(
+        "1: with everything recomputed, keys and values equal full prefill",
+        cache_error(whole, truth, everything, layers),
+        tolerance,
+    )
+    yield LawResult("1: ... and so do the logits", error(logits, expected), tolerance)
+    rest = stitched.clone()
+    logits = recompute(model, rest, range(first, total), prompt_ids=prompt)
+    assert logits is not None
+    yield LawResult(
+        "2: prefix and first document need no recompute", error(logits, expected), tolerance
+    )
+    with plain_decoding(model):
+        answer = generate(
+            model,
+            rest,
+            prompt,
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    yield LawResult(
+        "generate() goes on from these logits",
+        error(answer.logits[0][0], expected),
+        max(tolerance, SINGLE),  # transformers hands them out in float32
+    )
+
+    scores = score(model, stitched, prompt)
+    asked = torch.tensor([prompt], device=model.device)
+    yield LawResult(
+        "scores are the norms of the attentions that the model itself computes",
+        error(scores, native_scores(model, asked, total, stitched.clone(), [len(prompt)])),
+        max(allowed.scores, SINGLE),  # eager attention is computed in float32
+    )
+    slots = select(stitched, scores, ratio=0.2)
+    yield from _selection_laws(model, stitched, slots, prompt, truth, tolerance)
+
+
+def _selection_laws(
+    model: PreTrainedModel,
+    stitched: StitchedCache,
+    slots: Tensor,
+    prompt: list[int],
+    truth: Any,
+    tolerance: float,
+) -> Iterator[LawResult]:
+    layers = range(len(stitched.layers))
+    everything = slice(0, stitched.context_length)
+    cache = stitched.clone()
+    recompute(model, cache, slots)
+    if len(layers) > 1:
+        yield LawResult(
+            "7: layer 1 is exact at selected slots",
+            cache_error(cache, truth, slots, range(1, 2)),
+            tolerance,
+        )
+    kept = torch.ones(stitched.context_length, dtype=torch.bool, device=slots.device)
+    kept[slots] = False
+    untouched = kept.nonzero()[:, 0]
+    equal = all(
+        torch.equal(a.keys[:, :, untouched], b.keys[:, :, untouched])
+        and torch.equal(a.values[:, :, untouched], b.values[:, :, untouched])
+        for a, b in zip(cache.layers, stitched.layers, strict=True)
+    )
+    yield LawResult(
+        "12: slots that were not selected keep their bits", 0.0 if equal else float("inf"), 0.0
+    )
+
+    again = cache.clone()
+    recompute(model, again, slots)
+    yield LawResult(
+        "9: recomputing twice changes nothing more",
+        cache_error(again, cache, everything, layers),
+        tolerance,
+    )
+    poisoned = stitched.clone()
+    for layer in poisoned.layers:
+        layer.keys[:, :, slots] = POISON
+        layer.values[:, :, slots] = POISON
+    recompute(model, poisoned, slots)
+    yield LawResult(
+        "10: old values at selected slots are never read",
+        cache_error(poisoned, cache, everything, layers),
+        tolerance,
+    )
+    blocks = stitched.clone()
+    recompute(model, blocks, slots, block_tokens=5)
+    yield LawResult(
+        "14: ascending blocks equal one pass",
+        cache_error(blocks, cache, everything, layers),
+        tolerance,
+    )
+    fused = stitched.clone()
+    together = recompute(model, fused, slots, prompt_ids=prompt)
+    one_by_one = recompute(model, cache, [], prompt_ids=prompt)
+    assert together is not None
+    assert one_by_one is not None
+    yield LawResult(
+        "17: recompute and prompt in one forward equal one after the other",
+        error(together, one_by_one),
+        tolerance,
+    )

@@ -1,0 +1,212 @@
+"""What a model computes by itself, and how far its own computations of one thing lie apart.
+
+Two ways that are equal in mathematics differ in a model's rounding. In half precision a model lies
+as far from a float32 copy of itself as its dtype rounds. A quantized one has no such copy, and its
+rows can depend on which others are computed with them: where kernels go by the number of rows, or
+activations are quantized together; and where it rounds to few bits, the last bit of what comes in
+decides sometimes. It is held to how far its own prefill lies from its prefill in pieces, and from
+that of embeddings which are off by a rounding, in float32 by a few.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ifkv.models.compat import cache_keyword
+from ifkv.models.module_state import is_quantized
+from ifkv.models.upstream_code import attention_function
+from ifkv.patching.functions import unregister
+from ifkv.steps.score import default_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+_OBSERVING = "ifkv-observing"
+
+
+@dataclasses.dataclass(frozen=True)
+class NativePass:
+    """What a model computes by itself of a context and a prompt behind it.
+
+    Attributes:
+        cache: Keys and values of both.
+        logits: Of the prompt's last row, ``[vocabulary]``.
+        scores: The context's attention norms under the prompt, ``[T]``, as [ifkv.score][]
+            defines them.
+    """
+
+    cache: DynamicCache
+    logits: Tensor
+    scores: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """How far two right computations of one model may lie apart, relative to the largest value.
+
+    Attributes:
+        rows: Of keys, values and logits.
+        scores: Of attention norms.
+    """
+
+    rows: float
+    scores: float
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest deviation, relative to the largest value expected; infinity for NaN."""
+    scale = float(expected.abs().max())
+    largest = float((actual.double() - expected.double()).abs().max()) / (scale or 1.0)
+    return largest if largest == largest else float("inf")
+
+
+def cache_error(cache: Any, truth: Any, slots: slice | Tensor, layers: range) -> float:
+    """Return the largest `error` of keys and values of some slots in some layers."""
+    return max(
+        max(
+            error(cache.layers[i].keys[:, :, slots], truth.layers[i].keys[:, :, slots]),
+            error(cache.layers[i].values[:, :, slots], truth.layers[i].values[:, :, slots]),
+        )
+        for i in layers
+    )
+
+
+def native_pass(
+    model: PreTrainedModel, rows: Tensor, total: int, pieces: Sequence[int] | None = None
+) -> NativePass:
+    """Run a context and a prompt through a model's own forward.
+
+    Args:
+        model: The model.
+        rows: Token ids of both, ``[1, T + Q]``, or embeddings, ``[1, T + Q, hidden]``.
+        total: T.
+        pieces: Rows to run at a time, in order; all at once if None.
+    """
+    cuts = list(pieces or [rows.shape[1]])
+    cache = DynamicCache()
+    for part in rows.split(cuts, dim=1):
+        logits = _forward(model, part, cache)
+    return NativePass(cache, logits, native_scores(model, rows, total, DynamicCache(), cuts))
+
+
+def native_scores(
+    model: PreTrainedModel, rows: Tensor, total: int, cache: Any, pieces: Sequence[int]
+) -> Tensor:
+    """Attention norms of a context, from the attentions of the model's own forward.
+
+    Args:
+        model: The model.
+        rows: What is run over the cache, as in `native_pass`; the last are the prompt.
+        total: Slots of the context.
+        cache: What is there already; it is appended to.
+        pieces: Rows to run at a time.
+
+    Returns:
+        ``[total]``, in float64.
+    """
+    held = cache.get_seq_length()
+    seen: dict[int, list[Tensor]] = {}
+    with _attentions(model) as found:
+        for part in rows.split(list(pieces), dim=1):
+            found.clear()
+            _forward(model, part, cache)
+            start, held = max(0, total - held), held + part.shape[1]
+            for layer, weights in found.items() if held > total else ():
+                of_prompt = weights[0, :, start:, :total].double().mean(0)
+                seen.setdefault(layer, []).append(of_prompt)
+    norms = [torch.cat(seen[layer]).norm(dim=0) for layer in default_layers(len(seen))]
+    return torch.stack(norms).mean(dim=0)
+
+
+def yardstick(model: PreTrainedModel, ids: Tensor, total: int, whole: NativePass) -> Yardstick:
+    """How far right computations of this model may lie from its own.
+
+    Args:
+        model: The model.
+        ids: A context and a prompt of at least two tokens, ``[1, T + Q]``.
+        total: T, at least 3.
+        whole: What the model computes of them at once.
+    """
+    least = TOLERANCE.get(whole.logits.dtype, 0.0)
+    if any(map(is_quantized, model.modules())):
+        prompt = ids.shape[1] - total
+        others = [
+            native_pass(model, ids, total, pieces)
+            for pieces in (
+                (total, prompt),
+                (1, total // 2, total - total // 2 - 1, prompt - 1, 1),
+            )
+        ]
+        others += [native_pass(model, rows, total) for rows in _off_by_a_rounding(model, ids)]
+    elif least:
+        return Yardstick(least, least)
+    else:
+        others = [native_pass(copy.deepcopy(model).float(), ids, total)]
+    every, layers = slice(None), range(len(whole.cache.layers))
+    rows = [
+        max(error(whole.logits, each.logits), cache_error(whole.cache, each.cache, every, layers))
+        for each in others
+    ]
+    scores = [error(whole.scores, each.scores) for each in others]
+    # Two computations that each keep within it may lie twice as far apart.
+    return Yardstick(max(least, 2 * max(rows)), max(least, 2 * max(scores)))
+
+
+def _off_by_a_rounding(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Yield embeddings of tokens a few times, each time with other last bits."""
+    exact: Tensor = model.get_input_embeddings()(ids)
+    eps = torch.finfo(exact.dtype).eps
+    # A wide dtype's roundings add up on the way to where few bits are kept.
+    size = max(eps, min(8 * eps, 1e-6))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        off = (torch.rand(exact.shape, generator=draw) * 2 - 1).to(exact.device)
+        yield (exact * (1 + size * off)).to(exact.dtype)
+
+
+def _forward(model: Any, rows: Tensor, cache: Any) -> Tensor:
+    """Run rows behind a cache and return the last one's logits, ``[vocabulary]``."""
+    given = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
+    out = model(**given, use_cache=True, **cache_keyword(model, cache))
+    logits: Tensor = out.logits[0, -1]
+    return logits
+
+
+@contextmanager
+def _attentions(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """Let a model compute its attention in the eager way, and show every layer's weights.
+
+    ``output_attentions`` would leave hooks on the model.
+
+    Yields:
+        By layer, the weights of the last forward, ``[1, heads, rows, slots]``.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    found: dict[int, Tensor] = {}
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        eager = attention_function(module, "eager_attention_forward")
+        out = eager(module, *args, **kwargs)
+        found[module.layer_idx] = out[1]
+        return out
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_OBSERVING, attention)
+    AttentionMaskInterface.register(_OBSERVING, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    try:
+        model.set_attn_implementation(_OBSERVING)
+        yield found
+    finally:
+        model.set_attn_implementation(before)
+        unregister(_OBSERVING)

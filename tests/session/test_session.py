@@ -1,0 +1,410 @@
+"""Session: text in, answers out, by the same token ids as a full prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import ifkv
+import ifkv.selectors
+from ifkv.backends.reference import ReferenceBackend
+from ifkv.errors import InvalidInputError, NotPatchedError, UnsupportedModelError
+from ifkv.evaluation.compare import compare
+from ifkv.generation.greedy import GreedySettings, greedy_settings
+from ifkv.selectors import Budget
+from ifkv.steps.select import budget
+from ifkv.store import MemoryStore
+from ifkv.testing import assert_close, tiny_model, tiny_tokenizer
+
+TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
+LOOKING = "value-aware:query=question"
+QUESTION = "Which colour is the door?"
+
+
+def make_session(**options: Any) -> ifkv.Session:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048
+    )
+    return ifkv.Session(model, tokenizer, **{"store": MemoryStore(), **options})
+
+
+@pytest.fixture
+def session() -> ifkv.Session:
+    session = make_session()
+    session.add(TEXTS)
+    return session
+
+
+def full_logits(session: ifkv.Session) -> torch.Tensor:
+    prompt = torch.tensor(session.format.prompt_ids(QUESTION))
+    ids = torch.cat((session.context_ids(), prompt))[None]
+    model: Any = session.model
+    with torch.no_grad():
+        return model(ids).logits[0, -1]
+
+
+def test_ratio_one_gives_the_logits_of_a_full_prefill(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, ratio=1)
+    assert_close(ready.logits, full_logits(session), what="first logits", tolerance=1e-10)
+
+
+def test_ratio_zero_and_between_are_approximations(session: ifkv.Session) -> None:
+    truth = full_logits(session)
+    for ratio, rows in ((0, 0), (0.15, budget(len(session.context_ids()), 0.15))):
+        ready = session.prepare(QUESTION, ratio=ratio)
+        assert len(ready.slots) == rows
+        assert (ready.logits - truth).abs().max() > 1e-3
+
+
+def test_parts_are_what_the_template_renders(session: ifkv.Session) -> None:
+    context = session.tokenizer.decode(session.context_ids())
+    prompt = session.tokenizer.decode(session.format.prompt_ids(QUESTION))
+    for text in TEXTS:
+        assert text in context
+    assert context.startswith(session.tokenizer.bos_token)
+    assert QUESTION in prompt
+    assert prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_streamed_pieces_are_the_answer(session: ifkv.Session) -> None:
+    pieces: list[str] = []
+    answer = session.ask(QUESTION, max_new_tokens=8, stream=pieces.append)
+    assert "".join(pieces).strip() == answer.text
+    assert len(answer.token_ids) <= 8
+
+
+def test_comparing_at_a_budget_of_nothing_is_stitching_alone(session: ifkv.Session) -> None:
+    options: dict[str, Any] = dict(reorder=True, max_new_tokens=2)
+    ways = compare(session, QUESTION, ratios=(Budget(ratio=0.0), Budget(number=4)), **options)
+    assert [way.name for way in ways[:2]] == ["full prefill", "stitch only"]
+    assert ways[1].answer is not None
+    assert ways[1].answer.order == [0, 1, 2], "not reordered"
+
+
+def test_answers_from_reordered_documents_have_no_distance_to_full_prefill(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kls(order: list[int]) -> list[float | None]:
+        monkeypatch.setattr("ifkv.session.prepare.order_by_hits", lambda *_: order)
+        ways = compare(session, QUESTION, ratios=(0.0, 0.3), reorder=True, max_new_tokens=2)
+        return [way.kl for way in ways]
+
+    moved, kept = kls([2, 0, 1]), kls([0, 1, 2])
+    assert moved[:2] == kept[:2]
+    assert moved[2] is None
+    assert kept[2] is not None
+
+
+def test_comparing_what_no_plan_is_made_of_is_refused_first(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "context_ids", None)
+    with pytest.raises(InvalidInputError, match=r"ratio='auto'.* with reorder=True"):
+        compare(session, QUESTION, ratios=("auto",), reorder=True)
+
+
+def test_a_stop_string_ends_an_answer_alone_in_a_batch_and_by_hand(session: ifkv.Session) -> None:
+    whole = session.ask(QUESTION, ratio=1.0, max_new_tokens=24).token_ids.tolist()
+    # The first token of the answer, made of random bytes, that is a character by itself.
+    texts = [session.tokenizer.decode([token]) for token in whole]
+    place = next(i for i, text in enumerate(texts) if text.isascii() and text.isprintable())
+    limits: dict[str, Any] = dict(max_new_tokens=24, stop_strings=[texts[place]])
+    answer = session.ask(QUESTION, ratio=1.0, **limits)
+    assert answer.token_ids.tolist() == whole[: place + 1]
+    (batched,) = session.ask_many([QUESTION], ratio=1.0, **limits)
+    assert batched.token_ids.tolist() == answer.token_ids.tolist()
+    plain = greedy_settings(session.model, {"max_new_tokens": 3, "tokenizer": session.tokenizer})
+    assert isinstance(plain, GreedySettings), "a tokenizer alone asks for no stop string"
+    ready = session.prepare(QUESTION, ratio=1.0)
+    by_hand = ifkv.generate(
+        session.model, ready.cache, ready.prompt_ids, tokenizer=session.tokenizer, **limits
+    )
+    assert by_hand[0, len(ready.prompt_ids) :].tolist() == answer.token_ids.tolist()
+
+
+def test_documents_by_key_and_in_the_order_asked(session: ifkv.Session) -> None:
+    keys = session.keys
+    answer = session.ask(QUESTION, documents=[keys[2], keys[0]], max_new_tokens=1)
+    text = session.tokenizer.decode(answer.context_ids)
+    assert text.index(TEXTS[2]) < text.index(TEXTS[0])
+    assert TEXTS[1] not in text
+    with pytest.raises(InvalidInputError, match="not in the store"):
+        session.ask(QUESTION, documents=["0" * 64])
+
+
+def test_what_the_store_holds_is_not_computed_again(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ifkv.documents.prefill
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a forward was run")
+
+    monkeypatch.setattr(ifkv.documents.prefill, "run_layers", refuse)
+    assert session.add(TEXTS) == session.keys
+    again = ifkv.Session(session.model, session.tokenizer, store=session.store)
+    assert again.add(TEXTS[:2]) == session.keys[:2]
+
+
+def test_reordering_counts_in_the_bound(session: ifkv.Session) -> None:
+    plain = session.prepare(QUESTION, ratio=0.2)
+    ordered = session.prepare(QUESTION, ratio=0.2, reorder=True)
+    assert sorted(ordered.cache.order) == [0, 1, 2]
+    assert "reorder" in ordered.timings
+    assert ordered.speedup_bound != plain.speedup_bound
+
+
+def test_a_session_keeps_the_backend_that_was_chosen() -> None:
+    class Mine(ReferenceBackend):
+        name = "mine"
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    handle = ifkv.patch(model, backend=Mine())
+    ifkv.Session(model, tokenizer)
+    assert ifkv.patch(model) is handle
+    assert handle.backend.name == "mine"
+
+
+def test_a_block_on_an_undone_patch_is_refused() -> None:
+    model = tiny_model()
+    first, second = ifkv.patch(model), ifkv.patch(model)
+    with first:
+        pass
+    with pytest.raises(NotPatchedError, match="undone"), second:
+        pass
+
+
+def test_without_a_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    session = ifkv.Session(model, tokenizer)
+    session.add(TEXTS)
+    assert session.tokenizer.decode(session.format.prompt_ids(QUESTION)).endswith("Answer:")
+    assert len(session.ask(QUESTION, max_new_tokens=2).token_ids) <= 2
+
+
+def test_a_template_that_changes_the_message_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper | replace('QUESTION', '') }}"
+    with pytest.raises(InvalidInputError, match="word for word"):
+        ifkv.Session(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ratio": 1.5}, "1.5"),
+        ({"ratio": -0.1}, "-0.1"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "use_cache cannot be given"),
+        ({"tempreature": 0.5}, "did you mean temperature"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch, kwargs: dict[str, Any], message: str
+) -> None:
+    import ifkv.session.prepare
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(ifkv.session.prepare, "stitch_many", refuse)
+    with pytest.raises(InvalidInputError, match=message):
+        session.ask(QUESTION, **kwargs)
+
+
+def test_nothing_to_answer_from_and_blank_texts_are_refused() -> None:
+    session = make_session()
+    for documents in (None, []):
+        with pytest.raises(InvalidInputError, match=r"no document to answer from.*add"):
+            session.ask(QUESTION, documents=documents)
+    with pytest.raises(InvalidInputError, match="one string"):
+        session.add("a text")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="document"):
+        session.add(["  \n"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_generation_config_that_asks_for_more_than_tokens(
+    session: ifkv.Session, given: bool
+) -> None:
+    expected = session.ask(QUESTION, max_new_tokens=4)
+    config: Any = GenerationConfig() if given else session.model.generation_config
+    config.return_dict_in_generate, config.output_scores = True, True
+    kwargs = {"generation_config": config} if given else {}
+    assert session.ask(QUESTION, max_new_tokens=4, **kwargs).text == expected.text
+
+
+def test_a_generate_that_fails_half_way_leaves_the_cache_whole() -> None:
+    model = tiny_model("llama")
+    ifkv.patch(model)
+    documents = ifkv.prefill_documents(model, [[5, 6, 7, 8], [9, 10, 11]], prefix=[1])
+    cache = ifkv.stitch(model, documents)
+    expected = ifkv.generate(model, cache, [7], max_new_tokens=4, do_sample=False)
+    base: Any = model.base_model
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    hook = base.layers[1].register_forward_pre_hook(ifkv.observer(fail))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ifkv.generate(model, cache, list(range(30, 60)), max_new_tokens=4)
+    hook.remove()
+    assert {layer.get_seq_length() for layer in cache.layers} == {cache.context_length}
+    again = ifkv.generate(model, cache, [7], max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, expected)
+    ifkv.unpatch(model)
+
+
+def test_rows_behind_a_fused_prompt_are_not_answered_from() -> None:
+    model = tiny_model("llama")
+    ifkv.patch(model)
+    cache = ifkv.stitch(model, ifkv.prefill_documents(model, [[5, 6, 7, 8], [9, 10, 11]]))
+    ifkv.recompute(model, cache, [4], prompt_ids=[3, 4])
+    forward: Any = model
+    with torch.no_grad():
+        forward(torch.tensor([[20, 21]]), past_key_values=cache)
+    with pytest.raises(InvalidInputError, match="appended"):
+        ifkv.generate(model, cache, [3, 4])
+    ifkv.unpatch(model)
+
+
+@pytest.mark.parametrize("name", ifkv.selectors.names())
+def test_every_selector_by_name_meets_both_ends(session: ifkv.Session, name: str) -> None:
+    stitched = session.prepare(QUESTION, ratio=0)
+    assert_close(
+        session.prepare(QUESTION, ratio=0, selector=name).logits, stitched.logits, what="at 0"
+    )
+    whole = session.prepare(QUESTION, ratio=1, selector=name)
+    assert_close(whole.logits, full_logits(session), what="at 1", tolerance=1e-10)
+    between = session.prepare(QUESTION, ratio=0.3, selector=name)
+    assert len(between.slots) == budget(len(session.context_ids()), 0.3)
+    assert between.selector == name
+    answer = session.complete(between, max_new_tokens=1)
+    assert (answer.selector, answer.selection_cost) == (name, between.selection_cost)
+
+
+def test_attention_norm_is_score_and_select(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, layers=[-1], selector="attention-norm")
+    cache = ifkv.stitch(session.model, [session.store.get(key) for key in session.keys])
+    scores = ifkv.score(session.model, cache, ready.prompt_ids, layers=[-1])
+    assert torch.equal(ready.slots, ifkv.select(cache, scores))
+    assert ready.scores is not None
+    assert torch.equal(ready.scores, scores)
+
+
+def test_layers_are_those_of_the_default_selector(session: ifkv.Session) -> None:
+    ready = session.prepare(QUESTION, layers=[-2, -1])
+    assert ready.selector == f"{ifkv.selectors.DEFAULT_SELECTOR}:layers=-2+-1"
+    named = session.prepare(QUESTION, selector=ready.selector)
+    assert torch.equal(ready.slots, named.slots)
+
+
+def test_an_answer_tells_what_the_question_looks_at(session: ifkv.Session) -> None:
+    """The default selector looks in all layers and raises beginnings; people are not shown that."""
+    answer = session.ask(QUESTION, ratio=0.3, max_new_tokens=1)
+    plain = session.ask(QUESTION, ratio=0.3, max_new_tokens=1, selector=LOOKING)
+    assert answer.attention is not None
+    assert plain.scores is not None
+    assert torch.equal(answer.attention, plain.scores)
+    assert not torch.equal(answer.attention, answer.scores)
+    (turn,) = [session.conversation().ask(QUESTION, ratio=0.3, max_new_tokens=1)]
+    (many,) = session.ask_many([QUESTION], ratio=0.3, max_new_tokens=1)
+    for other in (turn, many):
+        assert_close(other.attention, answer.attention, what="attention")
+    assert session.ask(QUESTION, selector="epic", max_new_tokens=1).attention is None
+    assert session.ask(QUESTION, ratio=0, max_new_tokens=1).attention is None
+
+
+def test_selectors_see_question_documents_and_order(session: ifkv.Session) -> None:
+    """The bare question, another geometry under a new order, a budget that smooths by sentence."""
+    spec = "attention-norm:query=question,geometry=hl-tp"
+    ready = session.prepare(QUESTION, ratio=0.4, reorder=True, selector=spec)
+    documents = [session.store.get(key) for key in session.keys]
+    cache = ifkv.stitch(session.model, documents, order=ready.cache.order, geometry="hl-tp")
+    scores = ifkv.score(session.model, cache, session.format.encode(QUESTION))
+    assert torch.equal(ready.slots, ifkv.select(cache, scores, ratio=0.4))
+    amount = ifkv.selectors.Budget(number=12, sentences=True)
+    assert len(session.prepare(QUESTION, ratio=amount, selector="random").slots) == 12
+
+
+def test_selectors_and_layers_that_do_not_fit_are_refused(session: ifkv.Session) -> None:
+    with pytest.raises(InvalidInputError, match="selector epic has no scoring layers"):
+        session.prepare(QUESTION, selector="epic", layers=[1])
+    with pytest.raises(InvalidInputError, match="selector value-aware:layers=0 names its own"):
+        session.prepare(QUESTION, selector="value-aware:layers=0", layers=[1])
+    with pytest.raises(InvalidInputError, match="choose one of"):
+        session.ask(QUESTION, selector="best")
+
+
+def test_a_sessions_selector_is_that_of_requests_which_name_none() -> None:
+    session = make_session(selector="epic:by=tokens")
+    keys = session.add(TEXTS)
+    chat = session.conversation(keys)
+    found = [
+        session.prepare(QUESTION).selector,
+        session.ask(QUESTION, max_new_tokens=1).selector,
+        session.ask_many([QUESTION], max_new_tokens=1)[0].selector,
+        chat.ask(QUESTION, max_new_tokens=1).selector,
+        compare(session, QUESTION, ratios=(0.3,), max_new_tokens=1)[-1].answer.selector,
+    ]
+    assert found == ["epic:by=tokens"] * len(found)
+    assert session.prepare(QUESTION, selector="recency").selector == "recency"
+    with pytest.raises(InvalidInputError, match="selector epic:by=tokens has no scoring layers"):
+        session.prepare(QUESTION, layers=[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selector": "best"}, "choose one of"),
+        ({"selector": "epic", "ratio": "auto"}, "ratio='auto'.* with selector='epic'"),
+    ],
+)
+def test_a_sessions_bad_selector_is_refused_before_the_model_is_patched(
+    options: dict[str, Any], message: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    with pytest.raises(InvalidInputError, match=message):
+        ifkv.Session(model, tokenizer, store=MemoryStore(), **options)
+    with pytest.raises(NotPatchedError):
+        ifkv.prefill_documents(model, [[1, 2]])
+
+
+def test_a_session_in_8_bits_answers_alone_and_in_batches() -> None:
+    session = make_session(kv_dtype=torch.float8_e4m3fn)
+    session.add(TEXTS)
+    wanted = ifkv.stitch(
+        session.model,
+        [session.store.get(key) for key in session.keys],
+        kv_dtype=torch.float8_e4m3fn,
+    )
+    ready = session.prepare(QUESTION, ratio=0.0)
+    for layer, other in zip(ready.cache.layers, wanted.layers, strict=True):
+        assert layer.scales == other.scales
+        mine = layer.keys[:, :, : other.length]
+        assert torch.equal(mine.view(torch.uint8), other.keys.view(torch.uint8))
+    for reorder in (False, True):
+        how: dict[str, Any] = {"ratio": 0.3, "reorder": reorder, "max_new_tokens": 5}
+        alone = session.ask(QUESTION, **how)
+        together = session.ask_many([QUESTION, "And the lamp?"], **how)
+        assert together[0].token_ids.tolist() == alone.token_ids.tolist()
+        assert_close(together[0].first_logits, alone.first_logits, what="logits", tolerance=1e-6)
+
+
+def test_a_session_refuses_a_models_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is of type str, but .*from_pretrained"):
+        ifkv.Session("meta-llama/Llama-3.1-8B", tiny_tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_session_refuses_a_dtype_that_no_cache_has() -> None:
+    with pytest.raises(InvalidInputError, match=r"kv_dtype is torch.int8"):
+        make_session(kv_dtype=torch.int8)
