@@ -19,7 +19,7 @@ class OwedRows:
 
     Attributes:
         slots: Long ``[n]``, ascending, on the CPU; empty once they have run.
-        hidden: What layer :attr:`layer` is to be given, ``[1, n, hidden]``.
+        hidden: What layer `layer` is to be given, ``[1, n, hidden]``.
         layer: The layer they have come to.
     """
 
