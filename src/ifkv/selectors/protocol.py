@@ -75,8 +75,8 @@ class Selector(ABC):
             [ifkv.recompute][] alone, or not at all. Tokens that stand before further documents
             of a conversation then run along with its first pass instead of in one of their own.
             Said by each class for itself; it is not inherited.
-        sensitivities: Whether it uses what [ifkv.documents.sensitivity][] measures, so that a session
-            that chooses by it has it measured when documents are added.
+        sensitivities: Whether it uses what [ifkv.documents.sensitivity][] measures, so that a
+            session that chooses by it has it measured when documents are added.
     """
 
     name: ClassVar[str]
