@@ -185,7 +185,7 @@ def test_answers_of_a_batch_are_those_of_the_modules(bench: Bench) -> None:
 
 
 def test_turns_with_new_documents_are_those_of_the_modules(bench: Bench) -> None:
-    """Tokens of the turn before run along in front of the question, and are carried on."""
+    """Pending tokens of the turn before join the pass of the question, then the recompute."""
     tokenizer = tiny_tokenizer()
     model = tiny_model(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, max_position_embeddings=2048

@@ -1,4 +1,4 @@
-"""Rows that no pass has run yet run along with the next ones, and come out as if run before."""
+"""Pending rows join the next passes, and come out as if they had run before."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ifkv.errors import InvalidInputError
 from ifkv.patching import handle_of
 from ifkv.selectors import AttentionNorm, Request, names, resolve
 from ifkv.steps import partial_depth as depths
-from ifkv.steps import pending_rows as owed_rows
-from ifkv.steps.pending_rows import owe
+from ifkv.steps import pending_rows
+from ifkv.steps.pending_rows import defer
 from ifkv.testing import assert_close, shared_tiny_model
 from ifkv.testing.strategies import Request as Tokens
 from ifkv.testing.strategies import documents as lists_of_documents
@@ -39,10 +39,10 @@ LOOKS_AT_ANY_ROW = {"cacheblend", "deviation-aware", "oracle"}
 
 
 def extended(bench: Bench, before: list[int], further: list[list[int]], how: str) -> StitchedCache:
-    """A cache with tokens before further documents, whose rows have been run or are owed."""
+    """A cache with tokens before further documents, that have been run or are pending."""
     model, cache = bench.model, bench.stitch()
-    if how == "owed":
-        owe(model, cache, before)
+    if how == "pending":
+        defer(model, cache, before)
         poison(cache, slice(cache.context_length - len(before), None), torch.nan)
     else:
         ifkv.recompute(model, cache, cache.add_tokens(before))
@@ -57,7 +57,7 @@ def extended(bench: Bench, before: list[int], further: list[list[int]], how: str
     further=lists_of_documents(max_documents=2, max_length=6),
     data=st.data(),
 )
-def test_owed_rows_are_those_of_a_pass_of_their_own(s: Scenario, before, further, data) -> None:
+def test_pending_rows_are_those_of_a_separate_pass(s: Scenario, before, further, data) -> None:
     """Scored once, twice, not at all, as deep or less; then recomputed with any slots."""
     model, layers = s.model, s.model.config.num_hidden_layers
     total = s.total + len(before) + sum(map(len, further))
@@ -68,23 +68,23 @@ def test_owed_rows_are_those_of_a_pass_of_their_own(s: Scenario, before, further
         st.none() | st.lists(st.integers(0, layers), min_size=len(chosen), max_size=len(chosen))
     )
     with prepared(model, s.request) as bench:
-        owed, ran = (extended(bench, before, further, how) for how in ("owed", "ran"))
+        pending, ran = (extended(bench, before, further, how) for how in ("pending", "ran"))
         own = range(s.total, s.total + len(before))
-        if reach is not None:  # owed rows run through all layers, whatever depth they are given
+        if reach is not None:  # pending rows run through all layers, whatever depth they are given
             reach = [layers if c in own else d for c, d in zip(chosen, reach, strict=True)]
         for layer in scored:
-            norms = [ifkv.score(model, c, s.request.query, layers=[layer]) for c in (owed, ran)]
+            norms = [ifkv.score(model, c, s.request.query, layers=[layer]) for c in (pending, ran)]
             assert_close(norms[0], norms[1], what="scores", tolerance=1e-6)  # they are float32
         got, want = (
             ifkv.recompute(
                 model, c, chosen, prompt_ids=s.request.prompt, block_tokens=block, depths=reach
             )
-            for c in (owed, ran)
+            for c in (pending, ran)
         )
     assert_close(got, want, what="logits", tolerance=EXACT)
-    assert_rows_equal(owed, ran, what="with rows that were owed")
-    assert owed.owed is not None
-    assert len(owed.owed.slots) == 0
+    assert_rows_equal(pending, ran, what="with rows that were pending")
+    assert pending.pending is not None
+    assert len(pending.pending.slots) == 0
 
 
 @pytest.mark.parametrize("name", names())
@@ -99,7 +99,7 @@ def test_every_selector_chooses_as_if_they_had_run(name: str) -> None:
         found = []
         for run_before in (True, False):
             cache = ifkv.stitch(model, [first])
-            owe(model, cache, [30, 31, 32])
+            defer(model, cache, [30, 31, 32])
             if run_before or not selector.only_scores:
                 ifkv.recompute(model, cache, [])
             view = cache.choosing(ifkv.extend(model, cache, [second]))
@@ -110,24 +110,24 @@ def test_every_selector_chooses_as_if_they_had_run(name: str) -> None:
     assert_close(found[1][1], found[0][1], what="logits", tolerance=EXACT)
 
 
-def test_a_copy_pays_for_itself() -> None:
+def test_a_copy_keeps_its_own_pending_tokens() -> None:
     model = shared_tiny_model(family="llama", seed=1)
     with ifkv.patch(model):
         document, other = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9]], prefix=[1])
         cache = ifkv.stitch(model, [document])
-        owe(model, cache, [30, 31])
+        defer(model, cache, [30, 31])
         view, twin = cache.choosing(torch.tensor([1])), cache.clone()
         ifkv.score(model, view, [20], layers=[1])
-        assert cache.owed.layer == view.owed.layer == 1
-        assert twin.owed.layer == 0
+        assert cache.pending.layer == view.pending.layer == 1
+        assert twin.pending.layer == 0
         ifkv.recompute(model, twin, [])
-        assert len(twin.owed.slots) == 0
-        assert cache.owed.slots.tolist() == [4, 5]
+        assert len(twin.pending.slots) == 0
+        assert cache.pending.slots.tolist() == [4, 5]
         ifkv.extend(model, cache, [other])
         ifkv.recompute(model, cache, [])
         assert_close(keys_of(cache)[:, :, :6], keys_of(twin), what="keys", tolerance=EXACT)
-        owe(model, twin, [])  # nothing
-        assert len(twin.owed.slots) == 0
+        defer(model, twin, [])  # nothing
+        assert len(twin.pending.slots) == 0
 
 
 # --- work, counted ------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def test_a_selector_that_may_look_at_any_row_is_given_them_all() -> None:
         """It inherits nothing of what its parent says about the rows it reads."""
 
         def rank(self, model: Any, cache: Any, request: Any) -> Any:
-            assert len(cache.owed.slots) == 0
+            assert len(cache.pending.slots) == 0
             return super().rank(model, cache, request)
 
     chat, documents = conversation()
@@ -218,11 +218,11 @@ def test_a_selector_that_may_look_at_any_row_is_given_them_all() -> None:
     assert turn(chat, Looking())["0 calls"] == 3 + DECODING
 
 
-def test_what_has_run_is_owed_no_more() -> None:
-    """Neither scoring nor generating mistakes an empty debt for one."""
+def test_what_has_run_is_not_pending() -> None:
+    """Once the tokens have run, scoring and generating take the cache as any other."""
     request = Tokens([1, 2], [[5, 6, 7], [8, 9]], [3, 4], [20, 21])
     with prepared(shared_tiny_model("llama"), request) as bench:
-        cache = extended(bench, [30, 31], [[40, 41]], "owed")
+        cache = extended(bench, [30, 31], [[40, 41]], "pending")
         with pytest.raises(InvalidInputError, match="2 rows of the context have not run yet"):
             ifkv.generate(bench.model, cache, [20, 21])
         ifkv.score(bench.model, cache, [20, 21], layers=[1])
@@ -233,9 +233,9 @@ def test_what_has_run_is_owed_no_more() -> None:
         assert ifkv.generate(bench.model, cache, [20, 21], max_new_tokens=1).shape == (1, 3)
 
 
-def test_no_pass_carries_what_is_not_owed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_is_joined_without_pending_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary request meets none of this."""
-    monkeypatch.setattr(owed_rows.Carrying, "__init__", None)
+    monkeypatch.setattr(pending_rows.PendingPass, "__init__", None)
     monkeypatch.setattr(depths, "run_by_depth", None)
     model = shared_tiny_model(family="llama", seed=1)
     with ifkv.patch(model):
@@ -245,13 +245,13 @@ def test_no_pass_carries_what_is_not_owed(monkeypatch: pytest.MonkeyPatch) -> No
         ifkv.recompute(model, cache, ifkv.select(cache, scores), prompt_ids=[20, 21])
 
 
-def test_owed_rows_attend_only_where_their_outputs_are_read(
+def test_pending_rows_attend_only_where_their_outputs_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The deepest scoring layer is run for their keys and values: the recompute begins with it."""
     request = Tokens([1, 2], [[5, 6, 7], [8, 9]], [3, 4], [20, 21])
     with prepared(shared_tiny_model("llama"), request) as bench:
-        cache = extended(bench, [30, 31], [[40, 41]], "owed")
+        cache = extended(bench, [30, 31], [[40, 41]], "pending")
         backend = type(handle_of(bench.model).backend)
         attend, calls = backend.attend_requests, Counter[str]()
 

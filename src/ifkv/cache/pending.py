@@ -1,33 +1,29 @@
-"""Rows of a context that have not run through all layers yet."""
+"""Tokens of a context whose rows have not run through all layers yet."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclasses.dataclass(eq=False)
-class OwedRows:
+class PendingTokens:
     """Slots of a context whose keys and values are there in the first layers only, or in none.
 
-    Views of a cache share it, so that a row that has run is owed by none of them.
+    Views of a cache share one object, so that tokens that have run are pending in none of them.
 
     Attributes:
         slots: Long ``[n]``, ascending, on the CPU; empty once they have run.
-        hidden: What layer `layer` is to be given, ``[1, n, hidden]``.
-        layer: The layer they have come to.
+        hidden: Input of layer ``layer`` at these slots, ``[1, n, hidden]``.
+        layer: The next layer to run; those before it hold the slots' keys and values.
     """
 
     slots: Tensor
     hidden: Tensor
     layer: int = 0
 
-    def paid(self) -> None:
-        """They have run through all layers."""
-        # Made anew: a view would keep what it is a view of.
+    def mark_done(self) -> None:
+        """Record that the tokens have run through all layers."""
+        # Cloned: a view would keep the storage that it is a view of.
         self.slots, self.hidden = self.slots.new_empty(0), self.hidden[:, :0].clone()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ifkv.cache.layout import Layout
     from ifkv.cache.loading import LayerLoader
-    from ifkv.cache.pending import OwedRows
+    from ifkv.cache.pending import PendingTokens
     from ifkv.documents.cache import DocumentCache
 
 
@@ -50,7 +50,7 @@ class StitchedCache(CacheInterface):
         candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
             ascending, on the model's device; see `choosing`. If None, all behind the first
             document, and a ratio counts the whole context.
-        owed: Slots of the context whose rows have not run through all layers yet, or None.
+        pending: Tokens of the context that have not run through all layers yet, or None.
         layers: One `StitchedLayer` per decoder layer.
         loader: What reads the documents, if a store does so lazily; None otherwise.
     """
@@ -80,7 +80,7 @@ class StitchedCache(CacheInterface):
         self.fingerprint = fingerprint
         self.prompt_ids: Tensor | None = None
         self.candidates: Tensor | None = None
-        self.owed: OwedRows | None = None
+        self.pending: PendingTokens | None = None
 
     @property
     def context_length(self) -> int:
@@ -277,7 +277,7 @@ class StitchedCache(CacheInterface):
         """A cache of its own with the same contents."""
         twin = copy.copy(self)
         twin.layers = [layer.clone() for layer in self.layers]
-        twin.owed = copy.copy(self.owed)
+        twin.pending = copy.copy(self.pending)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

@@ -83,9 +83,9 @@ def run_generate(
     ready = has_prompt(cache, prompt)
     if not ready:
         check_answerable(cache, "generate")
-    if cache.owed is not None and len(cache.owed.slots):
+    if cache.pending is not None and len(cache.pending.slots):
         raise InvalidInputError(
-            f"{len(cache.owed.slots)} rows of the context have not run yet; call ifkv.recompute "
+            f"{len(cache.pending.slots)} rows of the context have not run yet; call ifkv.recompute "
             "before generate."
         )
     handle.rope.check_length(cache.query_position + len(prompt), "context and prompt")

@@ -20,7 +20,7 @@ from ifkv.session.complete import answer_settings, chosen_selector
 from ifkv.session.prepare import finished
 from ifkv.session.ratio import Ratio
 from ifkv.session.stopwatch import Stopwatch
-from ifkv.steps.pending_rows import owe
+from ifkv.steps.pending_rows import defer
 from ifkv.steps.recompute import recompute
 from ifkv.steps.score import chosen_layers
 
@@ -161,7 +161,7 @@ def prepare_turn(
     model, budget, selector = session.model, asked.budget, asked.selector
     start, candidates = cache.context_length, turn.old_slots
     if turn.documents:
-        owe(model, cache, turn.before_ids)
+        defer(model, cache, turn.before_ids)
         # A selector may look at any row, unless its class says otherwise; and where slots before
         # these rows are to be recomputed, these see them as the turns before did.
         if len(turn.old_slots) or not vars(type(selector)).get("only_scores", False):

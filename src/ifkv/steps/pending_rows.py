@@ -1,8 +1,8 @@
-"""Rows of a context that have not run yet: they run along with the next pass over the cache.
+"""Pending tokens of a context: their rows join the next pass over the cache.
 
-A pass over few rows costs mostly the reading of the weights. Tokens that come between the rows of
-a conversation and its new documents therefore get no pass of their own: the scoring pass carries
-them as deep as it goes, and the recompute takes them on from there.
+A pass over few rows costs mostly the reading of the weights. So tokens between the rows of a
+conversation and its new documents get no pass to themselves: the scoring pass runs them up to its
+deepest layer, and the recompute runs the layers that remain.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ifkv.cache.pending import OwedRows
+from ifkv.cache.pending import PendingTokens
 from ifkv.cache.stitched import positions_of
 from ifkv.forward.layers import embed
 from ifkv.steps.rows_pass import RowsPass
@@ -26,59 +26,61 @@ if TYPE_CHECKING:
     from ifkv.patching.handle import PatchHandle
 
 
-def owe(model: PreTrainedModel, cache: StitchedCache, token_ids: Sequence[int]) -> None:
-    """Lengthen a cache's context by tokens whose rows the next passes run along.
+def defer(model: PreTrainedModel, cache: StitchedCache, token_ids: Sequence[int]) -> None:
+    """Append tokens to a cache's context and leave their rows to the next passes over it.
 
-    Whatever reads the cache's rows before [ifkv.recompute][] must be a scoring pass. No slot
-    before these tokens may be recomputed with them: in the layers that a scoring pass carried them
-    through they would have seen it as it was, in deeper ones as it is then.
+    Until [ifkv.recompute][] has run, only scoring passes may read the cache's rows. That recompute
+    must not name a slot before these tokens: the layers of the scoring pass would have read its
+    old row, deeper layers would read its new one.
 
     Args:
         model: A patched model.
-        cache: A stitched cache that ends with its context and owes nothing.
-        token_ids: The tokens.
+        cache: A stitched cache that ends with its context and has no pending tokens.
+        token_ids: The tokens; nothing happens if there are none.
     """
     if token_ids:
         slots = cache.add_tokens(token_ids)
-        cache.owed = OwedRows(slots, embed(model, cache.token_ids[int(slots[0]) :]))
+        cache.pending = PendingTokens(slots, embed(model, cache.token_ids[int(slots[0]) :]))
 
 
-def owing(
+def pending_in(
     model: PreTrainedModel, caches: Sequence[StitchedCache], deepest: int
 ) -> list[StitchedCache]:
-    """Those of the caches whose owed rows a pass as deep as this has to run along, each once.
+    """Return the caches whose pending tokens must join a pass that runs up to layer ``deepest``.
 
-    Rows that an earlier pass carried, but not so deep, begin again with the first layer.
+    Caches that share their pending tokens are named once. Tokens that an earlier, shallower pass
+    has run begin again with the first layer.
     """
     found = {}
     for cache in caches:
-        owed = cache.owed
-        if owed is None or not len(owed.slots) or 0 < owed.layer >= deepest:
+        pending = cache.pending
+        if pending is None or not len(pending.slots) or 0 < pending.layer >= deepest:
             continue
-        if owed.layer:
-            owed.hidden = embed(model, cache.token_ids[owed.slots.to(cache.token_ids.device)])
-            owed.layer = 0
-        found[id(owed)] = cache
+        if pending.layer:
+            slots = pending.slots.to(cache.token_ids.device)
+            pending.hidden = embed(model, cache.token_ids[slots])
+            pending.layer = 0
+        found[id(pending)] = cache
     return list(found.values())
 
 
-class Carrying:
-    """A pass in front of whose rows those run that caches owe.
+class PendingPass:
+    """Attention pass that runs pending tokens in front of the rows of another pass.
 
-    In every layer the owed rows' keys and values are written first, so that the others, which
-    stand behind them, see them. Each kind of row attends as in a pass of its own.
+    In every layer the keys and values of the pending tokens are written first, so that the other
+    rows, which stand behind them, see them. Each kind of row attends as in a separate pass.
 
     Attributes:
-        positions: Of all owed rows, long, on the model's device.
-        hidden: What the first layer is given of them, ``[1, n, hidden]``.
+        positions: Of all pending tokens, long, on the model's device.
+        hidden: Input of the first layer at the pending tokens, ``[1, n, hidden]``.
 
     Args:
         model: A patched model.
         handle: Its handle.
-        caches: Caches that `owing` has named.
+        caches: The caches that `pending_in` returned.
         inner: The pass of the other rows.
-        deepest: The last layer that it runs. Owed rows run there for their keys and values alone:
-            the next pass begins with this layer.
+        deepest: The last layer of the pass. It computes only keys and values of the pending
+            tokens, because their next pass begins with this layer.
     """
 
     def __init__(
@@ -89,10 +91,10 @@ class Carrying:
         inner: AttentionPass,
         deepest: int,
     ):
-        self._owed = [cache.owed for cache in caches if cache.owed is not None]
-        self._counts = [len(owed.slots) for owed in self._owed]
+        self._pending = [cache.pending for cache in caches if cache.pending is not None]
+        self._counts = [len(each.slots) for each in self._pending]
         plan = handle.backend.plan_requests(
-            [owed.slots for owed in self._owed],
+            [each.slots for each in self._pending],
             [cache.context_length for cache in caches],
             model.device,
         )
@@ -100,20 +102,20 @@ class Carrying:
         self._inner = inner
         self._rows = sum(self._counts)
         self.positions = positions_of(caches, plan.slots, self._counts)
-        self.hidden = torch.cat([owed.hidden for owed in self._owed], dim=1)
+        self.hidden = torch.cat([each.hidden for each in self._pending], dim=1)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the owed rows; the others are the inner pass's."""
+        """Write the pending rows; hand the others to the inner pass."""
         rows = self._rows
         self._first.update(keys[:, :, :rows], values[:, :, :rows], layer_idx)
         return self._inner.update(keys[:, :, rows:], values[:, :, rows:], layer_idx)
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Each kind of row as in a pass of its own."""
+        """Compute the attention of each kind of row as in a separate pass."""
         first, rest = call.query[:, :, : self._rows], call.query[:, :, self._rows :]
-        # Keys and values are the inner pass's; the owed rows find theirs in the caches.
+        # Keys and values are the inner pass's; the pending rows read theirs from the caches.
         return torch.cat(
             (
                 self._first.attend(call._replace(query=first)),
@@ -122,13 +124,13 @@ class Carrying:
             dim=1,
         )
 
-    def carried(self, hidden: Tensor, layer: int) -> None:
-        """Keep how far the owed rows have come.
+    def keep_progress(self, hidden: Tensor, layer: int) -> None:
+        """Record that the pending tokens have run up to a layer.
 
         Args:
-            hidden: What ``layer`` was given, the owed rows first, ``[1, n + others, hidden]``.
-            layer: The deepest layer that was run, for its keys and values.
+            hidden: Input of ``layer``, pending tokens first, ``[1, n + others, hidden]``.
+            layer: The deepest layer of the pass, which computed only keys and values.
         """
         parts = hidden[:, : self._rows].clone().split(self._counts, dim=1)
-        for owed, part in zip(self._owed, parts, strict=True):
-            owed.hidden, owed.layer = part, layer
+        for pending, part in zip(self._pending, parts, strict=True):
+            pending.hidden, pending.layer = part, layer

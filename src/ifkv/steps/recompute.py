@@ -99,8 +99,8 @@ def run_recomputations(
             if rows.stop == counts[index] and jobs[index].prompt is not None:
                 lasts[index] = hidden[:, end - 1 : end].clone()  # the rest need not be kept
     for job in jobs:
-        if job.owed is not None:
-            job.owed.paid()
+        if job.pending is not None:
+            job.pending.mark_done()
     logits: list[Tensor | None] = [None] * len(jobs)
     if not lasts:
         return logits

@@ -18,7 +18,7 @@ from ifkv.utils.checks import token_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ifkv.cache.pending import OwedRows
+    from ifkv.cache.pending import PendingTokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +27,14 @@ class Recomputation:
 
     Attributes:
         cache: Its cache.
-        slots: Long ``[rows]``, ascending, on the CPU: slots selected and owed, then the prompt's.
+        slots: Long ``[rows]``, ascending, on the CPU: slots selected or pending, then the
+            prompt's.
         token_ids: Long ``[rows]``, on the model's device.
         prompt: The prompt's tokens, on the model's device, or None.
         length: Slots in use once the rows have run.
         depths: Long ``[rows]``, on the CPU: in how many layers each row runs; None runs all.
-        owed: Rows among them that the cache owes, which may begin in a later layer.
+        pending: The cache's pending tokens, which are among the slots and may begin in a later
+            layer; None if there are none.
     """
 
     cache: StitchedCache
@@ -41,7 +43,7 @@ class Recomputation:
     prompt: Tensor | None
     length: int
     depths: Tensor | None = None
-    owed: OwedRows | None = None
+    pending: PendingTokens | None = None
 
     @classmethod
     def checked(
@@ -59,12 +61,14 @@ class Recomputation:
         rows = _checked_slots(slots, cache.context_length)
         layers = len(cache.layers)
         reach = None if depths is None else checked_depths(depths, slots, layers)
-        owed = cache.owed if cache.owed is not None and len(cache.owed.slots) else None
-        if owed is not None:  # they run through all layers, selected or not
-            other = ~torch.isin(rows, owed.slots)
-            rows, order = torch.cat((rows[other], owed.slots)).sort()
+        pending = cache.pending
+        if pending is not None and not len(pending.slots):
+            pending = None
+        if pending is not None:  # they run through all layers, selected or not
+            other = ~torch.isin(rows, pending.slots)
+            rows, order = torch.cat((rows[other], pending.slots)).sort()
             if reach is not None:
-                reach = torch.cat((reach[other], torch.full_like(owed.slots, layers)))[order]
+                reach = torch.cat((reach[other], torch.full_like(pending.slots, layers)))[order]
         ids = cache.token_ids[rows.to(cache.token_ids.device)]
         length = cache.context_length
         prompt = None
@@ -76,21 +80,21 @@ class Recomputation:
             ids = torch.cat((ids, prompt))
             if reach is not None:
                 reach = torch.cat((reach, torch.full_like(prompt, layers).cpu()))
-        return cls(cache, rows, ids, prompt, length, reach, owed)
+        return cls(cache, rows, ids, prompt, length, reach, pending)
 
     @property
     def begins(self) -> Tensor | None:
         """The first layer of each row, long ``[rows]``, on the CPU; None if that is 0 for all."""
-        if self.owed is None or self.owed.layer == 0:
+        if self.pending is None or self.pending.layer == 0:
             return None
-        return torch.isin(self.slots, self.owed.slots) * self.owed.layer
+        return torch.isin(self.slots, self.pending.slots) * self.pending.layer
 
     def entering(self, model: PreTrainedModel, rows: slice) -> Tensor:
         """What the first layer of each of some rows is given, ``[1, rows, hidden]``."""
         hidden = embed(model, self.token_ids[rows])
-        if self.owed is not None and self.owed.layer > 0:
-            at, own = self.slots[rows], self.owed.slots
-            hidden[:, torch.isin(at, own)] = self.owed.hidden[:, torch.isin(own, at)]
+        if self.pending is not None and self.pending.layer > 0:
+            at, own = self.slots[rows], self.pending.slots
+            hidden[:, torch.isin(at, own)] = self.pending.hidden[:, torch.isin(own, at)]
         return hidden
 
 

@@ -17,7 +17,7 @@ from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import embed
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
-from ifkv.steps.pending_rows import Carrying, owing
+from ifkv.steps.pending_rows import PendingPass, pending_in
 from ifkv.steps.query_pass import Measure, QueryView, ScoringPass
 from ifkv.utils.checks import token_tensor, whole_numbers
 
@@ -208,15 +208,15 @@ def run_scorings(
     caches, deepest = [job.cache for job in jobs], layers[-1]
     scoring = ScoringPass(handle, caches, layers, own, measure)
     run: AttentionPass = scoring
-    carrying = None
-    if debtors := owing(model, caches, deepest):
-        run = carrying = Carrying(model, handle, debtors, scoring, deepest)
-        positions = torch.cat((carrying.positions, positions), dim=-1)
-        hidden = torch.cat((carrying.hidden, hidden), dim=1)
+    both = None
+    if unfinished := pending_in(model, caches, deepest):
+        run = both = PendingPass(model, handle, unfinished, scoring, deepest)
+        positions = torch.cat((both.positions, positions), dim=-1)
+        hidden = torch.cat((both.hidden, hidden), dim=1)
     rotation = handle.rope.rotation(positions, hidden.dtype)
     entering = run_to_attention(model, handle.captures, hidden, positions, rotation, run, deepest)
-    if carrying is not None:
-        carrying.carried(entering, deepest)
+    if both is not None:
+        both.keep_progress(entering, deepest)
     return scoring.measured
 
 
