@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from ifkv.session.answer import Answer
     from ifkv.session.conversation import Conversation
     from ifkv.session.session import Session
-    from ifkv.steps.recompute import recompute
+    from ifkv.steps.recompute import recompute, recompute_many
     from ifkv.steps.reorder import reorder
-    from ifkv.steps.requests import recompute_many, score_many
-    from ifkv.steps.score import score
+    from ifkv.steps.score import score, score_many
     from ifkv.steps.select import select
 
 __version__ = "0.1.0"
@@ -53,10 +52,10 @@ _HOME = {
     "patch": "patching.handle",
     "prefill_documents": "documents.prefill",
     "recompute": "steps.recompute",
-    "recompute_many": "steps.requests",
+    "recompute_many": "steps.recompute",
     "reorder": "steps.reorder",
     "score": "steps.score",
-    "score_many": "steps.requests",
+    "score_many": "steps.score",
     "select": "steps.select",
     "speedup_bound": "cost",
     "stitch": "cache.stitch",

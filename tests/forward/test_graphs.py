@@ -20,8 +20,8 @@ from graph_standin import RecorderStandIn
 from ifkv.forward.graphs import KEPT, SIZES, Captures
 from ifkv.forward.recorder import CudaRecorder
 from ifkv.selectors import Request, names, resolve
-from ifkv.steps.requests import score_many
-from ifkv.steps.score import QueryView, attention_norm, mean_over_layers, measure_query
+from ifkv.steps.query_pass import QueryView
+from ifkv.steps.score import attention_norm, mean_over_layers, measure_query, score_many
 from ifkv.store import MemoryStore
 from ifkv.testing import assert_close, shared_tiny_model, tiny_model, tiny_tokenizer
 from scenario import EXACT, Scenario, keys_of, prepared, scenarios, values_of

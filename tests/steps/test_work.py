@@ -24,7 +24,7 @@ from ifkv.documents import DocumentCache
 from ifkv.forward import graphs as cuda_graphs
 from ifkv.steps import recompute as recomputation
 from ifkv.steps import recompute_request, rows_pass
-from ifkv.steps.score import default_layers
+from ifkv.steps.scoring_layers import default_layers
 from ifkv.testing import tiny_model
 
 PROMPT = [7] * 24

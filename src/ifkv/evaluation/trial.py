@@ -24,7 +24,7 @@ from ifkv.selectors import Ranked, Request, Selection, Selector, sentence_groups
 from ifkv.session.prepare import reorder_ratio
 from ifkv.steps.recompute import recompute
 from ifkv.steps.reorder import reorder
-from ifkv.steps.score import default_layers
+from ifkv.steps.scoring_layers import default_layers
 
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache

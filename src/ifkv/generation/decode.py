@@ -23,7 +23,8 @@ from ifkv.generation.greedy import GreedySettings, greedy_part, penalised
 from ifkv.generation.settings import GenerationSettings
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
-from ifkv.steps.requests import check_counts, check_private, recompute_many
+from ifkv.steps.recompute import recompute_many
+from ifkv.steps.requests import check_counts, check_private
 from ifkv.steps.rows_pass import RowsPass
 from ifkv.utils.checks import naming_request, token_tensor
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
     from ifkv.cost import Cost
     from ifkv.selectors.protocol import Request
-    from ifkv.steps.score import Measure
+    from ifkv.steps.query_pass import Measure
 
 
 @register

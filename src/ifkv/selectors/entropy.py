@@ -15,12 +15,12 @@ from ifkv.cost import Cost, ModelShape
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
-from ifkv.steps.score import QueryView
+from ifkv.steps.query_pass import QueryView
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ifkv.steps.score import Measure
+    from ifkv.steps.query_pass import Measure
 
 
 @register

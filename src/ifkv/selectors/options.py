@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ifkv.errors import InvalidInputError
-from ifkv.steps.score import DEFAULT_DEPTH, chosen_layers
+from ifkv.steps.scoring_layers import DEFAULT_DEPTH, chosen_layers
 from ifkv.utils.checks import whole_numbers
 
 

@@ -15,8 +15,9 @@ from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request
 from ifkv.selectors.query_ranked import Query, queries_of
 from ifkv.selectors.registry import register
+from ifkv.steps.query_pass import QueryView
 from ifkv.steps.recompute import recompute
-from ifkv.steps.score import QueryView, attention_norm, mean_over_layers, measure_query
+from ifkv.steps.score import attention_norm, mean_over_layers, measure_query
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from ifkv.steps.score import attention_norm
 
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
-    from ifkv.steps.score import Measure
+    from ifkv.steps.query_pass import Measure
 
 
 @register

@@ -15,13 +15,14 @@ from ifkv.cost import Cost, ModelShape, scoring_cost
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers
 from ifkv.selectors.protocol import Ranked, Request, Selection, without_scores
-from ifkv.steps.score import Scoring, default_layers, run_scorings
+from ifkv.steps.score import Scoring, run_scorings
+from ifkv.steps.scoring_layers import default_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.cache.stitched import StitchedCache
-    from ifkv.steps.score import Measure
+    from ifkv.steps.query_pass import Measure
 
 Query = Literal["prompt", "question", "both"]
 

@@ -14,7 +14,7 @@ from ifkv.selectors.registry import register
 from ifkv.steps.score import attention_norm
 
 if TYPE_CHECKING:
-    from ifkv.steps.score import Measure
+    from ifkv.steps.query_pass import Measure
 
 
 @register

@@ -25,7 +25,7 @@ from ifkv.session.library import KEYS_WANTED
 from ifkv.session.prepare import PrepareOptions, PrepareRequest, prepare
 from ifkv.session.ratio import Ratio
 from ifkv.session.stopwatch import Stopwatch
-from ifkv.steps.score import chosen_layers
+from ifkv.steps.scoring_layers import chosen_layers
 from ifkv.utils.checks import check_positive, naming_request
 from ifkv.utils.listing import as_list
 

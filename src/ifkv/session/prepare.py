@@ -16,9 +16,10 @@ from ifkv.documents.cache import DocumentCache
 from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
 from ifkv.session.answer import Prepared
 from ifkv.session.stopwatch import Stopwatch
+from ifkv.steps.recompute import recompute_many
 from ifkv.steps.reorder import order_by_hits
-from ifkv.steps.requests import recompute_many, score_many
-from ifkv.steps.score import chosen_layers
+from ifkv.steps.score import score_many
+from ifkv.steps.scoring_layers import chosen_layers
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from ifkv.session.ratio import Ratio
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.steps.pending_rows import defer
 from ifkv.steps.recompute import recompute
-from ifkv.steps.score import chosen_layers
+from ifkv.steps.scoring_layers import chosen_layers
 
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache

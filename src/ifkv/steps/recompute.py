@@ -15,8 +15,9 @@ from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import PatchHandle, handle_of
 from ifkv.steps.partial_depth import run_by_depth
 from ifkv.steps.recompute_request import Recomputation
+from ifkv.steps.requests import check_counts, check_private
 from ifkv.steps.rows_pass import RowsPass
-from ifkv.utils.checks import check_positive
+from ifkv.utils.checks import check_positive, naming_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,6 +64,55 @@ def recompute(
     """
     job = Recomputation.checked(model, cache, slots, prompt_ids, depths)
     return run_recomputations(model, [job], block_tokens)[0]
+
+
+def recompute_many(
+    model: PreTrainedModel,
+    caches: Sequence[StitchedCache],
+    slots: Sequence[Sequence[int] | Tensor],
+    *,
+    prompts: Sequence[Sequence[int] | Tensor | None] | None = None,
+    block_tokens: int | None = None,
+) -> list[Tensor | None]:
+    """Recompute slots of several requests, and their prompts, in one pass.
+
+    Args:
+        model: A patched model.
+        caches: For each request a cache of its own.
+        slots: For each request the slots to recompute.
+        prompts: For each request the tokens to be answered, or None; None if there are none.
+        block_tokens: Run at most this many rows at once, over all requests; changes nothing but
+            the memory needed.
+
+    Returns:
+        For each request what [ifkv.recompute][] returns.
+
+    Raises:
+        InvalidInputError: Not as many slots or prompts as caches, a cache given twice, and as of
+            [ifkv.recompute][], naming the request. All are checked before any cache changes.
+        NotPatchedError: The model is not patched.
+        GeometryError: A cache's geometry is not global.
+        FingerprintMismatchError: A cache belongs to another model.
+
+    Examples:
+        >>> import ifkv
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> with ifkv.patch(model):
+        ...     a, b, c = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9], [10, 11]], prefix=[1])
+        ...     caches = ifkv.stitch_many(model, [[a, b, c], [b, a]])
+        ...     logits = ifkv.recompute_many(model, caches, [[4, 6], [3]], prompts=[[12], [13, 14]])
+        >>> [cache.get_seq_length() for cache in caches]
+        [9, 8]
+    """
+    given = [None] * len(caches) if prompts is None else prompts
+    check_counts(len(caches), slots=slots, prompts=given)
+    check_private(caches)
+    jobs = []
+    for index, (cache, own, prompt) in enumerate(zip(caches, slots, given, strict=True)):
+        with naming_request(index):
+            jobs.append(Recomputation.checked(model, cache, own, prompt))
+    return run_recomputations(model, jobs, block_tokens)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
@@ -19,41 +18,14 @@ from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
 from ifkv.steps.pending_rows import PendingPass, pending_in
 from ifkv.steps.query_pass import Measure, QueryView, ScoringPass
-from ifkv.utils.checks import token_tensor, whole_numbers
+from ifkv.steps.requests import check_counts
+from ifkv.steps.scoring_layers import chosen_layers
+from ifkv.utils.checks import naming_request, token_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.forward.passes import AttentionPass
-
-__all__ = [
-    "DEFAULT_DEPTH",
-    "Measure",
-    "QueryView",
-    "Scoring",
-    "attention_norm",
-    "chosen_layers",
-    "default_layers",
-    "mean_over_layers",
-    "measure_query",
-    "run_scorings",
-    "score",
-]
-
-# Share of the depth whose layers score when the caller does not say: the paper's layers 22 to 25
-# of 40 (Qwen3-14B) and their neighbours in shallower models.
-DEFAULT_DEPTH = (0.55, 0.70)
-
-
-def default_layers(depth: int) -> list[int]:
-    """The scoring layers of a model with ``depth`` layers.
-
-    >>> default_layers(40), default_layers(3)
-    ([22, 23, 24, 25, 26, 27], [1, 2])
-    """
-    start = math.floor(DEFAULT_DEPTH[0] * depth)
-    stop = max(start + 1, math.ceil(DEFAULT_DEPTH[1] * depth))
-    return list(range(start, stop))
 
 
 @torch.no_grad()
@@ -90,10 +62,67 @@ def score(
             longer than the model's positions.
         FingerprintMismatchError: The cache belongs to another model.
     """
+    return _norms(model, [Scoring.checked(model, cache, query_ids)], layers, reduction)[0]
+
+
+def score_many(
+    model: PreTrainedModel,
+    caches: Sequence[StitchedCache],
+    queries: Sequence[Sequence[int] | Tensor],
+    *,
+    layers: Sequence[int] | None = None,
+    reduction: Reduction = "l2",
+) -> list[Tensor]:
+    """Attention norms of several requests, their queries in one pass.
+
+    Args:
+        model: A patched model.
+        caches: For each request its cache. Scoring changes none, so one cache may stand for
+            several requests.
+        queries: For each request its scoring tokens.
+        layers: As in [ifkv.score][], the same for all.
+        reduction: As in [ifkv.score][].
+
+    Returns:
+        For each request what [ifkv.score][] returns.
+
+    Raises:
+        InvalidInputError: Not as many queries as caches, and as of [ifkv.score][], naming the
+            request. All are checked before any work.
+        NotPatchedError: The model is not patched.
+        FingerprintMismatchError: A cache belongs to another model.
+
+    Examples:
+        >>> import ifkv
+        >>> from ifkv.testing import tiny_model
+        >>> model = tiny_model("llama")
+        >>> with ifkv.patch(model):
+        ...     a, b, c = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9], [10, 11]], prefix=[1])
+        ...     caches = ifkv.stitch_many(model, [[a, b, c], [b, a]])
+        ...     scores = ifkv.score_many(model, caches, [[12, 13], [14]])
+        >>> [len(one) for one in scores]
+        [8, 6]
+    """
+    check_counts(len(caches), queries=queries)
+    jobs = []
+    for index, (cache, query) in enumerate(zip(caches, queries, strict=True)):
+        with naming_request(index):
+            jobs.append(Scoring.checked(model, cache, query))
+    return _norms(model, jobs, layers, reduction)
+
+
+def _norms(
+    model: PreTrainedModel,
+    jobs: Sequence[Scoring],
+    layers: Sequence[int] | None,
+    reduction: Reduction,
+) -> list[Tensor]:
+    """Compute the attention norms of one or several checked requests; see `score`."""
     norm = attention_norm(reduction)
-    check_cache(model, cache)
     chosen = chosen_layers(DecoderView(model).num_layers, layers)
-    return mean_over_layers(measure_query(model, cache, query_ids, chosen, norm))
+    if not jobs:
+        return []
+    return [mean_over_layers(norms) for norms in run_scorings(model, jobs, chosen, norm)]
 
 
 def mean_over_layers(norms: Sequence[Tensor]) -> Tensor:
@@ -218,17 +247,3 @@ def run_scorings(
     if both is not None:
         both.keep_progress(entering, deepest)
     return scoring.measured
-
-
-def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
-    """Scoring layers, checked, ascending and counted from 0; the default ones for None."""
-    if layers is None:
-        return default_layers(depth)
-    given = whole_numbers(layers, "layers")
-    chosen = sorted({layer + depth if layer < 0 else layer for layer in given})
-    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
-        raise InvalidInputError(
-            f"layers is {given}, but must name at least one of the model's {depth} layers: "
-            f"0 to {depth - 1}, or -{depth} to -1 from the end."
-        )
-    return chosen

@@ -24,7 +24,7 @@ from ifkv.models.compat import cache_keyword
 from ifkv.models.module_state import is_quantized
 from ifkv.models.upstream_code import attention_function
 from ifkv.patching.functions import unregister
-from ifkv.steps.score import default_layers
+from ifkv.steps.scoring_layers import default_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

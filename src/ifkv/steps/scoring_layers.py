@@ -1,0 +1,38 @@
+"""The layers in which a query is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ifkv.errors import InvalidInputError
+from ifkv.utils.checks import whole_numbers
+
+# Share of the depth whose layers score when the caller does not say: the paper's layers 22 to 25
+# of 40 (Qwen3-14B) and their neighbours in shallower models.
+DEFAULT_DEPTH = (0.55, 0.70)
+
+
+def default_layers(depth: int) -> list[int]:
+    """The scoring layers of a model with ``depth`` layers.
+
+    >>> default_layers(40), default_layers(3)
+    ([22, 23, 24, 25, 26, 27], [1, 2])
+    """
+    start = math.floor(DEFAULT_DEPTH[0] * depth)
+    stop = max(start + 1, math.ceil(DEFAULT_DEPTH[1] * depth))
+    return list(range(start, stop))
+
+
+def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
+    """Scoring layers, checked, ascending and counted from 0; the default ones for None."""
+    if layers is None:
+        return default_layers(depth)
+    given = whole_numbers(layers, "layers")
+    chosen = sorted({layer + depth if layer < 0 else layer for layer in given})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise InvalidInputError(
+            f"layers is {given}, but must name at least one of the model's {depth} layers: "
+            f"0 to {depth - 1}, or -{depth} to -1 from the end."
+        )
+    return chosen
