@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView
+from ifkv.models.families import resolve_family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,32 @@ class ModelShape:
             head_dim=layer.self_attn.head_dim,
             vocabulary=_sizes(view.head)[0],
         )
+
+    @classmethod
+    def of_config(cls, config: PreTrainedConfig, dtype: torch.dtype) -> ModelShape:
+        """Read the shape of the model that a config describes; no weights are made.
+
+        Args:
+            config: The config of a causal language model.
+            dtype: The dtype that the model is going to have.
+
+        Raises:
+            InvalidInputError: The config is not that of a causal language model.
+            UnsupportedModelError: Its family is not supported.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise InvalidInputError(
+                f"no plan can be made for a {config.model_type!r} model: {reason}"
+            ) from error
+        resolve_family(model)
+        return cls.of(model)
 
     @property
     def heads(self) -> int:

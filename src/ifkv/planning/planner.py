@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ifkv.cost import ModelShape, causal_pairs, scoring_cost, speedup_bound, spread_pairs
-from ifkv.cost.config_shape import shape_of_config
 from ifkv.errors import CalibrationWarning
 from ifkv.planning.calibration import Rates, rates_for
 from ifkv.planning.plan import Forecast, Plan, choose
@@ -44,6 +43,8 @@ __all__ = [
 
 RATIOS = (0.05, 0.15, 0.3)
 SPEEDUP = 2.0
+
+shape_of_config = ModelShape.of_config
 
 
 class Planner:
@@ -252,7 +253,7 @@ def planner_for(
         dtype, device = found.dtype, found.device
     else:
         config, dtype = found, dtype or torch.float32
-        shape = shape_of_config(config, dtype)
+        shape = ModelShape.of_config(config, dtype)
     rates = rates_for(
         config,
         shape,
