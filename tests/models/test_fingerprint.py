@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import ifkv
 from ifkv.errors import FingerprintMismatchError
 from ifkv.models.fingerprint import SAMPLES, _places, fingerprint
-from ifkv.models.module_tree import _trees
+from ifkv.models.weights import _trees
 from ifkv.patching import handle_of
 from ifkv.testing import tiny_model
 
@@ -173,10 +173,10 @@ def _give_it_another_parameter(layer: Any) -> None:
 def test_a_module_that_was_not_there_before_is_noticed(change: Callable[[Any], None]) -> None:
     model: Any = tiny_model("llama")
     with ifkv.patch(model) as handle:
-        before = handle.fingerprints.of(model, glance=False)
-        assert handle.fingerprints.of(model, glance=False) == before
+        before = handle.fingerprints.of(model, sample=False)
+        assert handle.fingerprints.of(model, sample=False) == before
         change(model.base_model.layers[1])
-        assert handle.fingerprints.of(model, glance=False) != before
+        assert handle.fingerprints.of(model, sample=False) != before
 
 
 def test_what_is_kept_of_a_model_keeps_no_weights() -> None:

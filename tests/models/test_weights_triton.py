@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from ifkv.models.fingerprint import FingerprintCache, _parameters_of
-from ifkv.models.weights import Glance
+from ifkv.models.weights import WeightSample
 from ifkv.testing import tiny_model
 
 pytest.importorskip("triton", reason="Triton is tested in an environment of its own: tox -e triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_peek(device: str) -> None:
-    from ifkv.models.weights_triton import peek
+def check_gather_bytes(device: str) -> None:
+    from ifkv.models.weights_triton import gather_bytes
 
     held = [torch.randn(shape, device=device) for shape in ((7, 5), (1,), (300, 3))]
     addresses, want = [], []
@@ -28,20 +28,20 @@ def check_peek(device: str) -> None:
         for at in torch.randint(0, x.nbytes, (150,), generator=generator).tolist():
             addresses.append(x.data_ptr() + at)
             want.append(int(x.cpu().flatten().view(torch.uint8)[at]))
-    got = peek(torch.tensor(addresses, device=device))
+    got = gather_bytes(torch.tensor(addresses, device=device))
     assert got.tolist() == want
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no card is used")
 def test_interpreted_it_reads_what_lies_there() -> None:
-    check_peek("cpu")
+    check_gather_bytes("cpu")
 
 
 @pytest.mark.gpu
 def test_compiled_it_reads_what_lies_there() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    check_peek("cuda")
+    check_gather_bytes("cuda")
 
 
 @pytest.mark.gpu
@@ -50,7 +50,7 @@ def test_a_fingerprint_on_a_card_notices_what_torch_does_not_count() -> None:
         pytest.skip("no CUDA device")
     model: Any = tiny_model("llama", dtype=torch.bfloat16).to("cuda")
     parameters = _parameters_of(model.base_model)
-    assert Glance(parameters)._addresses is not None
+    assert WeightSample(parameters)._addresses is not None
     kept = FingerprintCache()
     before = kept.of(model)
     assert kept.of(model) == before

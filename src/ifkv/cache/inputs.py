@@ -116,7 +116,7 @@ def check_documents(
         )
     if not documents:
         raise InvalidInputError("no documents to stitch; give at least one.")
-    identity = handle.fingerprints.of(model, glance=glance)
+    identity = handle.fingerprints.of(model, sample=glance)
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
             raise InvalidInputError(

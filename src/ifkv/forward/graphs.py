@@ -28,7 +28,7 @@ from ifkv.forward.layers import run_attention, run_layers
 from ifkv.forward.recorder import CudaRecorder, Recorder
 from ifkv.models.decoder import DecoderView
 from ifkv.models.module_state import is_foreign, settings_of
-from ifkv.models.module_tree import tree_of
+from ifkv.models.weights import tree_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -34,8 +34,7 @@ from ifkv.models.module_state import (
     settle,
     weight_state,
 )
-from ifkv.models.module_tree import tree_of
-from ifkv.models.weights import Glance
+from ifkv.models.weights import WeightSample, tree_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,20 +151,19 @@ class FingerprintCache:
 
     def __init__(self) -> None:
         self._counts: tuple[object, ...] | None = None
-        self._glance: Glance | None = None
+        self._sample: WeightSample | None = None
         self._seen = b""
         self._kinds: tuple[type, ...] = ()
         self._foreign: list[int] = []
         self._quantized = False
         self._value = ""
 
-    def of(self, model: PreTrainedModel, *, glance: bool = True) -> str:
+    def of(self, model: PreTrainedModel, *, sample: bool = True) -> str:
         """The model's fingerprint.
 
         Args:
             model: The model.
-            glance: Whether to look at those elements; steps within one request need not do so
-                again.
+            sample: Whether to read those elements. Later steps of a request need not.
         """
         parameters, counts = self._look(model)
         known = counts == self._counts
@@ -173,13 +171,13 @@ class FingerprintCache:
             settle(model)  # so that the next forward changes nothing more
             parameters, counts = self._look(model)
             known = counts == self._counts
-        if known and not glance:
+        if known and not sample:
             return self._value
-        look = self._glance if known and self._glance is not None else Glance(parameters)
-        seen = look.at(parameters)
+        places = self._sample if known and self._sample is not None else WeightSample(parameters)
+        seen = places.read(parameters)
         if not known or seen != self._seen:
             self._value = fingerprint(model)
-            self._counts, self._glance, self._seen = counts, look, seen
+            self._counts, self._sample, self._seen = counts, places, seen
         return self._value
 
     def _look(self, model: PreTrainedModel) -> tuple[list[Tensor], tuple[object, ...]]:

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from ifkv.errors import UnsupportedModelError
 from ifkv.models.decoder import DecoderView
-from ifkv.models.module_tree import tree_of
+from ifkv.models.weights import tree_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

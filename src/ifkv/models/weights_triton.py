@@ -1,4 +1,4 @@
-"""Read bytes that lie scattered over a card's memory in one launch of Triton."""
+"""Read scattered bytes of GPU memory in one launch of a Triton kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 256
 
 
-def _peek_kernel(addresses, out, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather_kernel(addresses, out, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * block + tl.arange(0, block)
     there = at < count
     address = tl.load(addresses + at, mask=there, other=0)
@@ -20,18 +20,18 @@ def _peek_kernel(addresses, out, count, block: tl.constexpr):  # type: ignore[no
     tl.store(out + at, found, mask=there)
 
 
-_compiled = triton.jit(_peek_kernel)
+_compiled = triton.jit(_gather_kernel)
 
 
-def peek(addresses: Tensor) -> Tensor:
-    """The bytes at some addresses.
+def gather_bytes(addresses: Tensor) -> Tensor:
+    """Read the bytes at some addresses.
 
     Args:
-        addresses: Long ``[n]``, on the card whose memory they lie in. Whoever calls keeps what lies
-            there from being freed.
+        addresses: Long ``[n]``, on the GPU whose memory they point to. The caller keeps that
+            memory from being freed.
 
     Returns:
-        Uint8 ``[n]``, there.
+        Uint8 ``[n]``, on the same GPU.
     """
     out = torch.empty(len(addresses), dtype=torch.uint8, device=addresses.device)
     _compiled[(triton.cdiv(len(addresses), BLOCK),)](addresses, out, len(addresses), block=BLOCK)
