@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifkv.backends.fp8 import FLOAT8, LARGEST, restore, round_rows, widen
+from ifkv.backends.fp8 import FLOAT8, LARGEST, dequantize, quantize, upcast
 from ifkv.cache import rounding
 from ifkv.testing import assert_bit_equal
 from rounded_by_hand import on_grid
@@ -23,7 +23,7 @@ def numbers(rows: int = 4096) -> torch.Tensor:
 def test_rounding_is_to_nearest_with_a_relative_error_of_a_sixteenth_and_saturates():
     x = numbers()
     for scale in (1.0, 0.25, 8.0):
-        got = restore(round_rows(x, scale), scale, torch.float32)
+        got = dequantize(quantize(x, scale), scale, torch.float32)
         assert_bit_equal(got, on_grid(x, scale), what="rounded", axes=("n",))
         inside = x.abs() <= LARGEST * scale
         bound = torch.maximum(x.abs() / 16, torch.tensor(scale * 2.0**-10))
@@ -35,16 +35,16 @@ def test_rounding_is_to_nearest_with_a_relative_error_of_a_sixteenth_and_saturat
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_all_256_numbers_are_widened_as_torch_does_and_rounded_back(dtype):
     every = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
-    wide = widen(every, dtype)
+    wide = upcast(every, dtype)
     assert wide.dtype == dtype
     torch.testing.assert_close(wide, every.to(dtype), rtol=0, atol=0, equal_nan=True)
-    back = round_rows(wide, 1.0).float()
+    back = quantize(wide, 1.0).float()
     torch.testing.assert_close(back, every.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_not_a_number_stays_so():
     bad = torch.tensor([math.nan, 1.0, math.inf])
-    got = restore(round_rows(bad, 2.0), 2.0, torch.float32)
+    got = dequantize(quantize(bad, 2.0), 2.0, torch.float32)
     assert got[0].isnan()
     assert got[1:].tolist() == [1.0, 2 * LARGEST]
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 
 import ifkv
-from ifkv.backends import fp8 as float8
-from ifkv.backends.fp8 import FLOAT8, LARGEST, restore
+from ifkv.backends import fp8
+from ifkv.backends.fp8 import FLOAT8, LARGEST, dequantize
 from ifkv.cache import rounding
 from ifkv.errors import InvalidInputError
 from ifkv.store import DiskStore
@@ -72,7 +72,7 @@ def test_keys_of_a_half_precision_model_are_rounded_once():
                 [part.keys[index] for part in (documents[0].prefix, *documents)], dim=1
             )
             turned = ifkv.models.rope.rotate(stored.float(), cos, sin)
-            got = restore(layer.keys[0], layer.scales.keys, torch.float32)
+            got = dequantize(layer.keys[0], layer.scales.keys, torch.float32)
             assert_bit_equal(got, on_grid(turned, layer.scales.keys), what="keys", axes=AXES[:3])
 
 
@@ -202,17 +202,17 @@ def test_a_device_that_cannot_convert_is_refused(monkeypatch):
                 raise TypeError("no Float8_e4m3fn on MPS")
             return torch.ones(2)
 
-    float8._refusal_of_device.cache_clear()
+    fp8._refusal_of_device.cache_clear()
     try:
         for error, reason in ((True, "no Float8_e4m3fn on MPS"), (False, "1 and 300 became")):
-            monkeypatch.setattr(float8.torch, "tensor", Device(error))
+            monkeypatch.setattr(fp8.torch, "tensor", Device(error))
             with pytest.raises(InvalidInputError, match=f"cpu cannot convert .{reason}"):
-                float8.check_kv_dtype(FLOAT8, torch.device("cpu"))
-            float8._refusal_of_device.cache_clear()
+                fp8.check_kv_dtype(FLOAT8, torch.device("cpu"))
+            fp8._refusal_of_device.cache_clear()
     finally:
         monkeypatch.undo()
-        float8._refusal_of_device.cache_clear()
-    float8.check_kv_dtype(FLOAT8, torch.device("cpu"))
+        fp8._refusal_of_device.cache_clear()
+    fp8.check_kv_dtype(FLOAT8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("bad", "part"), list(itertools.product((math.inf, math.nan), "kv")))

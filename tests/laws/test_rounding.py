@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ifkv
-from ifkv.backends import quantized as narrow
-from ifkv.backends.fp8 import round_rows
+from ifkv.backends import quantized
+from ifkv.backends.fp8 import quantize
 from ifkv.cache.layout import GEOMETRIES
 from ifkv.errors import GeometryError
 from ifkv.selectors import Budget, Request, names, resolve
@@ -121,11 +121,11 @@ def test_every_geometry_can_be_scored(geometry):
 def test_blocks_equal_one_shot(data, rows, count, step, masked):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     query = torch.randn(1, 4, rows, 8, generator=generator, dtype=torch.float64)
-    keys, values = (round_rows(torch.randn(1, 2, count, 8, generator=generator), 1.0) for _ in "kv")
+    keys, values = (quantize(torch.randn(1, 2, count, 8, generator=generator), 1.0) for _ in "kv")
     mask = torch.rand(rows, count, generator=generator) < 0.7 if masked else None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(narrow, "WIDE_SLOTS", step)
-        got = narrow.attend_narrow(query, keys, values, 0.3, mask=mask)
+        patched.setattr(quantized, "BLOCK_SLOTS", step)
+        got = quantized.attend_quantized(query, keys, values, 0.3, mask=mask)
     wide = [x.double().repeat_interleave(2, dim=1) for x in (keys, values)]
     logits = query @ wide[0].mT * 0.3
     if mask is not None:

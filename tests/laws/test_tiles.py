@@ -15,9 +15,10 @@ from torch import Tensor
 
 import ifkv
 from dense_attention import Heads, dense_attention, heads, often, scattered_slots, visible_rows
-from ifkv.backends import reference
-from ifkv.backends.reference import ReferenceBackend, cut_into_tiles
+from ifkv.backends import reference, tiles
+from ifkv.backends.reference import ReferenceBackend
 from ifkv.backends.spec import AttentionSpec
+from ifkv.backends.tiles import cut_into_tiles
 from ifkv.testing import assert_bit_equal, assert_close, dense_recompute, dense_stitched
 from scenario import EXACT, Scenario, assert_rows_equal, keys_of, poison, prepared, scenarios
 
@@ -29,9 +30,9 @@ windows = st.none() | st.integers(1, 40)
 @contextmanager
 def tile_sizes(rows: int, span: int, run: int) -> Iterator[None]:
     with (
-        patch.object(reference, "TILE_ROWS", rows),
-        patch.object(reference, "TILE_SPAN", span),
-        patch.object(reference, "RUN_ROWS", run),
+        patch.object(tiles, "TILE_ROWS", rows),
+        patch.object(tiles, "TILE_SPAN", span),
+        patch.object(tiles, "RUN_ROWS", run),
     ):
         yield
 
@@ -49,13 +50,13 @@ def test_tiles_cover_every_row_once_within_their_bounds(
     slots: list[int], size: tuple[int, int, int]
 ) -> None:
     with tile_sizes(*size):
-        tiles = cut_into_tiles(slots)
+        found = cut_into_tiles(slots)
     rows, span, run = size
-    assert [row for tile in tiles for row in range(tile.start, tile.stop)] == list(
+    assert [row for tile in found for row in range(tile.start, tile.stop)] == list(
         range(len(slots))
     )
     members = set(slots)
-    for tile in tiles:
+    for tile in found:
         own = slots[tile.start : tile.stop]
         assert (tile.first, tile.last) == (own[0], own[-1])
         assert tile.adjacent == (own == list(range(own[0], own[-1] + 1)))
@@ -68,7 +69,7 @@ def test_tiles_cover_every_row_once_within_their_bounds(
     for start in starts:
         stop = next(slot for slot in range(start, slots[-1] + 2) if slot not in members)
         if stop - start >= run:
-            assert (start, stop - 1) in [(tile.first, tile.last) for tile in tiles]
+            assert (start, stop - 1) in [(tile.first, tile.last) for tile in found]
 
 
 def test_tiles_of_the_sizes_in_use() -> None:
@@ -203,7 +204,7 @@ def test_a_row_alone_is_one_call_without_a_mask(window: int | None) -> None:
     query, keys, values = shape.draw(1, 40, torch.float64)
     backend, slot = ReferenceBackend(), 33
     plan = backend.plan_requests([torch.tensor([slot])], [40], CPU)
-    with patch.object(reference, "attend_narrow", wraps=reference.attend_narrow) as calls:
+    with patch.object(reference, "attend_quantized", wraps=reference.attend_quantized) as calls:
         out = backend.attend_requests(query, [keys], [values], plan, AttentionSpec(0.3, window))
     assert [call.kwargs for call in calls.call_args_list] == [{}]
     visible = visible_rows(torch.tensor([slot]), torch.arange(40), window)

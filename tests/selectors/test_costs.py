@@ -11,7 +11,7 @@ import torch
 
 import ifkv
 from counting import operations
-from ifkv.backends import reference
+from ifkv.backends import tiles
 from ifkv.cost import ModelShape, prefill_cost, recompute_cost
 from ifkv.selectors import Cost
 from ifkv.testing import shared_tiny_model, tiny_model
@@ -22,7 +22,7 @@ from selecting import SPECS, TOKENS, chosen
 
 def counted(run: Callable[[], Any]) -> float:
     """Operations that torch runs with one row a tile: none computes pairs only to mask them."""
-    with patch.object(reference, "TILE_ROWS", 1):
+    with patch.object(tiles, "TILE_ROWS", 1):
         return operations(run)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 import ifkv
 from counting import Allocations, allocations, live_bytes, operations, rows_counted
-from ifkv.backends import reference
+from ifkv.backends import reference, tiles
 from ifkv.cache import stitch as stitching
 from ifkv.cache.layer import capacity_for
 from ifkv.cache.stitched import StitchedCache
@@ -76,7 +76,7 @@ def check_recompute_operations(model: PreTrainedModel, length: int, stride: int)
     total = operations(lambda: ifkv.recompute(model, cache, slots, prompt_ids=PROMPT))
     needed = (recompute_cost(shape, slots, length, len(PROMPT)) + shape.head()).flops
     # A row is given the keys up to its tile's last row: half a tile's width more on average.
-    wasted_pairs = (len(slots) * stride + len(PROMPT)) * reference.TILE_ROWS / 2
+    wasted_pairs = (len(slots) * stride + len(PROMPT)) * tiles.TILE_ROWS / 2
     wasted = shape.attention(wasted_pairs, 0).flops * shape.num_layers
     assert total <= TOLERANCE * (needed + wasted)
     assert total >= needed / TOLERANCE, "less than the mathematics needs: something is not counted"
@@ -162,7 +162,7 @@ def recompute_peak(shape: ModelShape, rows: int, stride: int, intermediate: int)
     """
     widths = 3 * intermediate + 6 * shape.hidden_size + 2 * shape.attention_width
     activations = rows * (widths + 2 * shape.kv_width) * shape.element_size
-    span = min(reference.TILE_SPAN, reference.TILE_ROWS * stride)
+    span = min(tiles.TILE_SPAN, tiles.TILE_ROWS * stride)
     group = shape.attention_width // shape.kv_width
     return activations + rows * span * (group * shape.element_size + 1)
 
@@ -288,8 +288,8 @@ def test_a_request_costs_a_share_of_a_full_prefill(model: PreTrainedModel) -> No
 def test_masked_blocks_that_are_computed_are_noticed(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dense(slots: list[int]) -> tuple[reference.Tile, ...]:
-        return (reference.Tile(0, len(slots), slots[0], slots[-1]),)
+    def dense(slots: list[int]) -> tuple[tiles.Tile, ...]:
+        return (tiles.Tile(0, len(slots), slots[0], slots[-1]),)
 
     monkeypatch.setattr(reference, "cut_into_tiles", dense)
     with pytest.raises(AssertionError):

@@ -48,7 +48,7 @@ def _refusal_of_device(device: torch.device) -> str:
     return "" if found == [1.0, 288.0] else f"1 and 300 became {found}"
 
 
-def round_rows(x: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """Divide by the scale and round to 8 bits, saturating; rows of 8 bits are taken as they are.
 
     Args:
@@ -63,7 +63,7 @@ def round_rows(x: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     return x if out is None else out.copy_(x)
 
 
-def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
+def upcast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers in a wider dtype; those of 8 bits are not yet multiplied by their scale."""
     if x.dtype != FLOAT8 or x.device.type != "cpu":
         return x.to(dtype)
@@ -74,6 +74,6 @@ def widen(x: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.masked_fill_(wide.abs() > LARGEST, math.nan).to(dtype)
 
 
-def restore(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def dequantize(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """What 8-bit numbers stand for, in a wider dtype."""
-    return widen(x, dtype).mul_(scale)
+    return upcast(x, dtype).mul_(scale)

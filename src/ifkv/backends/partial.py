@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifkv.backends.fp8 import widen
+from ifkv.backends.fp8 import upcast
 
 # Logits held at once by the explicit form, in elements.
 _EXPLICIT_ELEMENTS = 1 << 24
@@ -143,7 +143,7 @@ def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | 
     dtype = torch.promote_types(query.dtype, torch.float32)
     kv_heads, rows = keys.shape[1], query.shape[2]
     grouped = query[0].unflatten(0, (kv_heads, -1)).flatten(1, 2).to(dtype)  # [kv, group*rows, D]
-    logits = torch.bmm(grouped, widen(keys[0], dtype).transpose(1, 2)).mul_(scaling)
+    logits = torch.bmm(grouped, upcast(keys[0], dtype).transpose(1, 2)).mul_(scaling)
     logits = logits.view(query.shape[1], rows, -1)
     return logits if mask is None else logits.masked_fill_(mask, float("-inf"))
 

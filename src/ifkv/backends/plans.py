@@ -23,6 +23,32 @@ class KVScales(NamedTuple):
 
 
 UNSCALED = KVScales()
+_TAG = "_ifkv_stitched"
+
+
+def tag_stitched(keys: Tensor, scales: KVScales | None = None) -> Tensor:
+    """Tag the keys that a stitched cache hands out, and return them.
+
+    A layer's keys go straight from its cache to the attention function, which is not told whose
+    they are. The tag tells it without a hook on any module. Slices and copies have no tag.
+
+    Args:
+        keys: Keys of one layer.
+        scales: Scales of its keys and values if they are 8-bit.
+    """
+    setattr(keys, _TAG, scales or True)
+    return keys
+
+
+def is_stitched(keys: Tensor) -> bool:
+    """True if these keys came straight from a stitched cache."""
+    return getattr(keys, _TAG, None) is not None
+
+
+def scales_of(keys: Tensor) -> KVScales | None:
+    """Return the scales of a stitched cache's 8-bit keys and values; None for all other keys."""
+    tag: KVScales | bool = getattr(keys, _TAG, True)
+    return None if isinstance(tag, bool) else tag
 
 
 @dataclasses.dataclass(frozen=True)

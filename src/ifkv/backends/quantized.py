@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifkv.backends.fp8 import widen
+from ifkv.backends.fp8 import upcast
 from ifkv.backends.partial import RowMask, attend_partial
 
 # Slots that are widened at once.
-WIDE_SLOTS = 4096
+BLOCK_SLOTS = 4096
 
 
-def attend_narrow(
+def attend_quantized(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -28,7 +28,7 @@ def attend_narrow(
     if keys.dtype == query.dtype:
         return attend_partial(query, keys, values, scaling, mask=mask, causal=causal)
     count = keys.shape[2]
-    step = count if causal else WIDE_SLOTS
+    step = count if causal else BLOCK_SLOTS
     state: tuple[Tensor, Tensor] | None = None
     for start in range(0, max(1, count), max(1, step)):
         block = slice(start, start + step)
@@ -37,8 +37,8 @@ def attend_narrow(
             seen = (mask.hidden if isinstance(mask, RowMask) else mask)[:, block]
         part = attend_partial(
             query,
-            widen(keys[:, :, block], query.dtype),
-            widen(values[:, :, block], query.dtype),
+            upcast(keys[:, :, block], query.dtype),
+            upcast(values[:, :, block], query.dtype),
             scaling,
             mask=seen,
             causal=causal,

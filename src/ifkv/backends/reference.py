@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ifkv.backends.base import Backend
 from ifkv.backends.norms import blocked_attention_norm
-from ifkv.backends.partial import RowMask, attend_partial, merge_partial
+from ifkv.backends.partial import attend_partial, merge_partial
 from ifkv.backends.plans import (
     UNSCALED,
     DocumentPlan,
@@ -26,92 +26,14 @@ from ifkv.backends.plans import (
     Reduction,
     RowPlan,
 )
-from ifkv.backends.quantized import attend_narrow
+from ifkv.backends.quantized import attend_quantized
 from ifkv.backends.spec import AttentionSpec
+from ifkv.backends.tiles import Tile, TiledRows, cut_into_tiles
 
-# Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
-TILE_ROWS = 128
-TILE_SPAN = 2048
 # A prefix this many times shorter than its document is attended to along with it: the rows computed
 # in vain cost less than a call for the prefix and a merge (a quarter of the time at 24 and 120
 # tokens; at 100 and 305 they cost more).
 SHORT_PREFIX = 4
-# Adjacent rows from this many on are worth a causal tile of their own.
-RUN_ROWS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Rows ``start`` to ``stop`` of a plan, at slots ``first`` to ``last``."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-    @property
-    def adjacent(self) -> bool:
-        """Whether the rows' slots follow one another without a gap."""
-        return self.last - self.first == self.stop - self.start - 1
-
-
-def cut_into_tiles(slots: list[int]) -> tuple[Tile, ...]:
-    """Cut ascending slots into tiles: long runs of adjacent rows alone, the rest by size."""
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for row in range(1, len(slots) + 1):
-        if row == len(slots) or slots[row] != slots[row - 1] + 1:
-            runs.append((start, row))
-            start = row
-    tiles: list[Tile] = []
-    open_from: int | None = None
-
-    def close(stop: int) -> None:
-        nonlocal open_from
-        if open_from is not None:
-            tiles.append(Tile(open_from, stop, slots[open_from], slots[stop - 1]))
-            open_from = None
-
-    for start, stop in runs:
-        if stop - start >= RUN_ROWS:
-            close(start)
-            tiles.append(Tile(start, stop, slots[start], slots[stop - 1]))
-            continue
-        for row in range(start, stop):
-            if open_from is not None and (
-                row - open_from == TILE_ROWS or slots[row] - slots[open_from] >= TILE_SPAN
-            ):
-                close(row)
-            if open_from is None:
-                open_from = row
-    close(len(slots))
-    return tuple(tiles)
-
-
-class TiledRows:
-    """Tiles of one forward, and the masks of their fringes, which every layer shares.
-
-    A mask is as wide as its tile, at most ``TILE_SPAN``; together they hold rows times the tiles'
-    mean width, however long the context is.
-
-    Args:
-        slots: Long ``[rows]``, ascending, on the compute device.
-        tiles: Their tiles.
-    """
-
-    def __init__(self, slots: Tensor, tiles: tuple[Tile, ...]):
-        self.slots = slots
-        self.tiles = tiles
-        self._masks: dict[tuple[Tile, int, int | None], RowMask] = {}
-
-    def mask(self, tile: Tile, begin: int, spec: AttentionSpec) -> RowMask:
-        """Return what a tile's rows must not see of the slots from ``begin`` to its last."""
-        key = (tile, begin, spec.window)
-        if key not in self._masks:
-            rows = self.slots[tile.start : tile.stop]
-            keys = torch.arange(begin, tile.last + 1, device=rows.device)
-            self._masks[key] = RowMask(spec.hidden(rows, keys))
-        return self._masks[key]
 
 
 class ReferenceBackend(Backend):
@@ -214,7 +136,7 @@ class ReferenceBackend(Backend):
         if keys.dtype == query.dtype:
             return None
         outs = [
-            attend_narrow(*one, spec.scaling * scales.keys)[0]
+            attend_quantized(*one, spec.scaling * scales.keys)[0]
             for one in zip(query.split(1), keys.split(1), values.split(1), strict=True)
         ]
         return torch.cat(outs).mul_(scales.values).transpose(1, 2)
@@ -283,7 +205,7 @@ def _attend_query(
         own_mask, mask = spec.hidden(rows, rows), spec.hidden(rows, plan.context_positions)
     scaling = spec.scaling
     own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=own_mask is None)
-    seen, its_logsumexp = attend_narrow(
+    seen, its_logsumexp = attend_quantized(
         query, context_keys, context_values, scaling * scales.keys, mask=mask
     )
     if scales.values != 1:
@@ -305,21 +227,23 @@ def _attend_tile(
     scaling, window = spec.scaling, spec.window
     if tile.stop - tile.start == 1:  # sees all up to itself, without a mask: a step of decoding
         begin = 0 if window is None else max(0, end - window)
-        return attend_narrow(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
+        return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
     if window is not None and tile.last >= window:
         # The window's own edge needs a mask too: one masked call over all that any row sees.
         begin = max(0, first - window + 1)
         mask = planned.mask(tile, begin, spec)
-        return attend_narrow(
+        return attend_quantized(
             query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
         )[0]
     fringe = slice(first, end)
     if tile.adjacent:
-        seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True)
+        seen = attend_quantized(
+            query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True
+        )
     else:
         mask = planned.mask(tile, first, dataclasses.replace(spec, window=None))
-        seen = attend_narrow(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
+        seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
     if first == 0:
         return seen[0]
-    before = attend_narrow(query, keys[:, :, :first], values[:, :, :first], scaling)
+    before = attend_quantized(query, keys[:, :, :first], values[:, :, :first], scaling)
     return merge_partial(*before, *seen)[0]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.backends.fp8 import FLOAT8, restore, round_rows
-from ifkv.backends.marks import mark_stitched
-from ifkv.backends.plans import UNSCALED, KVScales
+from ifkv.backends.fp8 import FLOAT8, dequantize, quantize
+from ifkv.backends.plans import UNSCALED, KVScales, tag_stitched
 from ifkv.cache.layer import StitchedLayer
 
 _BUFFERS = ("_key_buffer", "_value_buffer")
@@ -67,24 +66,22 @@ class RoundedLayer(StitchedLayer):
             (self.key_buffer, self.value_buffer), (keys, values), self.scales, strict=True
         ):
             # As bytes: torch has no index_copy_ of float8 on a CPU.
-            buffer.view(torch.uint8).index_copy_(
-                2, slots, round_rows(rows, scale).view(torch.uint8)
-            )
+            buffer.view(torch.uint8).index_copy_(2, slots, quantize(rows, scale).view(torch.uint8))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Round rows and append them; what is returned says by which scales to read it."""
         keys, values = super().update(
-            round_rows(key_states, self.scales.keys), round_rows(value_states, self.scales.values)
+            quantize(key_states, self.scales.keys), quantize(value_states, self.scales.values)
         )
-        return mark_stitched(keys, self.scales), values
+        return tag_stitched(keys, self.scales), values
 
     def rows(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at some slots, in the model's dtype."""
         return (
-            restore(self.key_buffer[:, :, at], self.scales.keys, self.dtype),
-            restore(self.value_buffer[:, :, at], self.scales.values, self.dtype),
+            dequantize(self.key_buffer[:, :, at], self.scales.keys, self.dtype),
+            dequantize(self.value_buffer[:, :, at], self.scales.values, self.dtype),
         )
 
     def clone(self) -> RoundedLayer:

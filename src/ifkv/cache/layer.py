@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ifkv.backends.marks import mark_stitched
-from ifkv.backends.plans import UNSCALED, KVScales
+from ifkv.backends.plans import UNSCALED, KVScales, tag_stitched
 from ifkv.cache.interface import MOVED, RESET, refusing
 from ifkv.errors import GeometryError, InvalidInputError
 from ifkv.utils.huge_pages import empty
@@ -166,7 +165,7 @@ class StitchedLayer(DynamicLayer):
         self.key_buffer[:, :, self.length : end] = key_states
         self.value_buffer[:, :, self.length : end] = value_states
         self.length = end
-        return mark_stitched(self.keys), self.values
+        return tag_stitched(self.keys), self.values
 
     reset = refusing("reset", RESET)
     offload = refusing("offload", MOVED)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ifkv.backends.fp8 import FLOAT8, LARGEST, round_rows
+from ifkv.backends.fp8 import FLOAT8, LARGEST, quantize
 from ifkv.backends.plans import KVScales
 from ifkv.errors import InvalidInputError
 from ifkv.models.rope import rotate
@@ -114,6 +114,6 @@ def place_rounded(
     for k, v in rows:
         own = slice(slot, slot + k.shape[-2])
         slot = own.stop
-        round_rows(rotate(k.to(cos.dtype), cos[own], sin[own]), scales.keys, out=keys[:, own])
-        round_rows(v, scales.values, out=values[:, own])
+        quantize(rotate(k.to(cos.dtype), cos[own], sin[own]), scales.keys, out=keys[:, own])
+        quantize(v, scales.values, out=values[:, own])
     return scales

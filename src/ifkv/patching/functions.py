@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ifkv.backends.fp8 import restore
-from ifkv.backends.marks import is_stitched, scales_of
-from ifkv.backends.plans import UNSCALED
+from ifkv.backends.fp8 import dequantize
+from ifkv.backends.plans import UNSCALED, is_stitched, scales_of
 from ifkv.backends.spec import AttentionSpec
 from ifkv.errors import UnsupportedModelError
 from ifkv.forward.passes import LayerCall
@@ -61,8 +60,8 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
             if decoded is not None:
                 return decoded, None
         if scales is not None:  # the model's own attention knows nothing of 8 bits
-            key = restore(key, scales.keys, query.dtype)
-            value = restore(value, scales.values, query.dtype)
+            key = dequantize(key, scales.keys, query.dtype)
+            value = dequantize(value, scales.values, query.dtype)
         # "eager" lives in each modeling file, not in the registry.
         eager: Any = attention_function(module, "eager_attention_forward")
         if eager is None and config._attn_implementation == "eager":

@@ -41,7 +41,7 @@ class Part(NamedTuple):
     end: int
 
 
-class Tile:
+class SequenceTile:
     """Rows of a forward that follow one another and belong to one sequence.
 
     Attributes:
@@ -69,17 +69,17 @@ class Tile:
         """Whether the rows' slots follow one another without a gap."""
         return self.last - self.first == self.stop - self.start - 1
 
-    def pieces(self, rows: int) -> Iterator[Tile]:
+    def pieces(self, rows: int) -> Iterator[SequenceTile]:
         """The tile in tiles of so many rows."""
         for at in range(0, len(self._slots), rows):
-            yield Tile(self.sequence, self.start + at, self._slots[at : at + rows])
+            yield SequenceTile(self.sequence, self.start + at, self._slots[at : at + rows])
 
     def part(self, begin: int) -> Part:
         """What the rows read from a slot on up to the last row's own."""
         return Part(self.sequence, self.start, self.stop, begin, self.last + 1)
 
 
-def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> list[Tile]:
+def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> list[SequenceTile]:
     """Cut the rows of one or several sequences into tiles.
 
     Args:
@@ -88,12 +88,12 @@ def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> li
         tile_rows: Rows of a tile at most.
         whole_runs: Keep runs of at least ``tile_rows`` adjacent rows whole, as tiles of their own.
     """
-    tiles: list[Tile] = []
+    tiles: list[SequenceTile] = []
     offset = 0
     for sequence, own in enumerate(slots):
         every = own.tolist()
         for start, stop in _ranges(own, tile_rows, whole_runs):
-            tiles.append(Tile(sequence, offset + start, every[start:stop]))
+            tiles.append(SequenceTile(sequence, offset + start, every[start:stop]))
         offset += len(own)
     return tiles
 
