@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import sys
 import threading
@@ -188,14 +187,6 @@ def test_a_damaged_kept_model_says_which_folder_to_delete(
     with pytest.raises(demo.DemoModelError, match="Delete that folder") as caught:
         demo.load_demo_model()
     assert str(folder) in str(caught.value)
-
-
-def test_the_cache_folder_is_the_users_own_unless_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IFKV_CACHE", "~/elsewhere")
-    assert demo.cache_folder() == Path.home() / "elsewhere"
-    monkeypatch.delenv("IFKV_CACHE")
-    assert demo.cache_folder().name == "ifkv"
-    assert os.path.isabs(demo.cache_folder())
 
 
 def test_every_answer_stands_in_its_passage_and_in_no_other() -> None:

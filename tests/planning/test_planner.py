@@ -139,13 +139,13 @@ def test_the_largest_ratio_that_is_soon_enough_is_recommended() -> None:
     assert planner.plan(4000, documents=8, prompt=20, speedup=4).ratio == 0.15
     hurried = planner.plan(4000, documents=8, prompt=20, speedup=100)
     assert hurried.ratio == 0.05
-    assert "none is 100 times as soon" in hurried.reason
+    assert "none is 100× faster" in hurried.reason
 
 
 def test_plain_prefill_is_recommended_where_passes_cost_more_than_rows() -> None:
     plan = Planner(SHAPE, PASSES_COST).plan(100, documents=4, prompt=20)
     assert plan.ratio is None
-    assert "plain prefill" in plan.reason
+    assert "full prefill" in plan.reason
 
 
 def doubt(rates: Rates, tokens: int = 4000) -> str | None:
@@ -160,9 +160,9 @@ def test_what_contradicts_the_count_of_operations_is_in_doubt() -> None:
     assert later is not None
     assert "--recalibrate" in later
     assert "r = 0.05 is predicted to take" in later
-    sooner = doubt(dataclasses.replace(sound, prefill_attention=flat(RATE / 50)))
-    assert sooner is not None
-    assert "times the operations" in sooner
+    faster = doubt(dataclasses.replace(sound, prefill_attention=flat(RATE / 50)))
+    assert faster is not None
+    assert "times the operations" in faster
     apart = doubt(dataclasses.replace(sound, disagreement=1.6))
     assert apart is not None
     assert "differ by a factor of 1.6, where 1.5 is the most" in apart

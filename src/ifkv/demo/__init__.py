@@ -1,1 +1,1 @@
-"""What the demo needs: a small real model and texts of its own."""
+"""Model and texts of `ifkv demo`."""

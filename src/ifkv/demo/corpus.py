@@ -1,4 +1,4 @@
-"""Texts and questions of the demo, all invented, so that no answer comes from a model's memory."""
+"""Invented texts and questions of the demo, so that no answer comes from a model's memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A short text about one thing.
+    """Short text about one thing.
 
     Attributes:
         title: What it is about.
-        body: Its paragraphs, a line each.
+        body: Paragraphs, one per line.
     """
 
     title: str
@@ -22,13 +22,13 @@ class Passage:
 
     @property
     def text(self) -> str:
-        """Title and body, as a document is given to [ifkv.Session.add][]."""
+        """Return title and body, as a document for [ifkv.Session.add][]."""
         return f"{self.title}\n\n{self.body}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question that one passage answers.
+    """Question that one passage answers.
 
     Attributes:
         text: The question.
@@ -41,17 +41,17 @@ class Question:
     passage: int
 
     def answered_by(self, text: str) -> bool:
-        """Whether ``text`` contains the answer, whatever its case."""
+        """True if ``text`` contains the answer, ignoring case."""
         return self.answer.casefold() in text.casefold()
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The demo's passages and the questions about them.
+    """Corpus of the demo: its passages and the questions about them.
 
     Attributes:
         passages: Twelve passages of about 300 tokens each.
-        questions: Questions, each answered by another passage.
+        questions: Questions, each answered by a different passage.
     """
 
     passages: tuple[Passage, ...]

@@ -1,9 +1,8 @@
-"""From a GGUF file of a Llama model to a folder that transformers loads.
+"""Conversion of a Llama model's GGUF file to a folder that transformers loads.
 
-transformers reads GGUF too, but needs a further package for it, and its versions disagree on the
-tokenizer: 5.4 makes this one CodeLlama's. What is converted once and kept must not depend on the
-version that happened to convert it, so the few facts are written down here; dequantising is left
-to the `gguf` package.
+transformers reads GGUF too, but it needs a further package, and its versions disagree on the
+tokenizer: 5.4 makes this one CodeLlama's. A conversion that is kept must not depend on the version
+that made it, so the few facts are written down here. The `gguf` package dequantizes the weights.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _LAYER = {
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Write weights in float32, config and tokenizer.
+    """Write weights in float32, config and tokenizer to a folder.
 
     Args:
         source: A GGUF file of a Llama model with a byte-level BPE tokenizer of SmolLM's kind.
@@ -66,7 +65,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def read_weights(reader: Any, facts: dict[str, Any]) -> dict[str, Tensor]:
-    """Dequantise all tensors.
+    """Dequantize all tensors.
 
     Args:
         reader: A `gguf.GGUFReader`.
@@ -92,7 +91,7 @@ def read_weights(reader: Any, facts: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _name(name: str) -> str:
-    """A tensor's name in transformers."""
+    """Return a tensor's name in transformers."""
     stem, _, kind = name.rpartition(".")
     if found := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
         if known := _LAYER.get(found[2]):
@@ -138,7 +137,7 @@ def build_tokenizer(facts: dict[str, Any]) -> Any:
             with every digit a token.
 
     Returns:
-        A `PreTrainedTokenizerFast` with the file's chat template, which adds no token of its own.
+        A `PreTrainedTokenizerFast` with the file's chat template. It adds no special tokens.
     """
     from gguf import TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

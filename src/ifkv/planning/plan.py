@@ -1,4 +1,4 @@
-"""What a plan predicts, and which ratio it recommends for that."""
+"""Plans: predicted times of a request, and the recompute ratio that they recommend."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """What one recompute ratio is predicted to take; all times in seconds.
+    """Predicted times at one recompute ratio, in seconds.
 
     Attributes:
         ratio: The recompute ratio.
         rows: Tokens that are recomputed.
-        stitch: Stitching the documents.
-        select: Choosing the tokens.
-        recompute: Selected rows and the prompt, up to the first token's logits.
-        hot: Time to first token with the documents in memory: the three together.
-        warm: The same from a store on the disk, out of the system's page cache; None if the disk
-            could not be measured. Loading is added in full, as if nothing of it were hidden.
-        cold: The same, past the page cache.
-        bound: S(r): how many times sooner than plain prefill the operations alone allow.
+        stitch: Time to stitch the documents.
+        select: Time to choose the tokens.
+        recompute: Time for selected rows and the prompt, up to the first token's logits.
+        hot: Time to first token with the documents in memory: ``stitch + select + recompute``.
+        warm: Time to first token from a store on disk whose files are in the system's page cache.
+            None if the disk could not be measured. Loading is added in full, although part of it
+            overlaps with computation.
+        cold: Time to first token from a store on disk whose files are not in the page cache; None
+            likewise.
+        bound: S(r), the speed-up over full prefill that the count of operations allows.
     """
 
     ratio: float
@@ -36,19 +38,19 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Predictions for one request, and what they recommend.
+    """Predicted times of one request, and the recompute ratio that they recommend.
 
     Attributes:
         tokens: Tokens of the context.
-        documents: How many documents it has.
+        documents: Number of documents.
         prompt: Tokens of the prompt.
-        prefill: Predicted seconds of plain prefill to the first token's logits.
+        prefill: Predicted seconds of full prefill to the first token's logits.
         kv_bytes: Bytes of the context's keys and values, in memory and in an exact store.
-        forecasts: One for each ratio.
-        ratio: The ratio that is recommended; None stands for plain prefill.
-        reason: Why, in a sentence.
-        doubt: Why these times may be far off, and what to do about it; None if nothing is known
-            against them. See `ifkv.planning.sanity`.
+        forecasts: One `Forecast` for each ratio.
+        ratio: Recommended ratio; None recommends full prefill.
+        reason: Reason for the recommendation, in a sentence.
+        doubt: Reason why these times may be far off, and what to do about it; None if the rates
+            look sound. See `ifkv.planning.sanity`.
     """
 
     tokens: int
@@ -65,26 +67,26 @@ class Plan:
 def choose(
     prefill: float, forecasts: Sequence[Forecast], speedup: float
 ) -> tuple[float | None, str]:
-    """The ratio that a plan recommends (None for plain prefill), and the reason.
+    """Return the recommended ratio (None for full prefill), and the reason in a sentence.
 
-    The largest that is ``speedup`` times as soon as plain prefill; if none is, the soonest; plain
-    prefill, where no ratio is sooner.
+    Recommend the largest ratio that is ``speedup`` times faster to the first token than full
+    prefill. If there is none, recommend the fastest ratio; if no ratio is faster than full prefill,
+    recommend full prefill.
 
     Args:
-        prefill: Seconds of plain prefill.
-        forecasts: One for each ratio.
-        speedup: How many times as soon is soon enough.
+        prefill: Seconds of full prefill.
+        forecasts: One `Forecast` for each ratio.
+        speedup: Speed-up over full prefill that a ratio should reach.
     """
     enough = [each.ratio for each in forecasts if each.hot * speedup <= prefill]
     if enough:
         return max(enough), (
-            f"the largest of these ratios predicted to be {speedup:g} times as soon as plain "
-            "prefill"
+            f"the largest of these ratios predicted to be {speedup:g}× faster than full prefill"
         )
-    soonest = min(forecasts, key=lambda each: each.hot)
-    if soonest.hot < prefill:
-        return soonest.ratio, (
-            f"the soonest of these ratios, predicted to be {prefill / soonest.hot:.2f} times as "
-            f"soon as plain prefill; none is {speedup:g} times as soon"
+    fastest = min(forecasts, key=lambda each: each.hot)
+    if fastest.hot < prefill:
+        return fastest.ratio, (
+            f"the fastest of these ratios, predicted to be {prefill / fastest.hot:.2f}× faster "
+            f"than full prefill; none is {speedup:g}× faster"
         )
-    return None, "plain prefill is predicted to be sooner than any of these ratios"
+    return None, "full prefill is predicted to be faster than any of these ratios"

@@ -1,13 +1,13 @@
 """Predict times to first token from a model's shape and a machine's rates, and choose a ratio.
 
-Times add up what `ifkv.cost` counts, at the rates of [ifkv.planning.calibration][]: rows through a
-layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a machine
-with one rate for everything and no overhead the prediction is the arithmetic itself.
+Predicted times are the counts of `ifkv.cost` at the rates of [ifkv.planning.calibration][]: rows
+through a layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a
+machine with one rate for everything and no overhead, the prediction is the arithmetic itself.
 
-The choice (`ifkv.planning.plan`): the largest ratio whose hot TTFT is predicted to come
-``speedup`` times as soon as that of plain prefill, twice by default, since answers come nearer to
-plain prefill's with every recomputed token. If none does, the soonest ratio; and plain prefill,
-which is exact, where no ratio is sooner.
+`ifkv.planning.plan.choose` takes the largest ratio whose hot time to first token is predicted to be
+``speedup`` times faster than full prefill (twice by default), since answers come nearer to full
+prefill's with every recomputed token. If there is none, it takes the fastest ratio. If no ratio is
+faster than full prefill, it takes full prefill, which is exact.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ shape_of_config = ModelShape.of_config
 
 
 class Planner:
-    """Makes plans for one model on one machine.
+    """Planner for one model on one machine.
 
     Args:
         shape: The model's shape.
         rates: The machine's rates.
-        positions: Tokens that the model has positions for; None knows no end.
+        positions: Positions that the model has; None if there is no limit.
 
     Examples:
         >>> from ifkv.planning.planner import Planner
@@ -66,7 +66,7 @@ class Planner:
         ...               host_bytes=None)
         >>> plan = Planner(ModelShape.of(tiny_model()), rates).plan(1000, documents=4, prompt=20)
         >>> plan.ratio, plan.reason
-        (0.3, 'the largest of these ratios predicted to be 2 times as soon as plain prefill')
+        (0.3, 'the largest of these ratios predicted to be 2× faster than full prefill')
     """
 
     def __init__(self, shape: ModelShape, rates: Rates, *, positions: int | None = None):
@@ -88,17 +88,18 @@ class Planner:
     ) -> Plan:
         """Predict a request's times and choose among the ratios.
 
-        The first plan whose times are in doubt (``Plan.doubt``) says so in a
-        `CalibrationWarning`.
+        Warn with a `CalibrationWarning` once, at the first plan whose times are in doubt
+        (``Plan.doubt``).
 
         Args:
-            tokens: Tokens of the context, the prefix among them.
-            documents: How many documents it has; they count as equally long.
+            tokens: Tokens of the context, including the prefix.
+            documents: Number of documents; they count as equally long.
             prompt: Tokens of the prompt.
-            question: Tokens of the bare question, where it is what scores; the prompt's if None.
-            ratios: What to choose among.
-            selector: What chooses the tokens, as in [ifkv.Session.ask][].
-            speedup: How many times as soon as plain prefill a ratio should be.
+            question: Tokens of the bare question, for selectors that score by it; the prompt's if
+                None.
+            ratios: Ratios to choose among.
+            selector: Selector of the tokens, as in [ifkv.Session.ask][].
+            speedup: Speed-up over full prefill that a ratio should reach.
 
         Raises:
             InvalidInputError: A number that is not positive, more documents than tokens, a ratio
@@ -147,7 +148,7 @@ class Planner:
         choosing_flops: float,
     ) -> Forecast:
         shape, rates = self.shape, self.rates
-        first = tokens // documents  # is exact already, and never selected
+        first = tokens // documents  # exact already, and never selected
         rows = min(budget(tokens, ratio), tokens - first)
         position = (tokens + first) / (2 * tokens)
         nbytes = tokens * shape.token_bytes
@@ -175,7 +176,7 @@ class Planner:
     def _choosing(
         self, tokens: int, prompt: int, question: int, rule: QueryRanked
     ) -> tuple[float, float]:
-        """Seconds and operations of a selector."""
+        """Return the seconds and the operations of a selector."""
         shape, layers = self.shape, rule.layers.within(self.shape.num_layers)
         lengths = {"prompt": [prompt], "question": [question], "both": [prompt, question]}
         seconds = flops = 0.0
@@ -208,7 +209,8 @@ class Planner:
         rate = rates.rows_attention.at(tokens, every / tokens)
         pairs = spread_pairs(rows, tokens, position) + causal_pairs(tokens, prompt)
         one = causal_pairs(tokens + prompt - 1, 1) * 4 * wide / rates.query_attention.at(tokens, 1)
-        # In the last layer rows give keys and values alone, and one is run whole.
+        # In the last layer, all rows give keys and values, but only the last row runs through the
+        # rest.
         return (
             (shape.num_layers - 1) * (through + 4 * wide * pairs / rate)
             + through * self._attention_share
@@ -234,14 +236,14 @@ def planner_for(
     backend: str = "auto",
     recalibrate: bool = False,
 ) -> Planner:
-    """A planner for a model on this machine, whose rates are measured if they are not known yet.
+    """Build a planner for a model on this machine, whose rates are measured if unknown.
 
     Args:
         model: A model, or only its config.
-        dtype: Of weights and cache; a model's own.
-        device: Where it runs; a model's own.
+        dtype: Dtype of weights and cache; ignored for a model, which has one.
+        device: Device to run on; ignored for a model, which is on one.
         backend: As in [ifkv.patch][].
-        recalibrate: Measure the rates anew.
+        recalibrate: If True, measure the rates again.
 
     Raises:
         InvalidInputError: The config describes no model of this kind.

@@ -1,4 +1,4 @@
-"""Which requests' times to first token can be predicted."""
+"""Check that a request's time to first token can be predicted."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ifkv.utils.checks import check_positive
 
 
 def check_plannable(selector: Selector, *, reorder: bool = False) -> QueryRanked:
-    """Refuse requests whose time to first token plans know nothing of.
+    """Refuse requests whose time to first token cannot be predicted.
 
     Returns:
         The selector.
 
     Raises:
-        InvalidInputError: Documents are reordered, or the selector does more than to run the query
+        InvalidInputError: Documents are reordered, or the selector does more than run the query
             once over the cache and take norms there.
     """
     if not reorder and (
@@ -36,7 +36,7 @@ def check_plannable(selector: Selector, *, reorder: bool = False) -> QueryRanked
         return selector
     found = "reorder=True" if reorder else f"selector={str(selector)!r}"
     raise InvalidInputError(
-        f"no ratio can be planned (ratio='auto', ifkv plan) with {found}: what that takes is not "
+        f"no ratio can be planned (ratio='auto', ifkv plan) with {found}: its time is not "
         "predicted. Take sink-aware, sensitivity-aware, value-aware or attention-norm, without "
         "reordering, or give a ratio between 0 and 1."
     )
@@ -52,16 +52,16 @@ def check_request(
     speedup: float,
     positions: int | None,
 ) -> None:
-    """Refuse numbers that no request has; before anything is measured.
+    """Refuse impossible numbers, before anything is measured.
 
     Args:
-        tokens: As of `Planner.plan`, and so are the next five.
+        tokens: As in `Planner.plan`, like the next five.
         documents: Likewise.
         prompt: Likewise.
         question: Likewise.
         ratios: Likewise.
         speedup: Likewise.
-        positions: Tokens that the model has positions for; None knows no end.
+        positions: Positions that the model has; None if there is no limit.
 
     Raises:
         InvalidInputError: A number that is not positive, more documents than tokens, a ratio

@@ -1,4 +1,4 @@
-"""Showing what a request did: a table, a heat map for the terminal, a page for the browser."""
+"""Reports on a request: a table and a heat map for the terminal, a page for the browser."""
 
 from ifkv.report.data import AnswerRow, Report
 from ifkv.report.heatmap import Heatmap

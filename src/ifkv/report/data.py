@@ -1,4 +1,4 @@
-"""What is shown of one question: its context's tokens, their scores, and the ways compared."""
+"""Reports: a question's context tokens, their scores, and the ways of answering compared."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ifkv.report.pieces import token_pieces
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRow:
-    """One way of answering the question, measured.
+    """Measurements of one way of answering the question.
 
     Attributes:
-        way: Its name, as "full prefill".
-        ttft_seconds: From the question's arrival to the first token's logits.
+        way: Name of the way, such as "full prefill".
+        ttft_seconds: Seconds from the question's arrival to the first token's logits.
         answer: The answer's text.
-        speedup: Full prefill's time over this way's; None where there is nothing to compare with.
-        bound: S(r), the speed-up that the count of operations allows; None where it says nothing.
+        speedup: Full prefill's time over this way's; None if there is nothing to compare with.
+        bound: S(r), the speed-up that the count of operations allows; None if there is none.
         kl: Mean KL divergence to full prefill over the answer, in nats; None if not measured.
-        cut: In words, that the answer was cut off; empty if it was not.
+        cut: Note that the answer was cut off; empty if it was not.
     """
 
     way: str
@@ -36,7 +36,7 @@ class AnswerRow:
 
     @property
     def share_of_bound(self) -> float | None:
-        """The measured speed-up as a share of S(r)."""
+        """Return the measured speed-up as a share of S(r); None if either is unknown."""
         if self.speedup is None or not self.bound:
             return None
         return self.speedup / self.bound
@@ -44,25 +44,27 @@ class AnswerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One question over its stitched context, ready to be shown.
+    """Report on one question over its stitched context.
 
     Attributes:
         question: The question.
-        token_texts: Text of each slot ``[T]``; together they are the decoded context.
-        scores: What is shown of each slot ``[T]``, not negative: what the question looks at, or
-            what it was chosen by.
+        token_texts: Text of each slot ``[T]``; joined, they are the decoded context.
+        scores: Score of each slot ``[T]``, not negative: the attention of the question, or the
+            score by which tokens were selected.
         recomputed: Slots that were recomputed.
         document_slices: Slots of each document, in the cache's order.
         prefix_length: Slots before the first document, P.
         order: For each document of the cache, its index among those asked.
-        rows: The ways compared, in the order they are shown.
-        titles: Names of the documents in the cache's order; the opening words where empty.
-        answer: The answer's text, and a word if it was cut off; shown where no ways are compared.
-        timings: Seconds of each step up to the first token, and of ``decode`` behind it.
-        ttft_seconds: From the question's arrival to the first token's logits; None if not known.
+        rows: The ways compared, in the order in which they are shown.
+        titles: Names of the documents in the cache's order; where empty, the opening words are
+            shown.
+        answer: The answer's text, with a note if it was cut off; shown if no ways are compared.
+        timings: Seconds of each step up to the first token, and of ``decode`` after it.
+        ttft_seconds: Seconds from the question's arrival to the first token's logits; None if not
+            known.
         bound: S(r), as in `AnswerRow`.
-        measure: What the scores are of, in a word: attention, or another selector's score.
-        scored: Whether ``scores`` were measured; if not, they are all alike and show nothing.
+        measure: Kind of the scores, in a word: attention, or another selector's score.
+        scored: True if ``scores`` were measured; otherwise they are all equal and show nothing.
     """
 
     question: str
@@ -93,12 +95,12 @@ class Report:
                     f"{name} has {len(found)} entries for {len(self.document_slices)} documents; "
                     "give one for each."
                 )
-        # What lies between are earlier turns of a conversation, which are not shown.
+        # Slots in between are earlier turns of a conversation, which are not shown.
         stop = self.prefix_length
         for part in self.document_slices:
             if part.start < stop or part.stop < part.start or part.step not in (None, 1):
                 raise InvalidInputError(
-                    f"document slice {part} should begin at slot {stop} or behind it: documents "
+                    f"document slice {part} should begin at slot {stop} or after it: documents "
                     "follow the prefix and one another."
                 )
             stop = part.stop
@@ -124,8 +126,8 @@ class Report:
             question: The question.
             answer: The answer. Without scores (ratio 0 or 1) every token counts the same.
             rows: The ways compared.
-            titles: Names of the documents, in the order they were asked; the answer's sources if
-                not given.
+            titles: Names of the documents, in the order in which they were given; the answer's
+                sources if None.
         """
         titles = titles or ["" if source is None else str(source) for source in answer.sources]
         ids = answer.context_ids.tolist()
@@ -133,7 +135,7 @@ class Report:
         slices = list(answer.document_slices)
         prefix_length = slices[0].start if slices else len(ids)
         texts: list[str] = []
-        # Piece by piece: a character cut at the end of one document is none of the next one's.
+        # Each document is decoded alone: a character cut at its end does not continue in the next.
         for part in slices:
             texts += token_pieces(tokenizer, ids[len(texts) : part.start])
             texts += token_pieces(tokenizer, ids[part])

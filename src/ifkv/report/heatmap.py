@@ -1,4 +1,4 @@
-"""Attention norms over the text, in the terminal."""
+"""Heat map of attention norms over the text, in the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from ifkv.report.data import Report
 from ifkv.report.shading import STEPS, DocumentShare, document_shares, richest, runs, visible
 
-# Both colours are given with every shade, so that it reads on a dark and on a light terminal.
+# Every shade sets both colours, so that it reads on dark and light terminals.
 _SHADES = (
     Style(),
     Style(color="#fff1dc", bgcolor="#4a3000"),
@@ -26,16 +26,17 @@ _SHADES = (
 
 @dataclasses.dataclass(frozen=True)
 class Heatmap:
-    """A rich renderable: one panel per document, shaded by score, recomputed tokens underlined.
+    """Heat map for a rich console: a panel per document, shaded by score.
 
-    Where the console has no styles, as in a file, a line of marks below the text stands for it.
+    Recomputed tokens are underlined. If the console has no styles, as when writing to a file, a
+    line of marks below the text replaces them.
 
     Attributes:
-        report: What is shown.
-        documents: Show so many documents, those with the most attention; all if None.
-        lines: Show so many lines of each, those with the most attention; all if None.
-        question: Put the question above.
-        legend: Put a legend below.
+        report: The report that is shown.
+        documents: Number of documents shown, those with the most attention; all if None.
+        lines: Number of lines shown of each, those with the most attention; all if None.
+        question: True to show the question above.
+        legend: True to show a legend below.
     """
 
     report: Report
@@ -45,7 +46,7 @@ class Heatmap:
     legend: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lay the panels out for a console of this width."""
+        """Yield the panels for a console of this width."""
         shares, measure = document_shares(self.report), self.report.measure
         shown = richest(shares, len(shares) if self.documents is None else self.documents)
         # A console without colours writes no underlines either.
@@ -74,7 +75,7 @@ class Heatmap:
     def _lines(
         self, console: Console, share: DocumentShare, width: int, mark: str | None
     ) -> list[Text]:
-        """The document's text, wrapped, and cut down to its richest lines if asked."""
+        """Return the wrapped text, cut to the lines with the most attention if asked."""
         text = Text()
         for run in runs(self.report, share.slots):
             density = Style(meta={"density": run.weight / len(run.text)})
@@ -98,7 +99,7 @@ class Heatmap:
 
 
 def _marks(line: Text, sign: str) -> Text:
-    """A line of signs below the recomputed characters of ``line``, for a console without styles."""
+    """Return a line of signs below the recomputed characters of ``line``, for plain consoles."""
     marked = [False] * len(line.plain)
     for span in line.spans:
         if isinstance(span.style, Style) and span.style.underline:
@@ -111,7 +112,7 @@ def _marks(line: Text, sign: str) -> Text:
 
 
 def _weight(line: Text) -> float:
-    """How much attention a wrapped line of runs has."""
+    """Return the attention of a wrapped line of runs."""
     return sum(
         (span.end - span.start) * float(span.style.meta.get("density", 0.0))
         for span in line.spans

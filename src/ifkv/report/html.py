@@ -1,10 +1,9 @@
-"""A page for the browser: one file that needs nothing else, no script and no network."""
+"""Page for the browser: one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
@@ -16,25 +15,26 @@ from ifkv.report.data import AnswerRow, Report
 from ifkv.report.sentences import Sentence, strongest
 from ifkv.report.shading import STEPS, Run, document_shares, richest, runs, visible
 from ifkv.report.table import nats, one_line, percent, seconds, times
+from ifkv.utils.files import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# Documents whose text is unfolded when the page opens; all others are one click away.
+# Number of documents whose text is unfolded when the page opens.
 OPEN_DOCUMENTS = 3
-# Sentences that are named above the text, with links into it.
+# Number of sentences that are listed above the text, with links into it.
 STRONGEST_SENTENCES = 6
 
 
 def render_html(
     reports: Sequence[Report], *, title: str = "Where questions look", note: str = ""
 ) -> str:
-    """Render questions, the ways of answering them compared, and the shaded documents.
+    """Render questions, the ways of answering them, and the shaded documents.
 
     Args:
         reports: One for each question; at least one.
-        title: Of the page.
-        note: A sentence below it, as which model was asked and how.
+        title: Title of the page.
+        note: A sentence below the title, such as the model and how it was asked.
 
     Returns:
         A complete HTML document.
@@ -59,10 +59,10 @@ def write_html(
     title: str = "Where questions look",
     note: str = "",
 ) -> Path:
-    """Render to a file, replacing one that is there only when the new one is complete.
+    """Render to a file; an existing one is replaced only when the new one is complete.
 
     Args:
-        path: Where to; its folder is made if need be.
+        path: Path of the file; its folder is made if need be.
         reports: As for `render_html`.
         title: As for `render_html`.
         note: As for `render_html`.
@@ -74,29 +74,19 @@ def write_html(
 
 
 def write_page(path: str | os.PathLike[str], page: str) -> Path:
-    """Write a page to a file as `write_html` does; returns the file's absolute path."""
+    """Write a page to a file as `write_html` does; return the file's absolute path."""
     target = Path(path).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        # mkstemp makes files for the user alone; a page is meant to be handed on.
-        os.chmod(partial, 0o644)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    write_whole(target, page)
     return target
 
 
 def _section(report: Report, *, opened: bool) -> dict[str, Any]:
-    """What the template needs to know of one question."""
+    """Return the template's variables for one question."""
     shares = document_shares(report)
     unfolded = richest(shares, OPEN_DOCUMENTS) if opened else []
     largest = max((share.mass for share in shares), default=0.0) or 1.0
     slowest = max((row.ttft_seconds for row in report.rows), default=0.0) or 1.0
-    # Without scores every sentence is as strong as the next.
+    # Without scores, all sentences are equally strong.
     marked = strongest(report, STRONGEST_SENTENCES) if report.scored else []
     documents = [
         {
@@ -132,7 +122,7 @@ def _section(report: Report, *, opened: bool) -> dict[str, Any]:
 
 
 def _parts(report: Report, document: int, marked: list[Sentence]) -> list[dict[str, Any]]:
-    """A document's runs, cut where one of the strongest sentences begins, which links lead to."""
+    """Return a document's runs, cut where one of the strongest sentences begins."""
     slots = report.document_slices[document]
     begins = {one.slots.start: rank for rank, one in enumerate(marked, 1)}
     cuts = sorted({slots.start, *(at for at in begins if slots.start <= at < slots.stop)})
@@ -144,7 +134,7 @@ def _parts(report: Report, document: int, marked: list[Sentence]) -> list[dict[s
 
 
 def _steps(report: Report) -> list[dict[str, str]]:
-    """Each step's time, and its bar's length beside the longest step before the first token."""
+    """Return each step's time, and its bar's length relative to the longest step."""
     whole = report.ttft_seconds or 0.0
     return [
         {
@@ -158,7 +148,7 @@ def _steps(report: Report) -> list[dict[str, str]]:
 
 
 def _without_end(found: list[Run]) -> list[Run]:
-    """Runs without the blank lines at the document's end."""
+    """Return the runs without the blank lines at the document's end."""
     while found and not found[-1].text.strip():
         found = found[:-1]
     if found:
@@ -167,7 +157,7 @@ def _without_end(found: list[Run]) -> list[Run]:
 
 
 def _row(row: AnswerRow, slowest: float) -> dict[str, str]:
-    """One way of answering, as texts."""
+    """Return one way of answering as texts for the template."""
     return {
         "way": visible(row.way),
         "ttft": seconds(row.ttft_seconds),
@@ -182,7 +172,7 @@ def _row(row: AnswerRow, slowest: float) -> dict[str, str]:
 
 @cache
 def _template() -> Template:
-    """The page's template; every text put into it is escaped."""
+    """Return the page's template, which escapes every text."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""Token ids to the pieces of text they stand for."""
+"""Text of single tokens, whose pieces join to the decoded text."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-# What decoding puts in the place of bytes that are no character, or not yet.
+# Decoding puts this in the place of bytes that are no complete character.
 _REPLACEMENT = "\ufffd"
 
 
 def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of each token, such that the pieces together are ``tokenizer.decode(ids)``.
+    """Return the text of each token; joined, they are ``tokenizer.decode(ids)``.
 
     A character whose bytes are spread over several tokens belongs to the last of them, and the
-    others are empty. Tokens are decoded beside their neighbours, as decoders look at them: some
-    strip the first space of a text, some put one before each word.
+    others are empty. Tokens are decoded beside their neighbours, since some decoders strip the
+    first space of a text and some put one before each word.
 
     Args:
         tokenizer: A tokenizer from transformers.

@@ -1,4 +1,4 @@
-"""The sentences of the documents that a question looks at most, found token by token."""
+"""Sentences of the documents with the most attention of the question, found token by token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from ifkv.report.data import Report
 from ifkv.report.shading import STEPS, visible
 
-# A sentence ends behind a full stop, a question or exclamation mark (also those of Chinese and
-# Japanese), or at a line break. Headings and list items end with their lines.
+# A sentence ends after a full stop, a question mark or an exclamation mark (also those of Chinese
+# and Japanese), or at a line break. Headings and list items end with their lines.
 _END = re.compile(r"[.!?][\"')\]»”’]*(?=\s)|[。！？]|\n+")
 # Shorter ones are numbers of list items, abbreviations and the like.
 _LEAST_TOKENS = 4
@@ -18,12 +18,12 @@ _LEAST_TOKENS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """A sentence of a document and how much attention it has.
+    """Sentence of a document and its attention.
 
     Attributes:
         document: Index of its document in the cache's order.
-        slots: Its slots.
-        text: Its text, on one line.
+        slots: Slots of the sentence.
+        text: Text of the sentence, on one line.
         density: Mean of its tokens' scores over the mean of all documents' tokens, each capped at
             the last of ``STEPS``, so that one attention sink does not decide.
     """
@@ -35,12 +35,12 @@ class Sentence:
 
 
 def sentences(report: Report, document: int) -> list[Sentence]:
-    """Cut a document into sentences; their slots together are the document's."""
+    """Cut a document into sentences that together cover its slots."""
     part = report.document_slices[document]
     texts = report.token_texts[part]
     ends = iter([match.end() for match in _END.finditer("".join(texts))])
     mean = _mean(report)
-    # Slots at which a sentence begins: behind the token that holds the last character of one.
+    # A sentence begins after the token that holds the last character of the one before.
     cuts, offset, end = [part.start], 0, next(ends, None)
     for slot, text in zip(range(part.start, part.stop), texts, strict=True):
         offset += len(text)
@@ -51,7 +51,7 @@ def sentences(report: Report, document: int) -> list[Sentence]:
     found: list[Sentence] = []
     for start, stop in pairwise([*cuts, part.stop]):
         words = " ".join(visible("".join(report.token_texts[start:stop])).split())
-        if not words and found:  # blank lines belong to what stands before them
+        if not words and found:  # blank lines belong to the sentence before them
             start = found.pop().slots.start
             words = " ".join(visible("".join(report.token_texts[start:stop])).split())
         if start < stop:
@@ -62,7 +62,7 @@ def sentences(report: Report, document: int) -> list[Sentence]:
 
 
 def strongest(report: Report, count: int) -> list[Sentence]:
-    """The ``count`` sentences with the highest density, the highest first."""
+    """Return the ``count`` sentences with the highest density, highest first."""
     everything = [
         sentence
         for document in range(len(report.document_slices))

@@ -1,4 +1,4 @@
-"""From scores to shades, and from tokens to the runs of text that share one."""
+"""Shades of scores, and runs of text that share one shade."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import unicodedata
 
 from ifkv.report.data import Report
 
-# Scores spread over four orders of magnitude, a few attention sinks apart from all others: shades
-# go by the ratio to the mean of the documents' tokens, in steps of about two.
+# Scores span four orders of magnitude, without counting a few attention sinks. So a shade stands
+# for the ratio to the mean of the documents' tokens, in steps of about two.
 STEPS = (0.5, 1.0, 2.0, 5.0, 12.0)
 LEVELS = len(STEPS) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Neighbouring tokens that look the same.
+    """Run of neighbouring tokens that look the same.
 
     Attributes:
-        text: Their text.
+        text: Text of the tokens.
         level: Shade, from 0 (under half of the mean) to ``LEVELS - 1``.
-        recomputed: Whether they were recomputed.
-        weight: Sum of their scores over the mean, each capped at the last of ``STEPS``: what
-            lines of text are compared by, without one sink deciding.
+        recomputed: True if they were recomputed.
+        weight: Sum of their scores over the mean, each capped at the last of ``STEPS``. Lines of
+            text are compared by it, without one sink deciding.
     """
 
     text: str
@@ -34,15 +34,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentShare:
-    """A document's part in the whole.
+    """Share of a document in the context and its attention.
 
     Attributes:
-        title: Its name.
-        number: Its index among the documents asked, from 1.
-        tokens: How many it has.
-        recomputed: How many of them were recomputed.
-        mass: Its share of the scores of all documents, between 0 and 1.
-        slots: Its slots.
+        title: Name of the document.
+        number: Index among the documents given, from 1.
+        tokens: Number of tokens.
+        recomputed: Number of recomputed tokens.
+        mass: Share of the scores of all documents, between 0 and 1.
+        slots: Slots of the document.
     """
 
     title: str
@@ -54,7 +54,7 @@ class DocumentShare:
 
 
 def document_shares(report: Report) -> list[DocumentShare]:
-    """Each document's title, size and share of the attention, in the cache's order."""
+    """Return each document's title, size and share of the attention, in the cache's order."""
     masses = [sum(report.scores[part]) for part in report.document_slices]
     total = sum(masses) or 1.0
     shares = []
@@ -73,20 +73,20 @@ def document_shares(report: Report) -> list[DocumentShare]:
 
 
 def richest(shares: list[DocumentShare], count: int) -> list[int]:
-    """Indices of the ``count`` documents with the most attention, in the cache's order."""
+    """Return the indices of the ``count`` documents with the most attention, in cache order."""
     by_mass = sorted(range(len(shares)), key=lambda index: (-shares[index].mass, index))
     return sorted(by_mass[:count])
 
 
 def runs(report: Report, slots: slice) -> list[Run]:
-    """Cut some slots into runs of one look; their texts together are the slots' texts.
+    """Cut slots into runs that look the same; their texts join to the slots' text.
 
-    A token without text, whose character is completed by a later token, lends its score and its
-    mark to that token, so that nothing that was recomputed goes unseen.
+    A token without text, whose character is completed by a later token, lends its score and mark to
+    that token, so that no recomputed token stays unseen.
 
     Args:
-        report: What is shown.
-        slots: Some of its slots, as one document's.
+        report: The report that is shown.
+        slots: Slots to cut, such as one document's.
     """
     documents = [score for part in report.document_slices for score in report.scores[part]]
     mean = sum(documents) / len(documents) if documents else 0.0
@@ -102,7 +102,7 @@ def runs(report: Report, slots: slice) -> list[Run]:
             continue
         level = bisect.bisect_right(STEPS, score)
         if not found or (found[-1].level, found[-1].recomputed) != (level, marked):
-            # A word's shade starts at the word and not at the space that its token begins with.
+            # A word's shade starts at the word, not at the space that its token begins with.
             space = text[: len(text) - len(text.lstrip())]
             if space and space != text:
                 _append(found, Run(space, 0, False, 0.0))
@@ -122,9 +122,9 @@ def _append(found: list[Run], run: Run) -> None:
 
 
 def visible(text: str) -> str:
-    """Text in which control characters, line breaks apart, are replaced by a visible mark.
+    """Return text with control characters, except line breaks, replaced by a visible mark.
 
-    Documents come from anywhere; an escape sequence in one must not reach the terminal.
+    Documents come from anywhere: an escape sequence in one must not reach the terminal.
     """
     return "".join(
         "\ufffd" if char != "\n" and unicodedata.category(char) in ("Cc", "Cs") else char

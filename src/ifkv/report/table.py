@@ -1,4 +1,4 @@
-"""The ways of answering a question, side by side in the terminal."""
+"""Table of the ways of answering a question, in the terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ifkv.report.shading import visible
 
 
 def comparison_table(rows: Sequence[AnswerRow], *, title: str | None = None) -> Table:
-    """Lay out the ways compared.
+    """Return a table of the ways compared.
 
     Args:
-        rows: The ways, one a row.
-        title: Above the table, as the question.
+        rows: The ways, one per row.
+        title: Text above the table, such as the question.
 
     Returns:
         A table for a rich console.
@@ -45,29 +45,29 @@ def comparison_table(rows: Sequence[AnswerRow], *, title: str | None = None) -> 
 
 
 def seconds(value: float) -> str:
-    """A duration, in milliseconds below a second."""
+    """Return a duration as text, in milliseconds below a second."""
     return f"{value * 1e3:.0f} ms" if value < 0.9995 else f"{value:.2f} s"
 
 
 def times(value: float | None) -> str:
-    """A factor, to three digits."""
+    """Return a factor as text, to three digits."""
     if value is None:
         return "–"
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}×"
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """Return a share as text."""
     return "–" if value is None else f"{value:.0%}"
 
 
 def nats(value: float | None) -> str:
-    """A divergence; one that is rounding error only is shown as its power of ten."""
+    """Return a divergence as text; rounding error only is shown as its power of ten."""
     if value is None:
         return "–"
     return f"{value:.4f}" if value == 0 or value >= 5e-5 else f"{value:.0e}"
 
 
 def one_line(text: str) -> str:
-    """Text with its line breaks shown as a sign, so that a row stays a row."""
+    """Return text with line breaks shown as a sign, so that a row stays a row."""
     return visible(text.strip()).replace("\n", " ⏎ ")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ifkv.errors import InvalidInputError
+from ifkv.utils.files import cache_folder
 
 
 def default_store_path() -> Path:
@@ -14,13 +15,10 @@ def default_store_path() -> Path:
     Raises:
         InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; `open_store` takes it.
     """
-    import platformdirs
-
     if given := os.environ.get("IFKV_STORE"):
         if "://" in given:
             raise InvalidInputError(
                 f"IFKV_STORE is {given}, and a folder on this machine is wanted here; name one."
             )
         return Path(given).expanduser().absolute()
-    cache = os.environ.get("IFKV_CACHE") or platformdirs.user_cache_path("ifkv")
-    return Path(cache).expanduser().absolute() / "store"
+    return cache_folder() / "store"

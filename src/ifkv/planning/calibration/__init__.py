@@ -1,8 +1,8 @@
-"""What this machine can do, measured in some seconds and kept: what predictions are made from.
+"""Rates of this machine, from which plans are predicted: measured in a few seconds, and kept.
 
-`rates_for` gives the rates of a model's layers. The pieces of work that are timed are the
-library's own (a layer without its attention, scattered rows, a query, norms, stitching, a store's
-documents), in the model's own shapes, on random weights.
+`rates_for` returns the rates of a model's layers. The pieces of work that are timed are the
+library's own (a layer without its attention, scattered rows, a query, norms, stitching, reading
+documents of a store), in the model's shapes, on random weights.
 """
 
 from ifkv.planning.calibration.curves import Curve, Grid

@@ -1,4 +1,4 @@
-"""Measured points, and what lies between them."""
+"""Interpolation between measured points."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Seconds over a size, straight between the points and beyond the last.
+    """Seconds as a function of a size: linear between the points and beyond the last.
 
-    That is exact where time is an overhead plus a cost per row. Below the first point the first
-    point's value holds; with one point time grows in proportion to the size.
+    This is exact where time is an overhead plus a cost per row. Below the first point, the first
+    point's value holds. With a single point, time grows in proportion to the size.
 
     Attributes:
-        sizes: Ascending, positive.
-        seconds: One per size, positive.
+        sizes: Measured sizes, ascending and positive.
+        seconds: One time per size, positive.
 
     >>> curve = Curve((1, 11), (2.0, 12.0))
     >>> curve.at(6), curve.at(21), curve.at(0.5)
@@ -28,14 +28,14 @@ class Curve:
     seconds: tuple[float, ...]
 
     def at(self, size: float) -> float:
-        """Seconds at a size."""
+        """Return the seconds at a size."""
         if size <= self.sizes[0]:
             return self.seconds[0]
         if len(self.sizes) == 1:
             return self.seconds[0] * size / self.sizes[0]
         right = min(max(bisect.bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
         x, y = self.sizes[right - 1 : right + 1], self.seconds[right - 1 : right + 1]
-        # Noise may have made a larger size look faster; then time does not fall beyond it.
+        # Noise may have made a larger size look faster; time does not fall beyond it.
         slope = (
             max(0.0, (y[1] - y[0]) / (x[1] - x[0]))
             if size > x[1]
@@ -46,11 +46,11 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Operations per second over two sizes: the mean in the logarithms, constant outside.
+    """Operations per second as a function of two sizes: linear in the logarithms, constant outside.
 
     Attributes:
-        rows: The first size, ascending, positive.
-        columns: The second.
+        rows: Values of the first size, ascending and positive.
+        columns: Values of the second size, likewise.
         rates: One row of positive rates per first size.
 
     >>> round(Grid((1.0, 4.0), (1.0,), ((10.0,), (40.0,))).at(2, 7), 6)
@@ -62,7 +62,7 @@ class Grid:
     rates: tuple[tuple[float, ...], ...]
 
     def at(self, row: float, column: float) -> float:
-        """Operations per second."""
+        """Return the operations per second."""
         (top, bottom, down), (left, right, across) = (
             _between(self.rows, row),
             _between(self.columns, column),
@@ -75,7 +75,7 @@ class Grid:
 
 
 def _between(points: Sequence[float], value: float) -> tuple[int, int, float]:
-    """The neighbours of a value, and how far it is from the first to the second."""
+    """Return the neighbours of a value, and how far it is from the first to the second."""
     if value <= points[0]:
         return 0, 0, 0.0
     if value >= points[-1]:

@@ -1,4 +1,4 @@
-"""Measure how fast documents come from a folder's disk."""
+"""Measure how fast documents are read from a folder's disk."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ DISK_TOKENS = 512
 
 
 def measure_disk(folder: Path, *, rounds: int = 2) -> tuple[float, float, float]:
-    """Measure how fast documents come from a folder's disk.
+    """Measure how fast documents are read from a folder's disk.
 
-    A store of some MiB is made in a folder of its own inside, and removed again. Where the system
-    lets nobody drop files from its page cache, both rates are those of the page cache.
+    A store of a few MiB is made in a temporary folder inside, and removed again. Where the system
+    does not let a program drop files from the page cache, both rates are those of the page cache.
 
     Args:
-        folder: Where; made if it is not there.
-        rounds: How often.
+        folder: Folder on the disk; made if it does not exist.
+        rounds: Number of repetitions.
 
     Returns:
-        Bytes per second out of the page cache, and past it; and seconds to open a document.
+        Bytes per second from the page cache, bytes per second past it, and seconds to open a
+        document.
 
     Raises:
         StoreError: Nothing can be written there.
@@ -63,7 +64,7 @@ def measure_disk(folder: Path, *, rounds: int = 2) -> tuple[float, float, float]
 
 
 def _forget(folder: Path) -> None:
-    """Have the system drop a folder's files from its page cache, where it takes such advice."""
+    """Ask the system to drop a folder's files from its page cache, if it takes such advice."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.rglob("*"):

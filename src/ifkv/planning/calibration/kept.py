@@ -1,4 +1,4 @@
-"""Rates are measured once and kept, in the user's cache folder."""
+"""Rates of this machine, measured once and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ifkv.cost import ModelShape
 from ifkv.errors import CalibrationWarning
 from ifkv.planning.calibration.measure import measure
 from ifkv.planning.calibration.rates import VERSION, Rates
+from ifkv.utils.files import cache_folder, write_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,21 +33,21 @@ def rates_for(
     backend: str = "auto",
     again: bool = False,
 ) -> Rates:
-    """This machine's rates for a model: those that are kept, or measured now.
+    """Return this machine's rates for a model: kept ones, or measured now.
 
     Args:
         config: The model's config.
         shape: The model's shape.
-        dtype: Of weights and cache.
-        device: Where it runs.
+        dtype: Dtype of weights and cache.
+        device: Device to run on.
         backend: As in [ifkv.patch][].
-        again: Measure in any case.
+        again: If True, measure even if rates are kept.
 
     Returns:
-        The rates. Measuring takes some seconds, of which a `CalibrationWarning` tells.
-        Doubtful ones are kept like others: they know their disagreement, and whoever plans by
-        them is told each time (`ifkv.planning.sanity`). A machine that is never at rest would
-        otherwise be measured again for every plan.
+        The rates. Measuring takes some seconds, and a `CalibrationWarning` says so. Doubtful rates
+        are kept like others, since a machine that is never idle would otherwise be measured for
+        every plan. They carry their disagreement, and every plan made from them warns
+        (`ifkv.planning.sanity`).
     """
     about = _machine(device) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -67,14 +68,14 @@ def rates_for(
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = calibration_folder() / f"rates-{name}.json"
     notice = (
-        "measuring what this machine does with layers of this shape; that takes ten to fifteen "
-        "seconds, once"
+        "measuring how fast this machine runs layers of this shape, once; that takes ten to "
+        "fifteen seconds"
     )
     if not again and path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict) or found.get("about") != about:
-                raise ValueError("it is about another machine")
+                raise ValueError("it describes another machine")
             return Rates.from_json(found.get("rates"))
         except (OSError, ValueError, RecursionError) as error:
             notice = f"{path} cannot be used ({error}): {notice}"
@@ -82,21 +83,20 @@ def rates_for(
     disk = _writable(path.parent)
     made = measure(config, shape, dtype=dtype, device=device, backend=backend, disk=disk)
     if disk is not None:
-        _write(path, {"about": about, "rates": made.to_json()})
+        write_whole(path, json.dumps({"about": about, "rates": made.to_json()}, indent=1))
     return made
 
 
 def _writable(folder: Path) -> Path | None:
-    """The folder, made if need be; None, with a warning, if nothing can be written there."""
+    """Return the folder, made if need be; None, with a warning, if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
         warnings.warn(
-            f"{folder} cannot be written ({error}): the rates will be measured again the next "
-            "time, and those of a disk not at all; let IFKV_CACHE name a folder that can be "
-            "written.",
+            f"{folder} cannot be written ({error}): the rates will be measured again next "
+            "time, and its disk is not measured; set IFKV_CACHE to a folder that can be written.",
             CalibrationWarning,
             stacklevel=4,
         )
@@ -104,28 +104,12 @@ def _writable(folder: Path) -> Path | None:
 
 
 def calibration_folder() -> Path:
-    """Where rates are kept: ``calibration`` in ``IFKV_CACHE`` or the user's cache folder."""
-    import platformdirs
-
-    cache = os.environ.get("IFKV_CACHE") or platformdirs.user_cache_path("ifkv")
-    return Path(cache).expanduser().absolute() / "calibration"
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Return the folder of kept rates: ``calibration`` in the cache folder."""
+    return cache_folder() / "calibration"
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    """What rates hold for, beside the model."""
+    """Return what the rates depend on, besides the model."""
     import transformers
 
     import ifkv
@@ -145,7 +129,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name; two machines that share a home folder differ in it, or in nothing."""
+    """Return the processor's name, by which machines that share a home folder are told apart."""
     if sys.platform == "linux":
         try:
             for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Measure a machine's rates: some seconds of small pieces of work, in turns and in passes."""
+"""Measure a machine's rates with small pieces of work, in turns and in passes, within seconds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ CONTEXTS = (512, 2048, 8192)
 SHARES = (0.03, 0.1, 0.3)
 QUERIES = (8, 32, 128)
 STITCHED_TOKENS, STITCHED_DOCUMENTS = 2048, 8
-# One probe at its largest; one pass over all, if none were longer than its share; passes behind the
-# second, where two disagree.
+# Seconds of: one probe at its largest size; one pass over all probes, if each stays within its
+# share; further passes, where the first two disagree.
 PROBE_SECONDS, PASS_SECONDS, MORE_SECONDS = 0.7, 2.0, 3.0
 
 
@@ -46,19 +46,19 @@ def measure(
 ) -> Rates:
     """Measure the rates of a model's layers.
 
-    Random layers of the model's shape are run, never the model: at most one, or as many as fill
-    192 MiB, so that an 8B model takes about 1 GiB.
+    Random layers of the model's shape are run, never the model itself: one layer, or as many as
+    fill 192 MiB. For an 8B model this takes about 1 GiB.
 
     Args:
         config: The model's config.
         shape: The model's shape.
-        dtype: Of weights and cache.
-        device: Where to run.
+        dtype: Dtype of weights and cache.
+        device: Device to run on.
         backend: As in [ifkv.patch][].
-        probe_seconds: How long a single piece of work may take; larger ones are left out.
-        pass_seconds: What one pass over all pieces should take.
-        more_seconds: How long passes go on over pieces that two passes disagree on.
-        disk: A folder whose disk is measured, too.
+        probe_seconds: Longest time of a single piece of work; larger ones are left out.
+        pass_seconds: Intended time of one pass over all pieces.
+        more_seconds: How long further passes go on over pieces on which two passes disagree.
+        disk: A folder whose disk is measured too.
 
     Returns:
         The rates.
@@ -164,7 +164,7 @@ def measure(
 def _over_queries(
     asked: dict[int, list[Probe]], which: int, count: Callable[[int, int], float]
 ) -> Grid:
-    """Rates of attention (0) or norms (1), whose operations ``count`` tells."""
+    """Return rates of attention (0) or norms (1); ``count`` gives their operations."""
     return Grid(
         tuple(map(float, asked)),
         tuple(map(float, QUERIES)),

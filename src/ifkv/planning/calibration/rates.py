@@ -1,4 +1,4 @@
-"""What a machine can do, as measured: the numbers that predictions are made from."""
+"""Rates: the measured numbers of a machine that predictions are made from."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import Any
 
 from ifkv.planning.calibration.curves import Curve, Grid
 
-# Of the file; raise it when what is measured changes its meaning.
+# Version of the file; raise it when a rate changes its meaning.
 VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Measured on one machine for one shape of layers, dtype, device, threads and backend.
+    """Rates of one machine for one shape of layers, dtype, device, number of threads and backend.
 
     Attributes:
-        date: When, ``YYYY-MM-DD``.
-        layer: Rows through one decoder layer without its attention: over rows. The point of one
-            row is the overhead of Python and dispatch and one read of the weights.
-        prefill_attention: An ordinary causal attention: operations per second over tokens; the
+        date: Date of measuring, ``YYYY-MM-DD``.
+        layer: Seconds of one decoder layer without its attention, over rows. The point of one row
+            is the overhead of Python and dispatch, and one read of the weights.
+        prefill_attention: Operations per second of an ordinary causal attention, over tokens; the
             second size is not used.
-        rows_attention: Scattered rows: over slots of the context and the share of them that is
-            recomputed. Operations are those of `ifkv.cost.recompute_cost`, so that what
-            tiles compute in vain lowers the rate.
-        query_attention: Query tokens over a context: over slots and query tokens.
-        norms: Attention norms: over slots and query tokens.
-        value_bytes: Bytes of values per second, whose sizes are taken.
-        weight_bytes: Bytes of weights per second where one row meets a large matrix.
+        rows_attention: Operations per second of attention for scattered rows, over slots of the
+            context and the share of them that is recomputed. The operations are those of
+            `ifkv.cost.recompute_cost`, so operations that tiles waste lower the rate.
+        query_attention: Operations per second of attention for query tokens over a context, over
+            slots and query tokens.
+        norms: Operations per second of attention norms, over slots and query tokens.
+        value_bytes: Bytes of values per second when their norms are taken.
+        weight_bytes: Bytes of weights per second when one row is multiplied by a large matrix.
         stitch_bytes: Bytes of keys and values per second, read, rotated and written.
         stitch_document: Seconds that every document adds to stitching.
         host_bytes: Bytes per second from host memory to the device; None on a CPU.
         warm_bytes: Bytes of keys and values per second from a store on the disk of the cache
-            folder, out of the system's page cache; None if that disk could not be measured.
-        cold_bytes: The same, past the page cache.
-        open_document: Seconds that opening one document of such a store takes.
-        disagreement: How far two passes of measuring were apart on the piece of work that they
-            agree on least: a factor, 1 for none. The disk is left out, since it wavers at rest,
-            too.
+            folder, read from the system's page cache; None if that disk could not be measured.
+        cold_bytes: The same, read past the page cache.
+        open_document: Seconds to open one document of such a store.
+        disagreement: Factor between two passes of measuring, on the piece of work where they differ
+            most; 1 if they agree. The disk is left out, since it varies on an idle machine too.
     """
 
     date: str
@@ -58,15 +58,15 @@ class Rates:
     disagreement: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """Return the rates as an object that `from_json` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, found: Any) -> Rates:
-        """Read what `to_json` made.
+        """Read rates that `to_json` made.
 
         Raises:
-            ValueError: It is anything else.
+            ValueError: The object is anything else.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(found, dict) or set(found) != names:
@@ -97,23 +97,23 @@ class Rates:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{value!r} is no number")
+        raise ValueError(f"{value!r} is not a number")
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{value!r} is no number of at least 0")
+        raise ValueError(f"{value!r} is not a number of at least 0")
     return float(value)
 
 
 def _positive(value: Any) -> float:
     number = _number(value)
     if number == 0:
-        raise ValueError("0, where something was measured")
+        raise ValueError("0 where a positive number belongs")
     return number
 
 
 def _factor(value: Any) -> float:
     number = _number(value)
     if number < 1:
-        raise ValueError(f"{value!r} is no factor of at least 1")
+        raise ValueError(f"{value!r} is not a factor of at least 1")
     return number
 
 
@@ -131,7 +131,7 @@ def _curve(found: Any) -> Curve:
         raise ValueError("no curve")
     curve = Curve(_positives(found["sizes"], ascending=True), _positives(found["seconds"]))
     if len(curve.sizes) != len(curve.seconds):
-        raise ValueError("a curve with sizes that were not measured")
+        raise ValueError("a curve whose sizes and seconds differ in number")
     return curve
 
 
@@ -147,5 +147,5 @@ def _grid(found: Any) -> Grid:
         rates,
     )
     if len(rates) != len(grid.rows) or any(len(row) != len(grid.columns) for row in rates):
-        raise ValueError("a grid with sizes that were not measured")
+        raise ValueError("a grid whose sizes and rates differ in number")
     return grid

@@ -1,4 +1,4 @@
-"""Time pieces of work in passes that lie apart, and take of each its fastest pass."""
+"""Time pieces of work in passes that lie apart, and take the fastest pass of each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# Passes that differ by no more than this have met the same machine.
+# Passes that differ by no more than this factor agree.
 AGREEMENT = 1.15
 
 
 @dataclasses.dataclass
 class Probe:
-    """A piece of work to be timed.
+    """Piece of work to be timed.
 
     Attributes:
-        run: Does it once.
+        run: Function that does it once.
         passes: Seconds of each pass: the median of its runs, the faster of two.
     """
 
@@ -27,31 +27,31 @@ class Probe:
 
     @property
     def seconds(self) -> float:
-        """The fastest pass: a neighbour only ever adds time.
+        """Return the seconds of the fastest pass: other work on the machine only adds time.
 
-        Not the fastest run, which is sooner than a request's work is on an ordinary moment.
+        The fastest single run is not taken: it is faster than a request's work usually is.
         """
         return min(self.passes)
 
     @property
     def disagreement(self) -> float:
-        """The second fastest pass over the fastest: 1 where another pass confirms it."""
+        """Return the second fastest pass over the fastest: 1 if another pass confirms it."""
         fastest, second = sorted(self.passes)[:2]
         return second / fastest
 
 
 class Clock:
-    """Times work on a device.
+    """Clock for work on a device.
 
     Args:
-        device: Where it runs; on CUDA the clock waits for it.
+        device: Device it runs on; on CUDA the clock waits for it.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
 
     def time(self, run: Callable[[], object]) -> float:
-        """Seconds of one run."""
+        """Return the seconds of one run."""
         self._wait()
         start = time.perf_counter()
         run()
@@ -64,23 +64,23 @@ class Clock:
 
 
 def run_in_turns(probes: Sequence[Probe], clock: Clock, *, seconds: float, most: int = 6) -> None:
-    """One pass: all probes in turns, the short ones several times.
+    """Run one pass: all probes in turns, the short ones several times.
 
-    In turns, since a run that follows itself finds its data in the processor's caches, where a
-    model's next layer would not find its own.
+    Probes take turns, because a run that follows itself finds its data in the processor's caches,
+    where a model's next layer would not.
 
     Args:
         probes: The probes, each of which has run before.
         clock: The clock.
-        seconds: What the pass should take. Each probe has an equal share of it: it takes two turns
-            in any case, and no further one once its share is spent.
-        most: Turns of each at most.
+        seconds: Intended time of the pass. Each probe has an equal share of it. It runs at least
+            twice, and not again once its share is spent.
+        most: Largest number of turns of a probe.
     """
     share = seconds / max(len(probes), 1)
     runs: list[list[float]] = [[] for _ in probes]
     for turn in range(most):
         for probe, times in zip(probes, runs, strict=True):
-            # By its fastest run: an interruption should not cost a probe its other turns.
+            # The fastest run decides: an interruption should not cost a probe its other turns.
             if turn < 2 or turn * min(times) <= share:
                 times.append(clock.time(probe.run))
     for probe, times in zip(probes, runs, strict=True):
@@ -94,16 +94,16 @@ def run_in_passes(
     pass_seconds: float,
     more_seconds: float,
 ) -> None:
-    """Two passes over all probes, and further ones over those that they disagree on.
+    """Run two passes over all probes, and further ones over those on which they disagree.
 
-    The passes lie apart, so that a burst of other work does not hit both of a probe's. A machine
-    at rest needs two; on a busy one each probe has more chances to run undisturbed.
+    The passes lie apart, so that a burst of other work does not hit both passes of a probe. An idle
+    machine needs two. On a busy one, each probe gets more chances to run undisturbed.
 
     Args:
         probes: The probes, each of which has run before.
         clock: The clock.
         pass_seconds: As in `run_in_turns`.
-        more_seconds: Seconds after the second pass when no further one begins.
+        more_seconds: Seconds after the second pass, past which no further pass begins.
     """
     for _ in range(2):
         run_in_turns(probes, clock, seconds=pass_seconds)
@@ -129,15 +129,15 @@ def grow(
     Every probe runs twice, which warms it up.
 
     Args:
-        sizes: Ascending.
-        make: The probes of a size, in order.
+        sizes: Sizes, ascending.
+        make: Function that makes the probes of a size, in order.
         clock: The clock.
-        limit: Seconds of one probe.
-        power: Time grows with this power of the size at most.
-        least: So many sizes are kept in any case, whatever a noisy moment makes of the first.
+        limit: Longest time of one probe, in seconds.
+        power: Largest power of the size with which time grows.
+        least: Number of sizes that are kept in any case, even if the first look slow by chance.
 
     Returns:
-        For each size that was reached its probes.
+        The probes of each size that was reached.
     """
     found: dict[int, list[Probe]] = {}
     slowest, before = 0.0, 0
@@ -146,7 +146,7 @@ def grow(
             break
         found[size] = list(make(size))
         first, second = ([clock.time(probe.run) for probe in found[size]] for _ in range(2))
-        # The faster of the two: a burst of other work should leave no size out.
+        # The faster of two runs counts: a burst of other work should leave no size out.
         slowest = max(map(min, first, second))
         before = size
     return found

@@ -1,4 +1,4 @@
-"""A few random layers of a model's shape, and the pieces of work that are timed on them."""
+"""Pieces of work that are timed, on a few random layers of a model's shape."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from ifkv.backends.base import Backend
 
-# Bytes of layers that take turns where few rows pass through, so that weights come from memory and
-# not from a cache that a whole model would not fit into.
+# Bytes of layers that take turns when few rows pass through, so that weights are read from memory
+# and not from a cache that a whole model would not fit into.
 TURNING_BYTES = 192 * 2**20
-# A matrix that is larger than any cache, for one row.
+# Bytes of a matrix that is larger than any cache, for one row.
 HEAD_BYTES = 128 * 2**20
 VOCABULARY = 64
 
@@ -36,7 +36,7 @@ VOCABULARY = 64
 def few_layers(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device, shape: ModelShape
 ) -> PreTrainedModel:
-    """A random model of the same layers, as many as matter for time, and a tiny vocabulary."""
+    """Build a random model with a few layers of the same shape and a tiny vocabulary."""
     from transformers import AutoModelForCausalLM
 
     layer_bytes = shape.layer_parameters * shape.element_size
@@ -54,10 +54,10 @@ def few_layers(
 
 
 class Bench:
-    """Makes the pieces of work.
+    """Maker of the pieces of work that are timed.
 
     Args:
-        model: From `few_layers`, patched.
+        model: A model that `few_layers` built, patched.
         shape: The whole model's shape.
     """
 
@@ -71,20 +71,20 @@ class Bench:
         self._generator = torch.Generator().manual_seed(0)
 
     def random(self, *size: int) -> Tensor:
-        """Normally distributed numbers on the device, in the model's dtype."""
+        """Return normally distributed numbers on the device, in the model's dtype."""
         drawn = torch.randn(size, generator=self._generator)
         return drawn.to(self.model.device, self.model.dtype)
 
     def heads(self, rows: int) -> Tensor:
-        """Queries ``[1, heads, rows, head_dim]``."""
+        """Return random queries ``[1, heads, rows, head_dim]``."""
         return self.random(1, self.shape.heads, rows, self.shape.head_dim)
 
     def kv(self, rows: int) -> Tensor:
-        """Keys or values ``[1, kv_heads, rows, head_dim]``."""
+        """Return random keys or values ``[1, kv_heads, rows, head_dim]``."""
         return self.random(1, self.shape.kv_heads, rows, self.shape.head_dim)
 
     def through_layers(self, rows: int) -> tuple[Callable[[], object], int]:
-        """Rows through layers without attention, and through how many."""
+        """Return a run of rows through layers without attention, and the number of layers."""
         # Many rows reuse every weight, wherever it comes from: one layer will do.
         depth = self.depth if rows <= 16 else 1
         hidden = self.random(1, rows, self.shape.hidden_size)
@@ -95,7 +95,7 @@ class Bench:
         return lambda: run_layers(self.model, hidden, positions, rotation, run, depth), depth
 
     def prefill_attention(self, tokens: int) -> Callable[[], object]:
-        """The attention that an unpatched model runs in a prefill."""
+        """Return a run of the attention that an unpatched model uses in a prefill."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -104,7 +104,7 @@ class Bench:
         return lambda: attend(module, query, keys, values, None, scaling=self.spec.scaling)
 
     def rows_attention(self, context: int, share: float) -> tuple[Callable[[], object], float]:
-        """Rows at random slots of a context; and the pairs of row and key that they need."""
+        """Return a run of attention for rows at random slots, and the (row, key) pairs it needs."""
         rows = max(1, round(share * context))
         slots = torch.randperm(context, generator=self._generator)[:rows].sort().values
         plan = self.backend.plan_requests([slots], [context], self.model.device)
@@ -118,7 +118,7 @@ class Bench:
     def query_attention(
         self, context: int, query_length: int
     ) -> tuple[Callable[[], object], Callable[[], object]]:
-        """Query tokens over a context, and their norms."""
+        """Return a run of attention for query tokens over a context, and a run of their norms."""
         device = self.model.device
         positions = torch.arange(context + query_length, device=device)
         plan = self.backend.plan_queries([positions[context:]], [positions[:context]])
@@ -145,12 +145,12 @@ class Bench:
         return attend, norm
 
     def stitching(self, documents: int, tokens: int) -> tuple[Callable[[], object], int]:
-        """So many documents, stitched; and the bytes of their keys and values."""
+        """Return a run that stitches documents, and the bytes of their keys and values."""
         made = [self.document(tokens // documents) for _ in range(documents)]
         return lambda: stitch(self.model, made), sum(part.nbytes for part in made)
 
     def document(self, tokens: int) -> DocumentCache:
-        """A random document of the model."""
+        """Return a random document of the model."""
         size = (self.depth, self.shape.kv_heads, tokens, self.shape.head_dim)
         nothing = torch.zeros(0, dtype=torch.long)
         ids = torch.randint(0, VOCABULARY, (tokens,), generator=self._generator)
@@ -158,25 +158,25 @@ class Bench:
         return DocumentCache(ids, nothing, self.random(*size), self.random(*size), identity)
 
     def value_sizes(self, tokens: int) -> tuple[Callable[[], object], int]:
-        """Sizes of the values of a context; and the values' bytes."""
+        """Return a run that takes the norms of a context's values, and the bytes of the values."""
         values = self.kv(tokens)
         return lambda: value_sizes(values), values.nbytes
 
     def head(self) -> tuple[Callable[[], object], int]:
-        """One row and a large matrix; and the matrix's bytes."""
+        """Return a run that multiplies one row by a large matrix, and the bytes of the matrix."""
         columns = self.shape.hidden_size
         rows = max(1, min(self.shape.vocabulary, HEAD_BYTES // columns // self.shape.element_size))
         weight, row = self.random(rows, columns), self.random(1, 1, columns)
         return lambda: torch.nn.functional.linear(row, weight), weight.nbytes
 
     def to_device(self) -> tuple[Callable[[], object], int]:
-        """Host memory copied to the device; and the bytes."""
+        """Return a run that copies host memory to the device, and the bytes copied."""
         rows = torch.zeros(64 * 2**20, dtype=torch.uint8)
         return lambda: rows.to(self.model.device), rows.nbytes
 
 
 class _NoAttention:
-    """Everything of a layer but its attention: keys and values are written, queries come back."""
+    """Attention of a layer that does nothing: it writes keys and values and returns the queries."""
 
     def __init__(self, slots: Tensor, keys: Tensor, values: Tensor):
         self._slots, self._keys, self._values = slots, keys, values
@@ -193,5 +193,5 @@ class _NoAttention:
 
 
 def ascending(sizes: Sequence[int], limit: int) -> list[int]:
-    """The sizes up to a limit; the limit alone if there is none."""
+    """Return the sizes up to a limit; the limit alone if there is none."""
     return [size for size in sizes if size <= limit] or [limit]
