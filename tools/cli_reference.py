@@ -15,10 +15,10 @@ INTRODUCTION = """\
 Made from the command line itself by `tools/cli_reference.py`; a test compares the two. \
 `ifkv COMMAND --help` says the same.
 
-Exit codes: 0, all is done; 1, it could not be done, or not all of it (a law that does not hold, a \
-question without an answer); 2, what was given is wrong, and nothing has been computed; 130, \
-interrupted by Ctrl-C, where the same command goes on from what is kept. Errors and warnings go to \
-standard error."""
+Exit codes: 0, all is done; 1, it could not be done, or not all of it (a property that does not \
+hold, a question without an answer); 2, what was given is wrong, and nothing has been computed; \
+130, interrupted by Ctrl-C, where the same command goes on from what is kept. Errors and warnings \
+go to standard error."""
 
 
 def reference() -> str:

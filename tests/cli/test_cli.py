@@ -54,7 +54,7 @@ def texts(tmp_path: Path) -> list[str]:
 def test_verify_passes_on_a_sound_model(model_folder: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(model_folder), "--length", "16"])
     assert result.exit_code == 0, result.output
-    assert "All laws hold" in result.output
+    assert "All properties hold" in result.output
     assert "BROKEN" not in result.output
 
 

@@ -102,3 +102,12 @@ def test_references_on_pages_lead_to_names_of_the_reference() -> None:
         prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
         for text, target in REFERENCE.findall(prose):
             assert (target or text).strip("`") in names, f"{page.name}: [{target or text}]"
+
+
+def test_a_returns_section_is_not_taken_for_a_type() -> None:
+    """The site's parser takes what stands before a colon on the section's first line for one."""
+    for name in documented():
+        section = re.search(
+            r"^(?:Returns|Yields):\n(.*)", inspect.getdoc(resolve(name)) or "", re.M
+        )
+        assert section is None or not re.search(r":(?= |$)", section[1]), f"{name}: {section[1]}"

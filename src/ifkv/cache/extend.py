@@ -37,8 +37,8 @@ def extend(
         documents: Documents that this model made behind the cache's prefix.
 
     Returns:
-        The new slots, long ``[n]``, on the model's device: ``cache.choosing(slots)`` is what a
-        selector takes to choose among them alone.
+        The new slots, long ``[n]``, on the model's device. A selector that is given
+        ``cache.choosing(slots)`` chooses among them alone.
 
     Raises:
         NotPatchedError: The model is not patched.

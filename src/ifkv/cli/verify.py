@@ -1,4 +1,4 @@
-"""``ifkv verify``: do the laws hold on your model?"""
+"""``ifkv verify``: do the method's properties hold on your model?"""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def verify(
     length: Annotated[int, typer.Option(help="Tokens of each test document.", min=8)] = 48,
     device: Device = AUTO,
 ) -> None:
-    """Check the method's laws on your own model, and print the errors that were measured.
+    """Check the method's properties on your own model, and print the measured errors.
 
     Random tokens run through the model natively and through ifkv: recomputing everything must equal
-    full prefill, untouched slots must keep their bits, and so on. Exits with 1 if a law is broken.
+    full prefill, untouched slots must keep their bits, and so on. Exits with 1 if one does not
+    hold.
 
     Example: ifkv verify path/to/model
     """
@@ -29,7 +30,6 @@ def verify(
     from rich.table import Table
 
     from ifkv.cli.load_model import check_model, load_model
-    from ifkv.cli.wording import count
     from ifkv.testing.verify import verify as check
 
     console = Console()
@@ -38,7 +38,7 @@ def verify(
     with console.status(f"loading {escape(model_path)}"):
         model = load_model(checked)
     title = escape(f"{model_path}, {checked.dtype}, {checked.device}")
-    table = Table("law", "error", "allowed", "", title=title)
+    table = Table("property", "error", "allowed", "", title=title)
     broken = 0
     with console.status("checking") as status:
         for result in check(model, length=length):
@@ -49,7 +49,7 @@ def verify(
             status.update(f"checked: {result.law}")
     console.print(table)
     if broken:
-        verb = "does" if broken == 1 else "do"
-        console.print(f"[bold red]{count(broken, 'law')} {verb} not hold on this model.[/]")
+        found = "1 property does" if broken == 1 else f"{broken} properties do"
+        console.print(f"[bold red]{found} not hold on this model.[/]")
         raise typer.Exit(1)
-    console.print("[green]All laws hold on this model.[/]")
+    console.print("[green]All properties hold on this model.[/]")

@@ -37,8 +37,8 @@ class TwoRound(Selector):
     Our own. A stitched cache has sinks that a full prefill has not, and they draw attention from
     what matters; once the worst of them are repaired, the query looks at other slots. The first
     round chooses ``share`` of the slots that the budget pays for, the second, scoring the repaired
-    cache, the rest. The repaired rows are put back as they were: by law 13 the request's own
-    recompute repairs them again.
+    cache, the rest. The repaired rows are put back as they were, and the
+    request's own recompute repairs them again: recomputing a subset first changes nothing.
 
     Costs ``attention-norm`` twice and the recomputation of the first round's slots.
 

@@ -199,9 +199,9 @@ class Session(Uncopied):
             progress: Show a progress bar.
 
         Returns:
-            The documents' keys in the store, in order. With ``split`` this is still one flat list:
-            the pieces of the first text, then those of the second. To know which are whose, give
-            sources, or add texts one by one.
+            The documents' keys in the store, in order. With ``split`` this is still one flat list,
+            of the pieces of the first text, then those of the second. To know which are whose,
+            give sources, or add texts one by one.
 
         Raises:
             InvalidInputError: A document is blank or longer than the model's positions, or

@@ -231,7 +231,7 @@ class DiskStore(Uncopied):
             keys: Which; all if None.
 
         Returns:
-            What was found: each a `StoreCorruptionError`, or a
+            The errors that were found, each a `StoreCorruptionError`, or a
             `StoreUnavailableError` for a file that could not be read.
         """
         found: list[DocumentUnreadableError] = []

@@ -1,10 +1,11 @@
-"""The laws of the method, checked on one model: what ``ifkv verify`` runs.
+"""The properties of the method, checked on one model: what ``ifkv verify`` runs.
 
-Each law compares the fast path with a native forward of the same model on the same token ids, so
+Each compares the fast path with a native forward of the same model on the same token ids, so
 nothing but the model is trusted. Tolerances: 1e-10 in float64 and 1e-5 in float32, relative to the
 largest value compared; in half precision, and of quantized models, twice what the model's own
-computations lie apart (`ifkv.testing.yardsticks`). Laws that promise equal bits are held to equal
-bits. Tokens are not compared: of two that are as good as equally likely either may be chosen.
+computations lie apart (`ifkv.testing.yardsticks`). Those that promise equal bits are held to equal
+bits. Names are those of the list in ``docs/method.md``. Tokens are not compared: of two that are as
+good as equally likely either may be chosen.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ POISON = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class LawResult:
-    """One law, measured.
+    """One property, measured.
 
     Attributes:
         law: What must hold.
@@ -63,13 +64,13 @@ class LawResult:
 
     @property
     def holds(self) -> bool:
-        """Whether the law holds on this model."""
+        """True if the property holds on this model."""
         return self.error <= self.tolerance
 
 
 @torch.no_grad()
 def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[LawResult]:
-    """Check the laws on a model with random token ids.
+    """Check the method's properties on a model with random token ids.
 
     Args:
         model: A causal language model in ``eval()`` mode. It is patched for the time
@@ -78,7 +79,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
         length: Tokens of each of three documents, roughly.
 
     Yields:
-        One result per law, as soon as it is measured.
+        One result per property, as soon as it is measured.
 
     Raises:
         IfkvError: The model is not supported; nothing has been measured then.
@@ -113,7 +114,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
         yield from _laws(model, documents, prompt, truth, sizes, allowed)
         alone = prefill_documents(model, [parts[1]], prefix=prefix)[0]
         yield LawResult(
-            "8: a document's cache does not depend on its neighbours",
+            "documents are alone: a cache does not depend on its neighbours",
             max(
                 error(alone.keys, documents[1].keys),
                 error(alone.values, documents[1].values),
@@ -144,12 +145,12 @@ def _laws(
     everything = slice(0, total)
     stitched = stitch(model, documents)
     yield LawResult(
-        "4: layer 0 is exact for all slots without recompute",
+        "first layer: right at every slot without recompute",
         cache_error(stitched, truth, everything, range(1)),
         tolerance,
     )
     yield LawResult(
-        "5: prefix and first document are exact in every layer",
+        "first document: right in every layer, and so is the prefix",
         cache_error(stitched, truth, slice(0, first), layers),
         tolerance,
     )
@@ -158,16 +159,20 @@ def _laws(
     logits = recompute(model, whole, range(total), prompt_ids=prompt)
     assert logits is not None
     yield LawResult(
-        "1: with everything recomputed, keys and values equal full prefill",
+        "everything recomputed: keys and values equal full prefill's",
         cache_error(whole, truth, everything, layers),
         tolerance,
     )
-    yield LawResult("1: ... and so do the logits", error(logits, expected), tolerance)
+    yield LawResult(
+        "everything recomputed: logits equal full prefill's", error(logits, expected), tolerance
+    )
     rest = stitched.clone()
     logits = recompute(model, rest, range(first, total), prompt_ids=prompt)
     assert logits is not None
     yield LawResult(
-        "2: prefix and first document need no recompute", error(logits, expected), tolerance
+        "all but the exact rows: prefix and first document left out",
+        error(logits, expected),
+        tolerance,
     )
     with plain_decoding(model):
         answer = generate(
@@ -209,7 +214,7 @@ def _selection_laws(
     recompute(model, cache, slots)
     if len(layers) > 1:
         yield LawResult(
-            "7: layer 1 is exact at selected slots",
+            "second layer: right at selected slots",
             cache_error(cache, truth, slots, range(1, 2)),
             tolerance,
         )
@@ -222,13 +227,13 @@ def _selection_laws(
         for a, b in zip(cache.layers, stitched.layers, strict=True)
     )
     yield LawResult(
-        "12: slots that were not selected keep their bits", 0.0 if equal else float("inf"), 0.0
+        "unselected rows untouched: they keep their bits", 0.0 if equal else float("inf"), 0.0
     )
 
     again = cache.clone()
     recompute(model, again, slots)
     yield LawResult(
-        "9: recomputing twice changes nothing more",
+        "twice is once: recomputing again changes nothing",
         cache_error(again, cache, everything, layers),
         tolerance,
     )
@@ -238,14 +243,14 @@ def _selection_laws(
         layer.values[:, :, slots] = POISON
     recompute(model, poisoned, slots)
     yield LawResult(
-        "10: old values at selected slots are never read",
+        "old rows unread: what stood at selected slots has no influence",
         cache_error(poisoned, cache, everything, layers),
         tolerance,
     )
     blocks = stitched.clone()
     recompute(model, blocks, slots, block_tokens=5)
     yield LawResult(
-        "14: ascending blocks equal one pass",
+        "blocks: front to back they equal one pass",
         cache_error(blocks, cache, everything, layers),
         tolerance,
     )
@@ -255,7 +260,7 @@ def _selection_laws(
     assert together is not None
     assert one_by_one is not None
     yield LawResult(
-        "17: recompute and prompt in one forward equal one after the other",
+        "fused with the prompt: one pass equals two",
         error(together, one_by_one),
         tolerance,
     )
