@@ -175,3 +175,23 @@ def test_files_are_included_and_not_their_names(page: Path) -> None:
     for line in page.read_text(encoding="utf-8").splitlines():
         if re.match(r"\s*-+ *8 *<", line):
             assert re.fullmatch(r'--8<-- "[^"]+"', line), f"{page.name} would show {line!r}"
+
+
+def test_the_list_of_properties_names_the_files_that_hold_them() -> None:
+    text = (DOCS / "method.md").read_text(encoding="utf-8")
+    rows = {
+        int(number): set(re.findall(r"`(\w+\.py)`", files))
+        for number, files in re.findall(r"^\| (\d+) \|.* \| (.+) \|$", text, re.MULTILINE)
+    }
+    assert list(rows) == list(range(1, 29))
+    laws = ROOT / "tests" / "laws"
+    for file in set(re.findall(r"`(test_\w+\.py)`", text)):
+        assert (laws / file).exists(), file
+    for number, files in rows.items():
+        tests = rf"^def test_laws?_(?:\d+_and_)?{number}_"
+        holders = {
+            path.name
+            for path in laws.glob("test_*.py")
+            if re.search(tests, path.read_text(encoding="utf-8"), re.MULTILINE)
+        }
+        assert not holders or holders & files, f"property {number} is held in {holders}"
