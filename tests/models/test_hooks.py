@@ -1,6 +1,7 @@
 """What hangs on modules: refused in every way of asking, unless it can change no number."""
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import ifkv
 from ifkv.errors import UnsupportedModelError
+from ifkv.models import rope
 from ifkv.store import MemoryStore
 from ifkv.testing import tiny_model, tiny_tokenizer
 
@@ -359,6 +361,31 @@ def test_what_changes_no_number_goes_on_working(name: str) -> None:
     assert torch.equal(answer.token_ids, expected.token_ids)
     assert torch.equal(answer.first_logits, expected.first_logits)
     take_off()
+
+
+def test_passes_through_compiled_layers_are_not_traced() -> None:
+    """Inductor makes an IndexError of the rotation, which writes into parts of its output."""
+    session = session_of(fresh())
+    session.add(TEXTS)
+    expected = session.ask(QUESTION, ratio=0.5, max_new_tokens=3)
+    traced: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.extend(node.stack_trace or "" for node in graph.graph.nodes)
+        return graph.forward
+
+    model = fresh()
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    session = session_of(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo")
+        session.add(TEXTS)
+        answer = session.ask(QUESTION, ratio=0.5, max_new_tokens=3)
+    assert torch.equal(answer.token_ids, expected.token_ids)
+    assert torch.equal(answer.first_logits, expected.first_logits)
+    assert traced
+    assert not [where for where in traced if rope.__file__ in where]
 
 
 def test_real_hooks_of_accelerate() -> None:

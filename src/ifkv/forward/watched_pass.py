@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ifkv.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class WatchedPass:
         self._layer_idx = layer_idx
         self._done = []
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
@@ -39,6 +42,7 @@ class WatchedPass:
         self._take("update", layer_idx)
         return self._pass.update(keys, values, layer_idx, **unread)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, call: LayerCall) -> Tensor:
         """Compute a layer's attention, as `AttentionPass.attend`."""
         self._take("attend", call.layer_idx)

@@ -62,15 +62,17 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
         if scales is not None:  # the model's own attention knows nothing of 8 bits
             key = dequantize(key, scales.keys, query.dtype)
             value = dequantize(value, scales.values, query.dtype)
-        # "eager" lives in each modeling file, not in the registry.
-        eager: Any = attention_function(module, "eager_attention_forward")
-        if eager is None and config._attn_implementation == "eager":
+        implementation = config._attn_implementation
+        eager: Any = None
+        if implementation in (None, "eager"):  # lives in each modeling file, not in the registry
+            eager = attention_function(module, "eager_attention_forward")
+        if eager is None and implementation == "eager":
             raise UnsupportedModelError(
                 f"{type(module).__name__} calls no eager_attention_forward, so "
                 "ifkv cannot hand its attention back to it; unpatch the model, or take "
                 "attn_implementation='sdpa'."
             )
-        usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        usual: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         return usual(module, query, key, value, attention_mask, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
