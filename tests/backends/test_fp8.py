@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ifkv.backends.fp8 import FLOAT8, LARGEST, dequantize, quantize, upcast
-from ifkv.cache import rounding
+from ifkv.cache import fp8_layer
 from ifkv.testing import assert_bit_equal
 from rounded_by_hand import on_grid
 
@@ -51,6 +51,6 @@ def test_what_is_not_a_number_stays_so():
 
 @given(st.floats(min_value=1e-20, max_value=1e20))
 def test_a_scale_is_the_smallest_power_of_two_that_leaves_room(largest):
-    scale = rounding.scale_for(largest)
+    scale = fp8_layer.scale_for(largest)
     assert math.frexp(scale)[0] == 0.5
-    assert scale / 2 * LARGEST < largest * rounding.ROOM <= scale * LARGEST
+    assert scale / 2 * LARGEST < largest * fp8_layer.ROOM <= scale * LARGEST

@@ -12,7 +12,7 @@ from hypothesis import given
 import ifkv
 from ifkv.backends import fp8
 from ifkv.backends.fp8 import FLOAT8, LARGEST, dequantize
-from ifkv.cache import rounding
+from ifkv.cache import fp8_layer
 from ifkv.errors import InvalidInputError
 from ifkv.store import DiskStore
 from ifkv.testing import assert_bit_equal, assert_close, shared_tiny_model
@@ -40,7 +40,7 @@ def test_nothing_of_the_documents_saturates_and_order_does_not_change_the_scales
         for got, want, scale in zip(
             layer.rows(slice(0, layer.length)), (wide.keys, wide.values), layer.scales, strict=True
         ):
-            assert float(want.abs().max()) * rounding.ROOM <= LARGEST * scale * (1 + 1e-6)
+            assert float(want.abs().max()) * fp8_layer.ROOM <= LARGEST * scale * (1 + 1e-6)
             bound = torch.maximum(want.abs() / 16, torch.tensor(scale * 2.0**-10))
             assert bool(((got - want).abs() <= bound * (1 + 1e-12)).all())
 

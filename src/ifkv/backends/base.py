@@ -7,7 +7,7 @@ each over a cache of its own; a single request is a list of one. What can be pla
 once per forward on index arrays and run once per layer. Log-sum-exps are natural logarithms.
 
 Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups; both are read from the
-tensors, never from a config. A stitched cache may hold 8-bit rows (`ifkv.cache.rounding`): keys and
+tensors, never from a config. A stitched cache may hold FP8 rows (`ifkv.cache.fp8_layer`): keys and
 values are then float8, whatever the query is, and stand for themselves times their scales.
 """
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ifkv.cache.checks import check_answerable, check_cache
 from ifkv.cache.inputs import check_documents
-from ifkv.cache.layout import layout
+from ifkv.cache.layout import Layout, layout
 from ifkv.cache.prefix_difference import prefix_difference
-from ifkv.cache.stitched import StitchedCache, check_answerable, check_cache
+from ifkv.cache.stitched import StitchedCache
 from ifkv.documents.cache import DocumentCache
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.models.rope import place, rotate
@@ -104,8 +105,31 @@ def extend(
                 layer.value_buffer,
                 rows.start,
             )
-    cache.take_documents(documents, placed)
+    _join(cache, documents, placed)
     return slots
+
+
+def _join(cache: StitchedCache, documents: Sequence[DocumentCache], placed: Layout) -> None:
+    """Make rows written behind the context documents of the cache.
+
+    Args:
+        cache: The cache.
+        documents: The documents of these rows.
+        placed: Their layout, counted from the end of the context.
+    """
+    slices, start = list(cache.document_slices), cache.context_length
+    for document in documents:
+        slices.append(slice(start, start + len(document)))
+        start += len(document)
+    # New lists: answers hold on to the old ones.
+    cache.document_slices = slices
+    cache.order = [*cache.order, *range(len(cache.order), len(slices))]
+    cache.sensitivities = [*cache.sensitivities, *(each.sensitivity for each in documents)]
+    token_ids = torch.cat([document.token_ids for document in documents])
+    cache.lengthen(token_ids, placed.positions, placed.extent)
+    cache.plain = cache.plain and placed.plain
+    for layer in cache.layers:
+        layer.length = cache.context_length
 
 
 def _check_kind(cache: StitchedCache, document: DocumentCache) -> None:

@@ -107,7 +107,7 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def scales(self) -> KVScales:
-        """What keys and values have been divided by; 1 but for `RoundedLayer`."""
+        """Return the divisors of keys and values: 1, except in an `FP8Layer`."""
         return UNSCALED
 
     def rows(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ifkv.backends.fp8 import FLOAT8
 from ifkv.backends.plans import KVScales
-from ifkv.cache.rounding import place_rounded
+from ifkv.cache.fp8_layer import place_rounded
 from ifkv.documents.cache import DocumentCache
 from ifkv.models.rope import place
 

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ifkv.backends.fp8 import FLOAT8, check_kv_dtype
 from ifkv.backends.plans import UNSCALED, KVScales
-from ifkv.cache.fp8_layer import RoundedLayer
+from ifkv.cache.fp8_layer import FP8Layer, place_rounded
 from ifkv.cache.inputs import StitchPlan
 from ifkv.cache.layer import StitchedLayer
 from ifkv.cache.loading import LayerLoader
-from ifkv.cache.rounding import place_rounded
 from ifkv.cache.stitched import StitchedCache
 from ifkv.documents.cache import DocumentCache
 from ifkv.errors import InvalidInputError
@@ -52,7 +51,7 @@ def stitch(
         geometry: ``"global"`` for a cache to recompute and answer from; ``"hl-hp"``, ``"tl-tp"``
             or ``"hl-tp"`` for one to be scored only.
         kv_dtype: Of the cache's keys and values: ``torch.float8_e4m3fn`` takes a quarter of
-            float32's memory and half of bfloat16's, and rounds them (`ifkv.cache.rounding`); the
+            float32's memory and half of bfloat16's, and rounds them (`ifkv.cache.fp8_layer`); the
             model's dtype if None.
 
     Returns:
@@ -209,7 +208,7 @@ def _fill(
             layers.append(StitchedLayer(k, v, length, refusal))
             continue
         own_scales = scales[index] if scales else UNSCALED  # a loader's come with the rows
-        layers.append(RoundedLayer(k, v, length, dtype, refusal, own_scales))
+        layers.append(FP8Layer(k, v, length, dtype, refusal, own_scales))
     for layer in layers:
         layer.shared = shared
         if handle.rope.rope_type == "longrope":
@@ -227,5 +226,5 @@ def _fill(
 def _load(loader: LayerLoader, index: int, layer: StitchedLayer) -> None:
     """Have a layer's rows read, and take their scales over if they have been rounded."""
     loader.ensure(index)
-    if isinstance(layer, RoundedLayer):
+    if isinstance(layer, FP8Layer):
         layer.scales = loader.scales[index]

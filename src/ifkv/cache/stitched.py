@@ -13,16 +13,12 @@ from torch import Tensor
 from ifkv.cache.given_sequence import check_given
 from ifkv.cache.interface import CacheInterface, check_single
 from ifkv.cache.layer import StitchedLayer
-from ifkv.errors import FingerprintMismatchError, GeometryError, InvalidInputError
-from ifkv.patching.handle import PatchHandle, handle_of
+from ifkv.errors import GeometryError, InvalidInputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ifkv.cache.layout import Layout
     from ifkv.cache.loading import LayerLoader
     from ifkv.cache.pending import PendingTokens
-    from ifkv.documents.cache import DocumentCache
 
 
 class StitchedCache(CacheInterface):
@@ -184,7 +180,7 @@ class StitchedCache(CacheInterface):
                 f"{len(token_ids)} tokens were given for the {appended} rows behind the context; "
                 "give one for each."
             )
-        self._lengthen(torch.as_tensor(token_ids))
+        self.lengthen(torch.as_tensor(token_ids))
 
     def add_tokens(self, token_ids: Sequence[int]) -> Tensor:
         """Lengthen the context by tokens whose rows are not there yet.
@@ -196,34 +192,13 @@ class StitchedCache(CacheInterface):
             Their slots, long ``[n]``, on the CPU; to be recomputed before anything reads them.
         """
         start = self.context_length
-        self._lengthen(torch.as_tensor(token_ids))
+        self.lengthen(torch.as_tensor(token_ids))
         for layer in self.layers:
             layer.reserve(self.context_length)
             layer.length = self.context_length
         return torch.arange(start, self.context_length)
 
-    def take_documents(self, documents: Sequence[DocumentCache], placed: Layout) -> None:
-        """Count rows just written behind the context as documents; for [ifkv.extend][].
-
-        Args:
-            documents: Whose rows they are.
-            placed: Where they lie, counted from the end of the context.
-        """
-        slices, start = list(self.document_slices), self.context_length
-        for document in documents:
-            slices.append(slice(start, start + len(document)))
-            start += len(document)
-        # New lists: answers hold on to the old ones.
-        self.document_slices = slices
-        self.order = [*self.order, *range(len(self.order), len(slices))]
-        self.sensitivities = [*self.sensitivities, *(each.sensitivity for each in documents)]
-        token_ids = torch.cat([document.token_ids for document in documents])
-        self._lengthen(token_ids, placed.positions, placed.extent)
-        self.plain = self.plain and placed.plain
-        for layer in self.layers:
-            layer.length = self.context_length
-
-    def _lengthen(
+    def lengthen(
         self, token_ids: Tensor, offsets: Tensor | None = None, extent: int | None = None
     ) -> None:
         """Take tokens into the context.
@@ -291,76 +266,4 @@ class StitchedCache(CacheInterface):
         return (
             f"StitchedCache({len(self.document_slices)} documents, {self.context_length} slots "
             f"+ {appended}, {self.geometry}, {self.fingerprint[:8]})"
-        )
-
-
-def positions_of(caches: Sequence[StitchedCache], slots: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the positions of several requests' slots.
-
-    Args:
-        caches: The cache of each request.
-        slots: The requests' slots one after the other, long ``[n]``, on the model's device.
-        counts: Slots of each request.
-
-    Returns:
-        Long ``[n]``, or ``[axes, n]``.
-    """
-    if all(cache.plain for cache in caches):
-        return slots
-    parts = zip(caches, slots.split(list(counts)), strict=True)
-    return torch.cat([cache.positions_at(own) for cache, own in parts], dim=-1)
-
-
-def check_stitched(cache: object) -> None:
-    """Refuse what is no stitched cache.
-
-    Raises:
-        InvalidInputError: It is something else.
-    """
-    if not isinstance(cache, StitchedCache):
-        raise InvalidInputError(
-            f"a {type(cache).__name__} was given as cache; make one with ifkv.stitch."
-        )
-
-
-def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
-    """Refuse a cache that does not belong to the model.
-
-    Returns:
-        The model's handle.
-
-    Raises:
-        NotPatchedError: The model is not patched.
-        InvalidInputError: It is no stitched cache, or holds several sequences.
-        FingerprintMismatchError: It belongs to another model.
-    """
-    handle = handle_of(model)
-    check_stitched(cache)
-    check_single(cache)
-    identity = handle.fingerprints.of(model, sample=False)  # stitch has done so
-    if cache.fingerprint != identity:
-        raise FingerprintMismatchError(
-            f"the cache belongs to model {cache.fingerprint[:8]}, this one is {identity[:8]}. "
-            "Stitch documents that this model made."
-        )
-    return handle
-
-
-def check_answerable(cache: StitchedCache, what: str) -> None:
-    """Refuse a cache that can only be scored, or that holds more than its context.
-
-    Raises:
-        GeometryError: The geometry is not global.
-        InvalidInputError: Rows have been appended behind the context.
-    """
-    if cache.geometry != "global":
-        raise GeometryError(
-            f"{what} needs the geometry 'global', the cache has {cache.geometry!r}, which can only "
-            "be scored. Stitch the documents again."
-        )
-    appended = cache.get_seq_length() - cache.context_length
-    if appended:
-        raise InvalidInputError(
-            f"{what} needs a cache that ends with its context, but {appended} slots have been "
-            "appended. Call cache.crop() first."
         )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import StitchedCache, check_answerable, check_cache, positions_of
+from ifkv.cache.checks import check_answerable, check_cache
+from ifkv.cache.stitched import StitchedCache
 from ifkv.errors import InvalidInputError
 from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import embed, row_logits, run_layers
@@ -219,10 +220,10 @@ def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Seque
     )
     hidden = embed(model, torch.tensor(list(tokens), device=model.device))
     counts = [1] * len(caches)
-    positions = positions_of(caches, plan.slots, counts)
+    run = RowsPass(handle, caches, counts, plan)
+    positions = run.positions
     rotation = handle.rope.rotation(positions, hidden.dtype)
     depth, start = DecoderView(model).num_layers, 0
-    run = RowsPass(handle, caches, counts, plan)
     if handle.captures is not None:
         # Graphs end at the last attention: the last layer runs once more, from what it was given.
         start = depth - 1

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import StitchedCache, check_answerable, check_cache
+from ifkv.cache.checks import check_answerable, check_cache
+from ifkv.cache.stitched import StitchedCache
 from ifkv.errors import InvalidInputError
 from ifkv.generation.checks import check_settings
 from ifkv.generation.settings import GenerationSettings

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import check_stitched
+from ifkv.cache.checks import check_stitched
 from ifkv.errors import InvalidInputError
 from ifkv.steps.select import budget as slots_of_ratio
 from ifkv.steps.select import check_scores, top_slots

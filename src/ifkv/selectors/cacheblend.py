@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
-from ifkv.cache.stitched import check_cache
+from ifkv.cache.checks import check_cache
 from ifkv.cost import Cost, ModelShape
 from ifkv.errors import InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cache.stitched import check_answerable
+from ifkv.cache.checks import check_answerable
 from ifkv.cost import Cost, ModelShape, recompute_cost, scoring_cost
 from ifkv.selectors.options import ALL_LAYERS, Layers
 from ifkv.selectors.protocol import Ranked, Request

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import check_cache
+from ifkv.cache.checks import check_cache
 from ifkv.cost import Cost
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import check_options, spec_of

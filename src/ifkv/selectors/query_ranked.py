@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import check_stitched
+from ifkv.cache.checks import check_stitched
 from ifkv.cost import Cost, ModelShape, scoring_cost
 from ifkv.selectors.budget import Budget
 from ifkv.selectors.options import Layers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cache.stitched import check_answerable, check_cache
+from ifkv.cache.checks import check_answerable, check_cache
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.selectors.attention_norm import AttentionNorm

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.cache.checks import check_cache
 from ifkv.cache.extend import extend
-from ifkv.cache.stitched import check_cache
 from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView

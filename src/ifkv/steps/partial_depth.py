@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import positions_of
 from ifkv.errors import InvalidInputError
 from ifkv.forward.layers import run_attention, run_layers
 from ifkv.models.decoder import DecoderView
@@ -86,9 +85,9 @@ def run_by_depth(
         own = [part[kept] for part, kept in zip(slots, alive, strict=True)]
         plan = handle.backend.plan_requests(own, lengths, model.device)
         counts = [len(part) for part in own]
-        positions = positions_of(caches, plan.slots, counts)
-        rotation = handle.rope.rotation(positions, hidden.dtype)
         run = RowsPass(handle, caches, counts, plan, skip_attention_in=layers - 1)
+        positions = run.positions
+        rotation = handle.rope.rotation(positions, hidden.dtype)
         at = torch.cat(alive).nonzero()[:, 0].to(hidden.device)
         end = min(stop, layers - 1)
         rows = run_layers(model, hidden[:, at], positions, rotation, run, end, start=start)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ifkv.cache.pending import PendingTokens
-from ifkv.cache.stitched import positions_of
 from ifkv.forward.layers import embed
 from ifkv.steps.rows_pass import RowsPass
 
@@ -101,7 +100,7 @@ class PendingPass:
         self._first = RowsPass(handle, caches, self._counts, plan, skip_attention_in=deepest)
         self._inner = inner
         self._rows = sum(self._counts)
-        self.positions = positions_of(caches, plan.slots, self._counts)
+        self.positions = self._first.positions
         self.hidden = torch.cat([each.hidden for each in self._pending], dim=1)
 
     def update(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import StitchedCache, positions_of
+from ifkv.cache.stitched import StitchedCache
 from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import row_logits, run_layers
 from ifkv.models.decoder import DecoderView
@@ -218,9 +218,9 @@ def _run_block(
     last = DecoderView(model).num_layers - 1
     counts = [rows.stop - rows.start for _, rows in block]
     caches = [job.cache for job, _ in block]
-    positions = positions_of(caches, plan.slots, counts)
-    rotation = handle.rope.rotation(positions, hidden.dtype)
     run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
+    positions = run.positions
+    rotation = handle.rope.rotation(positions, hidden.dtype)
     # Nobody reads the last layer's output at these rows, only its keys and values.
     return run_to_attention(model, handle.captures, hidden, positions, rotation, run, last)
 
@@ -244,8 +244,8 @@ def _answer_rows(
         [job.slots[-1:] for job in jobs], [job.length for job in jobs], model.device
     )
     caches, counts = [job.cache for job in jobs], [1] * len(jobs)
-    positions = positions_of(caches, plan.slots, counts)
-    rotation = handle.rope.rotation(positions, hidden.dtype)
     run = RowsPass(handle, caches, counts, plan, write=False)
+    positions = run.positions
+    rotation = handle.rope.rotation(positions, hidden.dtype)
     out = run_layers(model, hidden, positions, rotation, run, last + 1, start=last)
     return row_logits(model, out)

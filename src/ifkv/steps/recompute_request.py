@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import StitchedCache, check_answerable, check_cache
+from ifkv.cache.checks import check_answerable, check_cache
+from ifkv.cache.stitched import StitchedCache
 from ifkv.errors import InvalidInputError
 from ifkv.forward.layers import embed
 from ifkv.steps.partial_depth import checked_depths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
@@ -41,6 +42,14 @@ class RowsPass:
         self._plan = plan
         self._write = write
         self._skip = skip_attention_in
+
+    @property
+    def positions(self) -> Tensor:
+        """Return the positions of the rows, long ``[rows]`` or ``[axes, rows]``."""
+        if all(cache.plain for cache in self._caches):
+            return self._plan.slots
+        parts = zip(self._caches, self._slots, strict=True)
+        return torch.cat([cache.positions_at(own) for cache, own in parts], dim=-1)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object

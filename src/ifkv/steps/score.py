@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.base import Reduction
-from ifkv.cache.stitched import StitchedCache, check_cache
+from ifkv.cache.checks import check_cache
+from ifkv.cache.stitched import StitchedCache
 from ifkv.errors import InvalidInputError
 from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import embed

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifkv.cache.stitched import StitchedCache, check_stitched
+from ifkv.cache.checks import check_stitched
+from ifkv.cache.stitched import StitchedCache
 from ifkv.errors import InvalidInputError
 
 
