@@ -1,5 +1,5 @@
 """Small tools that know nothing of models or caches.
 
-Belongs here: checks of arguments, progress bars, files, memory pages, lists.
-Not here: anything that imports torch modules of ours, or a word of the method.
+Belongs here: checks of arguments, lists, progress bars, huge pages, lazy imports, copying.
+Not here: anything about models, caches or the method.
 """

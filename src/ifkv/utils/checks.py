@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def check_positive(value: Any, what: str) -> None:
-    """Refuse what is no whole number of at least 1.
+    """Raise if a value is not a whole number of at least 1.
+
+    Args:
+        value: The value.
+        what: Its name, for the message.
 
     Raises:
-        InvalidInputError: It is not.
+        InvalidInputError: The value is smaller, or not a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InvalidInputError(f"{what} is {value!r} but must be a whole number of at least 1.")
@@ -29,10 +33,10 @@ def check_positive(value: Any, what: str) -> None:
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Say in a refusal which of several things it is about.
+    """Prefix the message of an `InvalidInputError` with the name of what it is about.
 
     Args:
-        what: The thing's name; "document 3", say.
+        what: The name, for example "document 3".
     """
     try:
         yield
@@ -41,19 +45,24 @@ def naming(what: str) -> Iterator[None]:
 
 
 def naming_request(index: int) -> AbstractContextManager[None]:
-    """Say in a refusal which of several requests it is about.
+    """Prefix the message of an `InvalidInputError` with the request that it is about.
 
     Args:
-        index: The request's number, counting from 0.
+        index: Index of the request, from 0.
     """
     return naming(f"request {index}")
 
 
 def whole_numbers(values: Any, what: str) -> list[int]:
-    """A list of Python integers, from a sequence or a tensor of them.
+    """Return a sequence or tensor of whole numbers as a list of Python integers.
+
+    Args:
+        values: The sequence or tensor.
+        what: Its name, for the message.
 
     Raises:
-        InvalidInputError: It is no sequence, or holds anything else: truth values, say.
+        InvalidInputError: It is not a sequence, or an entry is not a whole number. Truth values
+            are not whole numbers.
     """
     if isinstance(values, Tensor):
         values = values.tolist()
@@ -72,19 +81,20 @@ def whole_numbers(values: Any, what: str) -> list[int]:
 def token_tensor(
     model: PreTrainedModel, ids: Sequence[int] | Tensor | str, what: str, *, empty: bool = False
 ) -> Tensor:
-    """Token ids as a tensor, checked against the model's vocabulary.
+    """Return token ids as a tensor, checked against the model's vocabulary.
 
     Args:
         model: The model.
-        ids: Integers; a sequence, or a tensor ``[n]`` or ``[1, n]``. A string is refused.
-        what: What they are, for the message.
-        empty: Whether there may be none.
+        ids: Integers: a sequence, or a tensor ``[n]`` or ``[1, n]``. A string is refused.
+        what: Name of the ids, for the message.
+        empty: Accept an empty sequence.
 
     Returns:
         Long ``[n]``, on the CPU, sharing no memory with ``ids``.
 
     Raises:
-        InvalidInputError: They are not integers, too deep, empty, or outside the vocabulary.
+        InvalidInputError: The ids are not integers, have more than one dimension, are empty, or
+            lie outside the vocabulary.
     """
     if isinstance(ids, str):
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""Copies of what cannot be doubled: models, stores, and threads at work."""
+"""Objects that cannot be copied: they hold models, stores or running threads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ifkv.errors import InvalidInputError
 
 
 class Uncopied:
-    """A class whose objects refuse to be copied and pickled, and say what to do.
+    """Base class of objects that refuse to be copied or pickled, and say what to do instead.
 
-    A subclass with a ``__copy__`` of its own lets ``copy.copy`` work.
+    A subclass that defines ``__copy__`` still supports ``copy.copy``.
     """
 
     _instead: ClassVar[str]

@@ -1,4 +1,4 @@
-"""Names of a package that are loaded when they are first used."""
+"""Names of a package that are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's ``__getattr__``, so that to import it loads nothing heavy.
+    """Return a ``__getattr__`` for a package, so that importing the package loads nothing heavy.
 
     Args:
         package: The package's ``__name__``.
-        homes: For each name the module that it lives in, below the package.
+        homes: Module of each name, relative to the package.
     """
 
     def load(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Lists that callers give: of texts, of questions, of keys, of token ids, of documents.
+"""Checks of lists that callers give: texts, questions, keys, token ids or documents.
 
-Much can be looped over and is no list. A mapping gives its names, a table its columns, a set its
-members in any order, a file its lines: each would be taken for something else without a word.
+Many objects can be looped over and are not lists. A mapping yields its names, a table its columns,
+a set its members in any order, a file its lines. Each would silently be taken for something else.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ifkv.errors import InvalidInputError
 
 
 def check_list(values: Any, what: str, wanted: str) -> None:
-    """Refuse what is no list, though it may be possible to loop over it.
+    """Raise if a value is not a list, even if it can be looped over.
 
-    Lists, tuples, generators, other iterators, and arrays and series of one dimension pass.
+    Lists, tuples, iterators, and arrays and series of one dimension pass.
 
     Args:
-        values: What was given.
+        values: The value.
         what: Its name, for the message.
-        wanted: What should be given instead, as in "give a list of documents".
+        wanted: The way out, for the message, such as "give a list of documents".
 
     Raises:
-        InvalidInputError: It is none.
+        InvalidInputError: The value is not a list.
     """
     kind = type(values).__name__
     if isinstance(values, str):
@@ -58,10 +58,10 @@ def check_list(values: Any, what: str, wanted: str) -> None:
 
 
 def as_list(values: Any, what: str, wanted: str) -> list[Any]:
-    """Return the entries of what `check_list` lets pass.
+    """Return the entries of a value that passes `check_list`.
 
     Raises:
-        InvalidInputError: It is no list.
+        InvalidInputError: The value is not a list.
     """
     check_list(values, what, wanted)
     return list(values)

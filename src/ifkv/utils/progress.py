@@ -1,4 +1,4 @@
-"""Progress bars for long work: on standard error, or in a notebook's output."""
+"""Progress bars for long work, on standard error or in a notebook's output."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 def token_bar(
     description: str, *, shown: bool = True
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar that counts tokens while the block runs.
+    """Show a bar that counts tokens while the block runs.
 
     Args:
-        description: What is being done.
-        shown: Whether to show it at all.
+        description: Text beside the bar.
+        shown: Show the bar.
 
     Yields:
-        A function to be called with tokens done and tokens to do; None if it is not shown.
+        A function that takes the tokens done and the total; None if the bar is not shown.
     """
     if not shown:
         yield None
@@ -43,7 +43,7 @@ def token_bar(
     )
 
     columns = (
-        SpinnerColumn(),  # with the time gone by: one long document is minutes without a step
+        SpinnerColumn(),  # with the elapsed time: a long document takes minutes without a step
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
@@ -58,7 +58,7 @@ def token_bar(
 
         def report(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            # Shown from here on only: what is refused before any work leaves no bar behind.
+            # Not shown earlier: a refusal before any work must leave no bar behind.
             if not bar.live.is_started:
                 until_the_end.enter_context(bar)
 
@@ -67,13 +67,13 @@ def token_bar(
 
 @contextlib.contextmanager
 def _notebook_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar as a widget, or as text where ipywidgets is missing: rich shows nothing there.
+    """Show a bar as a widget, or as text without ipywidgets; rich shows nothing there.
 
     Args:
-        description: What is being done.
+        description: Text beside the bar.
 
     Yields:
-        A function to be called with tokens done and tokens to do.
+        A function that takes the tokens done and the total.
     """
     from tqdm.auto import tqdm
 
@@ -81,7 +81,7 @@ def _notebook_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         bars: list[Any] = []
 
         def report(done: int, total: int) -> None:
-            # Made here only: what is refused before any work leaves no bar behind.
+            # Not made earlier: a refusal before any work must leave no bar behind.
             if not bars:
                 bars.append(tqdm(desc=description, total=total, unit=" tokens"))
                 until_the_end.callback(bars[0].close)
@@ -92,9 +92,9 @@ def _notebook_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """Silence transformers' bars over a model's weights while the block runs, for bars of ours.
+    """Hide transformers' bars for loading weights while the block runs; ifkv shows its own.
 
-    Bars of downloads stay: gigabytes should be seen to come.
+    Bars of downloads stay visible.
     """
     from huggingface_hub import utils
     from transformers.utils import logging
@@ -104,7 +104,7 @@ def without_loading_bars() -> Iterator[None]:
         yield
         return
     downloads_hidden = downloads.are_progress_bars_disabled()
-    logging.disable_progress_bar()  # and those of downloads
+    logging.disable_progress_bar()  # hides those of downloads too
     if not downloads_hidden:
         downloads.enable_progress_bars()
     try:
@@ -116,11 +116,11 @@ def without_loading_bars() -> Iterator[None]:
 
 
 def track_tokens(groups: Sequence[Sequence[Tensor]], description: str) -> Iterator[list[Tensor]]:
-    """Yield groups of documents behind a bar that counts their tokens.
+    """Yield groups of documents and show a bar that counts their tokens.
 
     Args:
         groups: Token ids of the documents of each group.
-        description: What is being done.
+        description: Text beside the bar.
     """
     sizes = [sum(len(ids) for ids in group) for group in groups]
     done = 0
