@@ -166,26 +166,26 @@ REFUSED: dict[str, tuple[Callable[[Any], Undo], str]] = {
     "the model's hook": (model_hook, r"^this LlamaForCausalLM carries a forward hook"),
     "a global hook": (global_hook, r"global forward hook .*global_hook"),
     "a global pre-hook": (global_pre_hook, r"global forward hook .*global_pre_hook"),
-    "a layer's forward": (replaced("model.layers.1"), r"layers\.1 .*forward of its own .*del "),
-    "a projection's": (replaced("model.layers.0.mlp.up_proj"), r"up_proj .*forward of its own"),
-    "the head's": (replaced("lm_head"), r"lm_head .*forward of its own"),
-    "the stack's": (replaced("model"), r"model of this .*forward of its own"),
-    "the model's": (replaced(""), r"^this LlamaForCausalLM has a forward of its own"),
-    "another module's": (another_module_s_forward, r"layers\.0\.mlp .*forward of its own"),
-    "a compiled one": (compiled_replacement, r"layers\.0\.mlp .*forward of its own"),
-    "generate": (replaced("", "generate"), r"^this LlamaForCausalLM has a generate"),
+    "a layer's forward": (replaced("model.layers.1"), r"layers\.1 .*its own forward .*del "),
+    "a projection's": (replaced("model.layers.0.mlp.up_proj"), r"up_proj .*its own forward"),
+    "the head's": (replaced("lm_head"), r"lm_head .*its own forward"),
+    "the stack's": (replaced("model"), r"model of this .*its own forward"),
+    "the model's": (replaced(""), r"^this LlamaForCausalLM has its own forward"),
+    "another module's": (another_module_s_forward, r"layers\.0\.mlp .*its own forward"),
+    "a compiled one": (compiled_replacement, r"layers\.0\.mlp .*its own forward"),
+    "generate": (replaced("", "generate"), r"^this LlamaForCausalLM has its own generate"),
     "a parametrization": (parametrized, r"down_proj .*parametrization.*remove_parametrizations"),
     "a hook for accelerate": (
         hung_by_accelerate(SimpleNamespace()),
-        r"layers\.1 .*forward of its own",
+        r"layers\.1 .*its own forward",
     ),
     "one behind accelerate's": (
         hung_by_accelerate(ALIGN, SimpleNamespace()),
-        r"layers\.1 .*forward of its own",
+        r"layers\.1 .*its own forward",
     ),
     "accelerate's casts": (
         hung_by_accelerate(accelerate_s("LayerwiseCastingHook")),
-        r"layers\.1 .*forward of its own",
+        r"layers\.1 .*its own forward",
     ),
 }
 
@@ -402,7 +402,7 @@ def test_real_hooks_of_accelerate() -> None:
             return output + 1
 
     hooks.add_hook_to_module(model.model.layers[0], Steering())
-    with pytest.raises(UnsupportedModelError, match="forward of its own"):
+    with pytest.raises(UnsupportedModelError, match="its own forward"):
         session_of(model).add(TEXTS)
 
 

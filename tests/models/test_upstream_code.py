@@ -346,7 +346,10 @@ CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: both_ways(llama()),
         r"layer 1 has is_causal = False",
     ),
-    "a window of its own": (lambda: own_window(windowed("phi3"), 3), r"window of 3 of its own"),
+    "a window of its own": (
+        lambda: own_window(windowed("phi3"), 3),
+        r"own sliding window of 3",
+    ),
 }
 
 

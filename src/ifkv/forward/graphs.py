@@ -192,7 +192,7 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
     kinds = {type(module) for module in tree.modules}
     settings = [settings_of(module) for module in tree.modules if is_foreign(module)]
     forwards = frozenset(kind.forward for kind in kinds)
-    return tuple(addresses), forwards, tuple(settings), DecoderView(model).read_anew
+    return tuple(addresses), forwards, tuple(settings), DecoderView(model).live_settings
 
 
 def _stream(device: torch.device) -> Hashable:

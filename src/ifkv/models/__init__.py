@@ -1,5 +1,5 @@
-"""What is known of a transformers model, without any cache.
+"""Facts about a transformers model.
 
-Belongs here: family files, structure, rotary geometry, fingerprints, hooks, upstream names.
+Belongs here: families, structure, rotary embedding, fingerprints, hooks, upstream code and names.
 Not here: anything that runs rows or holds keys and values.
 """

@@ -10,15 +10,19 @@ from torch import nn
 
 
 def cache_keyword(module: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword by which a module's forward takes it.
+    """Return a cache as the keyword argument that a module's forward takes.
 
-    ``cache`` from transformers 5.24 on, ``past_key_values`` before; a model's ``generate()`` takes
-    what its forward does. The older name still works there for a while, with a warning a call.
+    The keyword is ``cache`` from transformers 5.24 on and ``past_key_values`` before. A model's
+    ``generate()`` takes the same keyword as its forward. Newer releases still accept the older
+    name, with a warning at every call.
 
     Args:
-        module: A model, a decoder layer or an attention module; perhaps a subclass or a wrapper
-            whose forward hands on whatever it is given.
-        cache: The cache, or what stands in for one.
+        module: A model, a decoder layer or an attention module. It may be a subclass or a wrapper
+            whose forward passes its keywords on.
+        cache: The cache, or an object in its place.
+
+    Returns:
+        The keyword and the cache.
     """
     kind: Any = type(module)
     return {_cache_name(kind): cache}
@@ -32,7 +36,7 @@ def _cache_name(kind: type[nn.Module]) -> str:
         for name in ("cache", "past_key_values"):
             if name in names:
                 return name
-    # No forward says so: by what transformers' own models take.
+    # No forward names it: take the keyword of transformers' own models.
     from transformers.models.llama.modeling_llama import LlamaAttention
 
     fallback: Any = LlamaAttention

@@ -1,8 +1,8 @@
-"""A config that equals another in everything, now and later, but for its attention's name.
+"""Overlay: a config that always equals another one, except for the name of its attention.
 
-An overlay shares its ``__dict__`` with the config it covers: changes made through either are seen
-through both. It may outlive the patch it was made for, in a model that somebody has built from it:
-once it is *lifted* it says what the config below says.
+An overlay shares its ``__dict__`` with the config below, so a change of either is a change of both.
+A model that was built from an overlay keeps it after the patch is undone. The overlay is then
+*lifted*: it names the same attention as the config below.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _NAMED = ("_attn_implementation", "_attn_implementation_internal")
 
 
 def overlay(config: PreTrainedConfig, name: str, active: Callable[[], bool]) -> PreTrainedConfig:
-    """Lay an overlay over a config.
+    """Make an overlay over a config.
 
     Args:
         config: The config to cover.
-        name: What the overlay says that the attention is called.
-        active: Whether it still does; once not, the overlay is lifted.
+        name: Name of the attention that the overlay gives.
+        active: Returns True until the overlay is lifted.
     """
     base = type(config)
-    stored = cast(property, base._attn_implementation)  # what transformers reads
+    stored = cast(property, base._attn_implementation)  # transformers reads this property
 
     def attention_name(self: Any) -> Any:
         assert stored.fget is not None
         return name if active() else stored.fget(self)
 
     def set_attribute(self: Any, key: str, value: object) -> None:
-        # A model built from the overlay writes back what it has read from it. Written through, the
-        # attention below would be this one, which asks for the one below.
+        # A model built from the overlay writes the name back that it has read. In the config below,
+        # the attention would then delegate to itself.
         if key not in _NAMED or value != name:
             base.__setattr__(self, key, value)
 
@@ -49,8 +49,8 @@ def overlay(config: PreTrainedConfig, name: str, active: Callable[[], bool]) -> 
             "_ifkv_below": config,
             "_attn_implementation": property(attention_name, stored.fset),
             "__setattr__": set_attribute,
-            # Copies and pickles are of the config below, which the model's head shares, and what is
-            # made by calling the class is an ordinary config.
+            # Copies and pickles are made of the config below, which the model's head shares.
+            # Calling the class makes an ordinary config.
             "__new__": lambda _, *args, **kwargs: base(*args, **kwargs),
             "__copy__": lambda _: copy.copy(config),
             "__reduce_ex__": lambda *_: (operator.itemgetter(0), ((config,),)),
@@ -62,6 +62,6 @@ def overlay(config: PreTrainedConfig, name: str, active: Callable[[], bool]) -> 
 
 
 def below(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config that an overlay covers; one that is no overlay is returned as it is."""
+    """Return the config below an overlay; return any other config unchanged."""
     found: PreTrainedConfig = getattr(type(config), "_ifkv_below", config)
     return found

@@ -1,4 +1,4 @@
-"""The parts of a model that ifkv runs by itself: the one place that says which those are."""
+"""Decoder stack, layers, embedding and head of a model: the parts that ifkv runs itself."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Where the decoder stack lies in models of a class: looked for once, when one is patched.
+# Path of the decoder stack in models of a class, found once.
 _paths: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
 class DecoderView:
-    """The decoder stack of a causal language model, its parts, and its head.
+    """View of a causal language model: its decoder stack, the stack's parts, and the head.
 
-    A view is made where it is needed and holds no state, so it always shows the model as it is.
+    A view is made when it is needed and caches nothing, so it always shows the current model.
 
     Attributes:
-        stack: The module whose layers upstream's forward runs, as ``model.get_decoder()`` finds it.
+        stack: The module whose layers upstream's forward runs; ``model.get_decoder()`` finds it.
 
     Args:
         model: A causal language model, patched or not.
@@ -33,32 +33,32 @@ class DecoderView:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The config that the stack reads; of a patched model, the overlay."""
+        """Return the config that the stack reads; the overlay if the model is patched."""
         config: PreTrainedConfig = self.stack.config
         return config
 
     @property
     def layers(self) -> list[Any]:
-        """The layers that upstream's forward runs, in order.
+        """Return the layers that upstream's forward runs, in order.
 
-        Upstream runs ``layers[: config.num_hidden_layers]`` and reads the count at every forward:
-        a model whose count has been lowered keeps its other layers and does not run them.
+        Upstream runs ``layers[: config.num_hidden_layers]`` and reads the count at every forward.
+        If the count was lowered, the model keeps its other layers and does not run them.
         """
         stack = self.stack
         return list(stack.layers[: stack.config.num_hidden_layers])
 
     @property
     def num_layers(self) -> int:
-        """How many layers upstream's forward runs."""
+        """Return the number of layers that upstream's forward runs."""
         stack = self.stack
         return len(range(len(stack.layers))[: stack.config.num_hidden_layers])
 
     @property
-    def read_anew(self) -> tuple[object, ...]:
-        """What upstream's forward reads each time, beside weights, and so can change under a patch.
+    def live_settings(self) -> tuple[object, ...]:
+        """Return the settings that upstream's forward reads at every call.
 
-        That is the count of layers, the config's sliding window, and each attention's own window
-        and factor on the logits.
+        They can change while the model is patched: the number of layers, the config's sliding
+        window, and the sliding window and scaling of each attention.
         """
         read: list[object] = [self.num_layers, getattr(self.config, "sliding_window", None)]
         for layer in self.layers:
@@ -68,17 +68,17 @@ class DecoderView:
 
     @property
     def rotary(self) -> Any:
-        """The module that makes cosines and sines."""
+        """Return the module that makes cosines and sines."""
         return self.stack.rotary_emb
 
     @property
     def head(self) -> nn.Module | None:
-        """The language-model head; None if the model has none."""
+        """Return the language-model head; None if the model has none."""
         head: nn.Module | None = self._model.get_output_embeddings()
         return head
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Compute what the first layer is given.
+        """Compute the input of the first layer.
 
         Args:
             token_ids: Long ``[rows]``, on the model's device.
@@ -104,11 +104,11 @@ class DecoderView:
 
 
 def _stack_of(model: PreTrainedModel) -> Any:
-    """Find the decoder stack; where it lies is the same for all models of a class."""
+    """Find the decoder stack; its path is the same in all models of a class."""
     kind = type(model)
     path = _paths.get(kind)
     if path is None:
-        # What only passes for a model has perhaps the older name.
+        # Stand-ins for a model may have only the older name.
         found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         if "forward" not in vars(kind):  # a wrapper around models of any class
             return found

@@ -1,7 +1,7 @@
-"""Model families: the facts ifkv needs about an architecture, read from ``patches/*.toml``.
+"""Model families: facts about an architecture, read from ``patches/*.toml``.
 
-A family file states facts and nothing executable: which model types it covers, where the classes
-live, how rotary embeddings are laid out, and a hash of the upstream code it was verified against.
+A family file states facts and contains no code: the model types it covers, the paths of the
+classes, the layout of rotary embeddings, and hashes of the upstream code it was verified against.
 ``patches/README.md`` explains the keys and how to add a family.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Functions of a modeling file that its attention calls.
+# Functions of a modeling file that its attention class calls.
 FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
 
 
@@ -32,21 +32,21 @@ class Family:
 
     Attributes:
         name: The family's name, equal to the file's stem.
-        model_types: Values of ``config.model_type`` that belong to it.
+        model_types: Values of ``config.model_type`` in this family.
         attention_class: Dotted path of the attention module's class.
         layer_class: Dotted path of the decoder layer's class.
         model_class: Dotted path of the decoder stack's class (embeddings, layers, final norm).
-        causal_lm_class: Dotted path of the class that puts the head onto the stack.
+        causal_lm_class: Dotted path of the class that adds the head to the stack.
         rotary_class: Dotted path of the rotary module's class.
         rope_layout: ``"half-split"`` (pairs are ``x[i], x[i + rotary_dim / 2]``).
-        rope_types: Values of ``rope_parameters["rope_type"]`` whose rotation can be moved exactly.
-        qk_norm: Whether queries and keys are normalised per head before the rotation.
-        fused_qkv: Whether one projection makes queries, keys and values.
+        rope_types: Values of ``rope_parameters["rope_type"]`` whose keys can be moved exactly.
+        qk_norm: True if queries and keys are normalised per head before the rotation.
+        fused_qkv: True if one projection makes queries, keys and values.
         sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
             ``"all-layers"`` (``config.sliding_window`` holds for every layer).
-        verified_transformers: Releases of transformers the tests ran on.
-        upstream_hashes: For each of `upstream_paths` its `source_hash`
-            in every release of transformers that has been read.
+        verified_transformers: Releases of transformers that the tests ran on.
+        upstream_hashes: For each of `upstream_paths`, its `source_hash` in every release of
+            transformers whose code was read.
     """
 
     name: str
@@ -65,15 +65,15 @@ class Family:
     upstream_hashes: dict[str, tuple[str, ...]]
 
     def function(self, name: str) -> str:
-        """Return the dotted path of a function beside the attention's class."""
+        """Return the dotted path of a function in the module of the attention class."""
         return f"{self.attention_class.rpartition('.')[0]}.{name}"
 
     @property
     def upstream_paths(self) -> tuple[str, ...]:
-        """Dotted paths of all code whose reading ifkv rests on.
+        """Return the dotted paths of all upstream code that ifkv relies on.
 
-        The functions are there because equal attentions may call others: they rotate queries and
-        keys, and say what an attention with the family's keywords computes.
+        They include functions, because two attention classes with equal code may call different
+        ones. The functions rotate queries and keys, and compute the attention.
         """
         return (
             self.attention_class,
@@ -102,8 +102,8 @@ def parse_family(text: str, name: str) -> Family:
         The family.
 
     Raises:
-        UnsupportedModelError: The text is not TOML, or a key is unknown, missing, or has a value
-            of the wrong kind.
+        UnsupportedModelError: The text is not TOML; or a key is unknown, missing, or has a value
+            of the wrong type.
     """
     try:
         found: dict[str, Any] = tomllib.loads(text)
@@ -155,7 +155,7 @@ def _are_strings(value: object) -> bool:
 
 
 def _folder() -> Traversable:
-    """The folder of family files: inside the installed package, or at the root of a checkout."""
+    """Return the folder of family files: in the installed package, or at a checkout's root."""
     installed = resources.files("ifkv") / "patches"
     if installed.is_dir():
         return installed
@@ -164,7 +164,7 @@ def _folder() -> Traversable:
 
 @cache
 def families() -> dict[str, Family]:
-    """All families, by name.
+    """Read all families, by name.
 
     Raises:
         UnsupportedModelError: A file is malformed, or two families claim one model type.
@@ -205,11 +205,11 @@ def resolve_family(model: PreTrainedModel) -> Family:
 
 
 def family_of(config: object, name: str) -> Family:
-    """Find the family of a model by its config, before there are weights.
+    """Find the family of a model from its config alone.
 
     Args:
         config: The model's config.
-        name: What to call the model in a refusal.
+        name: Name of the model, for the message.
 
     Raises:
         UnsupportedModelError: No family covers its ``model_type``.

@@ -1,4 +1,4 @@
-"""Does a model contradict its family file? A fact that does not hold is refused, not believed."""
+"""Check that the facts of a family file hold for a model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
     from ifkv.models.families import Family
 
-# Far from the rounding of float32, near enough for any other pairing of dimensions to be seen.
+# Larger than rounding in float32, and smaller than the effect of any other pairing of dimensions.
 TOLERANCE = 1e-4
 
 
 def check_facts(model: PreTrainedModel, family: Family) -> None:
-    """Refuse a model of which its family's facts are not true.
+    """Raise if a fact of the family does not hold for the model.
 
     Args:
         model: A model of the family's structure, its weights in memory.
         family: The family.
 
     Raises:
-        UnsupportedModelError: Normalisation, projections, windows or rotation are others.
+        UnsupportedModelError: Its normalisation, projections, windows or rotation differ.
     """
     view = DecoderView(model)
     config: Any = view.config
@@ -48,12 +48,12 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
 def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{contradiction}; so this {type(model).__name__} is no model of that family, whatever its "
-        f"model_type says. Describe it in a file of its own beside patches/{family.name}.toml."
+        f"model_type says. Describe it in a new file beside patches/{family.name}.toml."
     )
 
 
 def _of_projections(attention: Any, family: Family) -> Iterator[str]:
-    """What contradicts ``qk_norm`` and ``fused_qkv``, and what no family allows."""
+    """Yield contradictions of ``qk_norm`` and ``fused_qkv``, and settings no family allows."""
     if not getattr(attention, "is_causal", True):
         yield "has is_causal = False: its rows see what comes behind them"
     for name in ("q_norm", "k_norm"):
@@ -73,7 +73,7 @@ def _of_projections(attention: Any, family: Family) -> Iterator[str]:
 
 
 def _of_window(attention: Any, family: Family, config: Any, index: int) -> Iterator[str]:
-    """What contradicts ``sliding_window``, by which a layer says what it attends to."""
+    """Yield contradictions of the family's ``sliding_window``."""
     stated, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     own = getattr(attention, "sliding_window", None)
     rule = f"family {family.name!r} says sliding_window = {family.sliding_window!r}"
@@ -91,17 +91,17 @@ def _of_window(attention: Any, family: Family, config: Any, index: int) -> Itera
                 f"config.sliding_window ({stated}) ask for {expected[kind]}, and {rule}"
             )
     elif own not in (None, stated):
-        yield f"has a sliding window of {own} of its own, but {rule}"
+        yield f"has its own sliding window of {own}, but {rule}"
     elif stated is not None and types is not None and set(types) != {"sliding_attention"}:
         yield f"is among layers of types {sorted(set(types))}, but {rule}"
 
 
 @torch.no_grad()
 def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> None:
-    """Refuse an attention that rotates queries and keys in another way than ifkv will."""
+    """Raise if an attention rotates queries and keys differently than ifkv does."""
     apply = attention_function(attention, "apply_rotary_pos_emb")
     if apply is None:
-        return  # what it calls instead has not been read, which is said elsewhere
+        return  # it calls code that nobody has read, of which `warn_of_unread_code` warns
     device, half = model.device, DecoderView(model).rotary.inv_freq.numel()
     heads = torch.linspace(-1, 2, 2 * attention.head_dim, device=device)
     heads = heads.reshape(1, 1, 2, attention.head_dim)
@@ -110,7 +110,7 @@ def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> N
     try:
         turned = apply(heads, heads, cos[None], sin[None])
     except (RuntimeError, TypeError, ValueError):
-        return  # takes something else; if it does so in a pass, that fails by itself
+        return  # it takes other arguments, and a pass would fail on its own
     expected = rotate(heads, cos, sin)
     for part in turned:
         if part.shape != expected.shape or not torch.allclose(part, expected, atol=TOLERANCE):
@@ -124,10 +124,10 @@ def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> N
 
 @torch.no_grad()
 def _check_frequencies(model: PreTrainedModel, family: Family) -> None:
-    """Refuse a rotary module whose angles are not position times frequency, in two equal halves."""
+    """Raise if the angles of a rotary module are not position times frequency, in two halves."""
     rotary = DecoderView(model).rotary
     if getattr(rotary, "rope_type", "default") == "longrope":
-        return  # a call would change which of its frequencies are in use
+        return  # a call would change which frequencies it uses
     like = torch.empty(0, dtype=torch.float32, device=model.device)
     positions = torch.tensor([0, 1, 5], device=model.device)
     cos, sin = rotary(like, position_ids=positions[None])

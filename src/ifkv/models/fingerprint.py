@@ -1,15 +1,15 @@
-"""What decides a document's keys and values, condensed into one identity.
+"""Fingerprint of a model: two models with equal fingerprints make equal document caches.
 
-Two models with one fingerprint compute the same cache from the same tokens. It covers the
-architecture and rope parameters, the dtype, the weights that keys and values depend on, the classes
-of the modules, and what those keep beside their weights (`ifkv.models.module_state`).
+The fingerprint covers the architecture, the rope parameters, the dtype, the weights that keys and
+values depend on, the classes of the modules, and the state that modules keep beside their weights
+(`ifkv.models.module_state`).
 
-Weights are sampled, not read whole: ``SAMPLES`` elements of every tensor of the embeddings and
-decoder layers, one from each of as many equal strata, at a place within the stratum
-that spreads them over rows and columns, compared exactly. A fine-tune or a merged LoRA moves nearly
-every element of the matrices it touches, and is caught; so is the edit of one matrix. An edit of a
-few single weights may not be. The cost does not grow with the model's width: for 8 billion weights
-in 291 tensors it is 300,000 elements, 2.4 MB.
+Weights are sampled: ``SAMPLES`` elements of every tensor of the embeddings and decoder layers, one
+from each of as many equal strata, at places that are spread over rows and columns. They are
+compared exactly. A fine-tune or a merged LoRA changes nearly every element of the matrices that it
+touches, and is noticed; so is the edit of one matrix. An edit of a few single weights may be
+missed. The cost does not grow with the model's width: for 8 billion weights in 291 tensors it is
+300,000 elements, 2.4 MB.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 SAMPLES = 1024
-# What a config says beyond the computation of keys and values.
+# Keys of a config that do not affect keys and values.
 _IRRELEVANT = {
     "_name_or_path",
     "architectures",
@@ -66,7 +66,7 @@ _IRRELEVANT = {
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identity of everything that a document cache depends on but its tokens.
+    """Compute an identity of everything that a document cache depends on, except its tokens.
 
     Args:
         model: A causal language model.
@@ -79,9 +79,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     view = DecoderView(model)
-    digest.update(repr(view.read_anew).encode())
+    digest.update(repr(view.live_settings).encode())
     rotary = view.rotary
-    # A longrope module's current frequencies are those of the last forward.
+    # The current frequencies of a longrope module depend on its last forward.
     longrope = getattr(rotary, "rope_type", "default") == "longrope"
     inv_freq = rotary.original_inv_freq if longrope else rotary.inv_freq
     digest.update(inv_freq.detach().double().cpu().numpy().tobytes())
@@ -99,7 +99,7 @@ def fingerprint(model: PreTrainedModel) -> str:
             if at not in places:
                 places[at] = torch.from_numpy(_places(flat.numel())).to(flat.device)
             flat = flat[places[at]]
-        samples.append(flat.to(torch.float64))  # exact, of whatever dtype
+        samples.append(flat.to(torch.float64))  # exact for every dtype
     # One transfer per device, not one per parameter.
     for device in dict.fromkeys(sample.device for sample in samples):
         held = [sample for sample in samples if sample.device == device]
@@ -108,16 +108,16 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _state_of(model: PreTrainedModel) -> Iterator[State]:
-    """All that the modules of the decoder stack compute with, but for the rotary embedding."""
+    """Yield all state that the decoder stack computes with, except the rotary embedding."""
     base: Any = DecoderView(model).stack
     plain_tensors = _plain_tensors_count(model)
     for path, module in base.named_modules():
         if "rotary_emb" in path:
-            continue  # told above, and what a module keeps beside them changes with use
+            continue  # hashed by `fingerprint`; its other state changes with use
         kind: Any = type(module)
-        # Another library may have put its own forward into the class.
+        # Another library may have replaced the forward of the class.
         yield path, f"{kind.__module__}.{kind.__qualname__} {home_of(kind.forward)}"
-        if path:  # the model itself has but its config's
+        if path:  # the settings of the root are those of its config
             for name, state in module_state(module, plain_tensors=plain_tensors):
                 yield f"{path}.{name}", state
         for name, weight in (*module._parameters.items(), *module._buffers.items()):
@@ -126,14 +126,14 @@ def _state_of(model: PreTrainedModel) -> Iterator[State]:
 
 
 def _plain_tensors_count(model: PreTrainedModel) -> bool:
-    """Whether tensors that are simply attributes of a layer are taken for its weights."""
+    """True if tensors that are plain attributes of a layer count as its weights."""
     return getattr(model.config, "quantization_config", None) is None
 
 
 def _places(numel: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where to look into ``numel`` elements: one place in each of ``SAMPLES`` equal strata."""
+    """Return ``SAMPLES`` indices into ``numel`` elements, one in each of as many equal strata."""
     edges = np.arange(SAMPLES + 1, dtype=np.int64) * numel // SAMPLES
-    # Multiples of the golden ratio, modulo 1: even steps would all fall into one column.
+    # Multiples of the golden ratio, modulo 1. Even steps would all fall into one column.
     fraction = np.arange(SAMPLES, dtype=np.int64) * 2654435769 % 2**32
     places: np.ndarray[tuple[int], np.dtype[np.int64]] = edges[:-1] + (
         fraction * np.diff(edges) >> 32
@@ -142,11 +142,11 @@ def _places(numel: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 
 class FingerprintCache:
-    """A model's fingerprint, made again only when its weights may have changed.
+    """Fingerprint of a model, computed again only if the weights may have changed.
 
-    torch counts in-place changes of every parameter; those counts and the addresses tell of most
-    changes. Merging a LoRA writes through ``parameter.data``, which is not counted: so a few
-    elements of every parameter are looked at, too, each time.
+    torch counts in-place changes of every parameter. Those counts and the addresses show most
+    changes. Merging a LoRA writes through ``parameter.data``, which torch does not count, so a few
+    elements of every parameter are sampled too.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class FingerprintCache:
         self._value = ""
 
     def of(self, model: PreTrainedModel, *, sample: bool = True) -> str:
-        """The model's fingerprint.
+        """Return the model's fingerprint.
 
         Args:
             model: The model.
@@ -168,7 +168,7 @@ class FingerprintCache:
         parameters, counts = self._look(model)
         known = counts == self._counts
         if not known and self._quantized:
-            settle(model)  # so that the next forward changes nothing more
+            settle(model)  # otherwise the next forward would change the weights' state
             parameters, counts = self._look(model)
             known = counts == self._counts
         if known and not sample:
@@ -181,13 +181,13 @@ class FingerprintCache:
         return self._value
 
     def _look(self, model: PreTrainedModel) -> tuple[list[Tensor], tuple[object, ...]]:
-        """All tensors that the layers compute with, and what changes when they do."""
+        """Return all tensors that the layers compute with, and a key that changes with them."""
         stack = DecoderView(model).stack
         tree = tree_of(stack)
         kinds = tuple(map(type, tree.modules))
         if kinds != self._kinds:
             self._kinds = kinds
-            # Places, not the modules, whose weights would be kept.
+            # Indices: the modules themselves would keep their weights alive.
             self._foreign = [i for i, module in enumerate(tree.modules) if is_foreign(module)]
             self._quantized = any(is_quantized(tree.modules[i]) for i in self._foreign)
         foreign = [tree.modules[i] for i in self._foreign]
@@ -197,11 +197,11 @@ class FingerprintCache:
             state = module_state(module, plain_tensors=plain)
             parameters += [part for _, part in state if isinstance(part, Tensor)]
         return parameters, (
-            DecoderView(model).read_anew,
+            DecoderView(model).live_settings,
             kinds,
             *map(settings_of, foreign),
             *(
-                # Parameters made under torch.inference_mode() are not counted either.
+                # torch does not count changes of parameters made under torch.inference_mode().
                 (p.data_ptr(), -1 if p.is_inference() else p._version)
                 for p in parameters
             ),
@@ -209,7 +209,7 @@ class FingerprintCache:
 
 
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
-    """All parameters and buffers, or what they consist of, in some order that stays."""
+    """Return all parameters and buffers, or the tensors they wrap, in a stable order."""
     tree = tree_of(model)
     rotary: Any = model.rotary_emb
     found: list[Tensor] = []

@@ -1,9 +1,9 @@
-"""Hooks and forwards that hang on single modules, beside what their classes say.
+"""Refuse models with hooks, or with forwards that replace those of their classes.
 
-They can change what a model computes without a weight changing: rows made under one would be stored
-and served without it. And ifkv's own passes call decoder layers, not the modules above them, so
-such a thing could run in one way of asking and not in another. A model that carries one is refused,
-but for those that are known to change no number, and for an `observer`.
+Both can change what a model computes while no weight changes: rows made with a hook would be stored
+and served without it. And ifkv's own passes call the decoder layers, not the modules above them, so
+a hook there could run for one kind of call and not for another. Hooks that are known to change no
+number are accepted, and so is an `observer`.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from ifkv.models.weights import tree_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where functions come from that hang on modules and change no number: those of transformers that
-# note outputs (output_hidden_states=True leaves them behind) or ask for gradients, and those by
-# which torch counts operations.
+# Modules and names of hooks that change no number: those of transformers that record outputs
+# (output_hidden_states=True leaves them behind) or request gradients, and those by which torch
+# counts operations.
 _HARMLESS = (
     ("transformers.utils.output_capturing", ""),
     ("transformers.modeling_utils", "make_inputs_require_grads"),
     ("torch.utils.module_tracker", ""),
 )
-# Methods of the modules above the decoder stack by which a model is asked.
+# Methods above the decoder stack through which a model answers.
 _ASKED_BY = ("generate", "prepare_inputs_for_generation")
 
 
 class Observer:
-    """A forward hook that only looks; see `observer`.
+    """Forward hook that only reads; see `observer`.
 
     Args:
-        hook: What is called; whatever it returns is dropped.
+        hook: The function to call. Its result is dropped.
     """
 
     def __init__(self, hook: Callable[..., object]):
         self._hook = hook
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Call the hook and return nothing, so that no output is replaced."""
+        """Call the hook and return None, so that it replaces no output."""
         self._hook(*args, **kwargs)
 
 
 def observer(hook: Callable[..., object]) -> Observer:
-    """Declare a forward hook, or forward pre-hook, as one that only looks.
+    """Declare a forward hook or forward pre-hook as one that only reads.
 
-    ifkv refuses models that carry hooks, which could change what is computed; not these. What the
-    hook returns is dropped, so it can replace nothing; it must not write into what it is shown. It
-    sees the rows that ifkv runs: those that are prefilled, recomputed or asked, not all.
+    ifkv refuses models that carry other hooks, because those can change what is computed. The
+    result of this hook is dropped, so it can replace nothing. It must not write into its arguments.
+    It sees the rows that ifkv runs: prefilled and recomputed rows and those of questions.
 
     Args:
-        hook: A function as ``register_forward_hook`` or ``register_forward_pre_hook`` takes it.
+        hook: A function for ``register_forward_hook`` or ``register_forward_pre_hook``.
 
     Returns:
-        What to register in its place.
+        The hook to register.
 
     Examples:
         >>> import ifkv
@@ -77,12 +77,12 @@ def observer(hook: Callable[..., object]) -> Observer:
 
 
 def check_hooks(model: PreTrainedModel) -> None:
-    """Refuse a model on whose modules something hangs that could change what they compute.
+    """Raise if a module carries a hook or forward that could change what it computes.
 
     Raises:
-        UnsupportedModelError: A module, of the decoder stack or above it, has a forward hook or
-            pre-hook that is no observer, a ``forward`` of its own or a parametrization; or torch
-            has global hooks.
+        UnsupportedModelError: A module in or above the decoder stack has a forward hook or pre-hook
+            that is not an observer, a ``forward`` that replaces its class's, or a parametrization;
+            or torch has global hooks.
     """
     for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         for hook in hooks.values():
@@ -93,14 +93,14 @@ def check_hooks(model: PreTrainedModel) -> None:
                 )
     base = DecoderView(model).stack
     above: list[nn.Module] = [model]
-    for module in above:  # which grows meanwhile
+    for module in above:  # the list grows during the loop
         if any(name in module.__dict__ for name in _ASKED_BY):
-            _refuse(model, module, f"has a {'() or '.join(_ASKED_BY)}() of its own", "Delete it.")
+            _refuse(model, module, f"has its own {'() or '.join(_ASKED_BY)}()", "Delete it.")
         if module is not base:
             above += [each for each in module._modules.values() if each is not None]
     for modules in (above, tree_of(base).modules):
         for module in modules:
-            own = module.__dict__  # found sooner there than by module.…, of four hundred modules
+            own = module.__dict__  # faster than attribute access, for four hundred modules
             if (
                 own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
@@ -111,11 +111,11 @@ def check_hooks(model: PreTrainedModel) -> None:
 
 
 def check_classes(model: PreTrainedModel) -> None:
-    """Refuse a forward that was put over upstream's above the decoder layers.
+    """Raise if a forward above the decoder layers is not upstream's.
 
     Raises:
-        UnsupportedModelError: The model's class, or its decoder stack's, derives from one of
-            transformers and overrides its forward, or somebody has replaced that.
+        UnsupportedModelError: The class of the model or of its decoder stack overrides the forward
+            that it inherits from transformers, or that forward was replaced.
     """
     for module in (getattr(model, "_orig_mod", model), DecoderView(model).stack):
         kind: Any = type(module)
@@ -130,7 +130,7 @@ def check_classes(model: PreTrainedModel) -> None:
 
 
 def home_of(function: Any) -> str:
-    """The module whose code a function is; wrappers say that they are what they wrap."""
+    """Return the name of the module that holds a function's code; that of a wrapper's own code."""
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
@@ -149,8 +149,8 @@ def _check_module(model: PreTrainedModel, module: nn.Module) -> None:
         _refuse(
             model,
             module,
-            f"has a forward of its own ({_name_of(forward)}) in place of its class's",
-            "Delete it (del module.forward), or put what it does into a module of its own class, "
+            f"has its own forward ({_name_of(forward)}) in place of its class's",
+            "Delete it (del module.forward), or move it into the forward of a new module class, "
             "whose parameters are counted.",
         )
     if "parametrizations" in module._modules:
@@ -173,7 +173,7 @@ def _refuse(model: PreTrainedModel, module: nn.Module, what: str, way_out: str) 
 
 
 def _is_harmless(hook: Any) -> bool:
-    """Whether a hook is known to change no number."""
+    """True if a hook is known to change no number."""
     if type(hook) is Observer:
         return True
     home, name = getattr(hook, "__module__", None), getattr(hook, "__qualname__", "")
@@ -181,13 +181,13 @@ def _is_harmless(hook: Any) -> bool:
 
 
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Whether a forward on a module computes what its class's does: compiled, or on a device."""
+    """True if a module's own forward computes the same as its class's, compiled or on a device."""
     if _only_moves(module):
         forward = vars(module).get("_old_forward")
     while hasattr(forward, "_torchdynamo_orig_callable"):
         forward = forward._torchdynamo_orig_callable
     owner, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
-    # What torch.compile makes of a module calls the module.
+    # The wrapper made by torch.compile calls the module.
     if owner is module._modules.get("_orig_mod", module):
         kind: Any = type(owner)
         return function in (kind.forward, kind.__call__)
@@ -195,9 +195,9 @@ def _is_own_forward(module: nn.Module, forward: Any) -> bool:
 
 
 def _only_moves(module: nn.Module) -> bool:
-    """Whether accelerate has replaced the forward by one that brings its tensors to a device."""
+    """True if accelerate replaced the forward by one that only moves tensors to a device."""
     hooks: list[Any] = [vars(module).get("_hf_hook")]
-    for hook in hooks:  # which grows meanwhile
+    for hook in hooks:  # the list grows during the loop
         kind = type(hook)
         if kind.__module__ != "accelerate.hooks":
             return False
@@ -209,6 +209,6 @@ def _only_moves(module: nn.Module) -> bool:
 
 
 def _name_of(function: Any) -> str:
-    """A function as its author calls it."""
+    """Return the qualified name of a function, or of the class of a callable object."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"

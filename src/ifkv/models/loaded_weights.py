@@ -1,6 +1,6 @@
-"""Which weights of a model came from its checkpoint, and which are random numbers.
+"""Weights that a checkpoint lacks: transformers fills them with random numbers.
 
-transformers fills what a checkpoint lacks with random numbers, and says so in a log alone.
+transformers reports them in its log only. Here they are an error or a warning.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ _NAMED = 4
 
 
 def check_report(report: Mapping[str, Any], model: PreTrainedModel, source: str) -> None:
-    """Refuse a model whose weights are not all, and only, what its checkpoint holds.
+    """Raise if the weights of a model and of its checkpoint are not the same set.
 
-    What transformers leaves in its report counts: it has taken out of it what is tied to other
-    weights or computed anew. Further weights are let pass that no part of the model could take,
-    as heads of other tasks and the scales of quantized caches, and all that a quantized checkpoint
-    brings along.
+    The report of transformers decides; it leaves out weights that are tied to others or computed.
+    Unused weights are accepted if no part of the model could hold them, such as heads of other
+    tasks and scales of quantized caches. All unused weights of a quantized checkpoint are accepted.
 
     Args:
-        report: What ``from_pretrained(..., output_loading_info=True)`` returned, with
-            ``ignore_mismatched_sizes=True``.
+        report: Loading info of ``from_pretrained(..., output_loading_info=True,
+            ignore_mismatched_sizes=True)``.
         model: The model.
         source: Its folder or hub id.
 
     Raises:
-        InvalidInputError: Weights are missing, have other sizes than the config says, or would have
-            been left out.
+        InvalidInputError: Weights are missing, have other shapes than the config gives, or would
+            be left out.
     """
     if report["missing_keys"]:
         raise InvalidInputError(
@@ -67,12 +66,12 @@ def check_report(report: Mapping[str, Any], model: PreTrainedModel, source: str)
 
 
 def warn_of_unloaded(model: PreTrainedModel) -> None:
-    """Warn of weights that did not come from the checkpoint that the others came from.
+    """Warn of weights that did not come from the checkpoint of the others.
 
-    transformers marks each parameter that it loads. Where some bear the mark and others do not,
-    those were missing in the checkpoint, or were set by hand since. A model without any mark was
-    made or copied in memory, and nothing is known of it. Weights that another library keeps in
-    classes of its own are not asked.
+    transformers marks each parameter that it loads. If only some parameters have the mark, the
+    others were missing in the checkpoint, or were set later. A model without any mark was made or
+    copied in memory, and gives no warning. Quantized models, and parameters of other classes than
+    torch's own, are not checked.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return
@@ -94,7 +93,7 @@ def warn_of_unloaded(model: PreTrainedModel) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names of weights in a few words; those of several layers alike are one.
+    """Return names of weights as short text; equal names of several layers become one.
 
     >>> listed(["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"])
     'model.layers.*.mlp.up_proj.weight (2)'

@@ -1,10 +1,9 @@
-"""What modules compute with: their classes, weights, and what is kept beside the weights.
+"""State of modules beside their weights: scales, zero points and settings.
 
-Layers of other libraries keep scales, zero points and settings where no parameter or buffer names
-them. bitsandbytes' 4-bit weights carry a ``quant_state``; the scales of its 8-bit weights, ``SCB``,
-lie in the weight, and from the first forward on in what its layer calls ``state``, among what it
-remembers of that forward; HQQ's layers have a dictionary ``meta``. torchao's tensors say themselves
-what they consist of.
+Layers of other libraries keep such state outside of parameters and buffers. bitsandbytes' 4-bit
+weights have a ``quant_state``. The scales of its 8-bit weights, ``SCB``, are in the weight, and
+after the first forward in the layer's ``state``. HQQ's layers have a dictionary ``meta``. torchao's
+tensors list their parts themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ifkv.models.decoder import DecoderView
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Modules of these have no settings beside their config, but for numbers such as an epsilon.
+# Modules of these packages keep no settings beside their config, except floats such as an epsilon.
 _UPSTREAM = (
     "torch.nn.",
     "torch._dynamo.",
@@ -29,23 +28,23 @@ _UPSTREAM = (
     "transformers.activations",
     "ifkv.testing.",
 )
-# Attributes of layers that hold what their weights are to be read by.
+# Attributes of layers that hold scales and settings of their weights.
 _BESIDE = ("quant_state", "meta")
-# What bitsandbytes' 8-bit layers are to be read by.
+# Scales and settings of bitsandbytes' 8-bit layers.
 _EIGHT_BITS = ("SCB", "threshold")
-# Larger whole numbers are addresses, which kernels of some libraries are handed; another each time.
+# Larger whole numbers are addresses for some libraries' kernels; they differ in every process.
 _LARGEST = 2**40
 
 State = tuple[str, "Tensor | str"]
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether a module is of another library, or somebody's own."""
+    """True if a module's class is neither torch's nor transformers'."""
     return not type(module).__module__.startswith(_UPSTREAM)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a foreign module holds weights that are no plain numbers."""
+    """True if a foreign module holds weights that are not plain floating-point tensors."""
     held = (*module._parameters.values(), *module._buffers.values())
     return is_foreign(module) and any(
         type(each) not in (Tensor, nn.Parameter) or not each.is_floating_point()
@@ -55,14 +54,14 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def weight_state(weight: Tensor, name: str = "") -> Iterator[State]:
-    """What a parameter or buffer consists of: itself, unless it wraps others, and what it carries.
+    """Yield the state of a parameter or buffer: its tensors and the settings it carries.
 
     Args:
         weight: The parameter or buffer.
         name: Its name.
 
     Yields:
-        Names with tensors, or with settings in words.
+        Names with tensors, or with settings as text.
     """
     if type(weight) in (Tensor, nn.Parameter):
         yield name, weight
@@ -77,23 +76,23 @@ def weight_state(weight: Tensor, name: str = "") -> Iterator[State]:
     yield name, weight
     seen = {id(weight)}
     for key, value in sorted(vars(weight).items()):
-        # The 8-bit scales are found with the layer; CB is the weight itself.
+        # `module_state` yields the 8-bit scales; CB is the weight itself.
         if not key.startswith("_") and key not in ("CB", "SCB"):
             yield from _inside(value, f"{name}.{key}", seen)
 
 
 def module_state(module: nn.Module, *, plain_tensors: bool = True) -> Iterator[State]:
-    """What a module computes with beside its parameters, buffers and children.
+    """Yield the state of a module beside its parameters, buffers and children.
 
-    Attributes whose names begin with an underscore are not looked at.
+    Attributes whose names begin with an underscore are ignored.
 
     Args:
         module: The module.
-        plain_tensors: Whether tensors that are simply attributes count, too. In layers of
-            libraries that quantize they may be room for intermediate results.
+        plain_tensors: Include tensors that are plain attributes. In layers of libraries that
+            quantize, they may be memory for intermediate results.
 
     Yields:
-        Names with tensors, or with settings in words.
+        Names with tensors, or with settings as text.
     """
     own, foreign = vars(module), is_foreign(module)
     for key, value in sorted(own.items()):
@@ -107,7 +106,7 @@ def module_state(module: nn.Module, *, plain_tensors: bool = True) -> Iterator[S
         return
     weight, state = own["_parameters"].get("weight"), own.get("state")
     for key in _BESIDE:
-        if getattr(weight, key, None) is None:  # a weight that carries it says so itself
+        if getattr(weight, key, None) is None:  # otherwise `weight_state` yields it
             yield from _inside(own.get(key), key, set())
     for key in _EIGHT_BITS:
         value = getattr(state, key, None)
@@ -115,7 +114,7 @@ def module_state(module: nn.Module, *, plain_tensors: bool = True) -> Iterator[S
 
 
 def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """A foreign module's settings as they are now, for a quick comparison."""
+    """Return the current settings of a foreign module, for a quick comparison."""
     return tuple(
         (key, value)
         for key, value in vars(module).items()
@@ -124,9 +123,9 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Run one row, so that layers that prepare their weights at the first forward have done so.
+    """Run one row, because some layers prepare their weights at the first forward.
 
-    bitsandbytes packs 4-bit weights anew then on some processors, and moves its 8-bit scales.
+    bitsandbytes then moves its 8-bit scales, and on some processors packs 4-bit weights anew.
     """
     base: Any = DecoderView(model).stack
     with torch.no_grad():
@@ -140,7 +139,7 @@ def _is_setting(value: object) -> bool:
 
 
 def _inside(value: Any, name: str, seen: set[int]) -> Iterator[State]:
-    """Tensors and settings in an object, down to the objects, lists and dictionaries it holds."""
+    """Yield tensors and settings in an object, and in the objects, lists and dictionaries in it."""
     if value is None:
         return
     if isinstance(value, Tensor):

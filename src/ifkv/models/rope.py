@@ -1,9 +1,9 @@
-"""Rotary geometry of a model: cos and sin from its own module, one rotation in its own arithmetic.
+"""Rotary embedding of a model: its own cosines and sines, and the rotation in its arithmetic.
 
-Keys are stored before the rotation and rotated once, when a request places them. Because cos and
-sin come from the model's own rotary module and the rotation repeats transformers' operations in
-their order, rotated keys are bit-equal to those the model would have cached natively, attention
-scaling (YaRN, longrope) included, in every dtype.
+Keys are stored before the rotation and rotated once, when a request places them. Cosines and sines
+come from the model's rotary module, and the rotation repeats transformers' operations in their
+order. So rotated keys are bit-equal to those that the model itself would cache, in every dtype and
+with attention scaling (YaRN, longrope).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REASONS = {
 
 
 def position_limit(config: Any) -> tuple[int, str]:
-    """How many positions a model has, by its config alone, and why, in words."""
+    """Return the number of positions that a config allows, and the reason as text."""
     limit: int = config.max_position_embeddings
     parameters: dict[str, Any] = config.rope_parameters
     if parameters.get("rope_type") != "longrope":
@@ -42,21 +42,21 @@ def position_limit(config: Any) -> tuple[int, str]:
 
 
 class Rope:
-    """Rotary geometry of one model.
+    """Rotary embedding of one model.
 
     Attributes:
         rope_type: ``"default"``, ``"linear"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
-        rotary_dim: How many leading dimensions of a head are rotated; the others pass through.
-        limit: Positions run from 0 to ``limit - 1``.
-        limit_reason: Why, in words.
+        rotary_dim: Number of leading dimensions of a head that are rotated.
+        limit: Number of positions; they run from 0 to ``limit - 1``.
+        limit_reason: The reason for the limit, as text.
 
     Args:
         model: The model.
         family: Its family.
 
     Raises:
-        UnsupportedRopeError: The rope type is not one the family allows, or the frequencies have
-            been cast to half precision.
+        UnsupportedRopeError: The family does not allow the rope type, or the frequencies were cast
+            to half precision.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family):
@@ -75,15 +75,15 @@ class Rope:
         self.limit, self.limit_reason = position_limit(config)
 
     def check_frequencies(self) -> None:
-        """Refuse frequencies that ``model.to(bfloat16)`` or ``model.half()`` has rounded.
+        """Raise if ``model.to(bfloat16)`` or ``model.half()`` has rounded the frequencies.
 
         Raises:
-            UnsupportedRopeError: ``inv_freq`` is, or has been, half precision.
+            UnsupportedRopeError: ``inv_freq`` is, or was, in half precision.
         """
         inv_freq: Tensor = self._module.inv_freq
         rounded = inv_freq.dtype not in (torch.float32, torch.float64)
         if not rounded and inv_freq.numel() > 1:
-            # Cast down and up again: every frequency would be representable in the short dtype.
+            # After a cast down and up, half precision represents every frequency exactly.
             rounded = any(
                 bool((inv_freq == inv_freq.to(short).to(inv_freq.dtype)).all())
                 for short in (torch.bfloat16, torch.float16)
@@ -101,12 +101,12 @@ class Rope:
         what: str,
         advice: str = "Use fewer or shorter documents, or ask for fewer tokens.",
     ) -> None:
-        """Refuse a sequence that reaches beyond the model's positions.
+        """Raise if a sequence is longer than the model's positions.
 
         Args:
-            length: Positions it takes.
-            what: What it is, for the message.
-            advice: What to do about it, for the message.
+            length: Positions that the sequence takes.
+            what: Its name, for the message.
+            advice: The way out, for the message.
 
         Raises:
             InvalidInputError: ``length`` is greater than `limit`.
@@ -117,25 +117,25 @@ class Rope:
             )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, attention scaling included, as the model itself makes them.
+        """Compute cosines and sines by the model's rotary module, with its attention scaling.
 
         Args:
-            positions: Long, ``[n]``, or ``[axes, n]`` for a module that rotates by several axes,
-                on the model's device.
+            positions: Long ``[n]``, or ``[axes, n]`` for a module that rotates by several axes; on
+                the model's device.
             dtype: The model's dtype.
 
         Returns:
             Two tensors ``[n, rotary_dim]`` of ``dtype``.
         """
         like = torch.empty(0, dtype=dtype, device=positions.device)
-        if positions.shape[-1] == 0:  # longrope asks for the largest position, which there must be
+        if positions.shape[-1] == 0:  # longrope would fail: it reads the largest position
             nothing = like.reshape(0, 1).expand(0, self.rotary_dim)
             return nothing, nothing
         cos, sin = self._module(like, position_ids=positions[..., None, :])
         return cos[0], sin[0]
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return what layers take as their position embeddings.
+        """Compute the position embeddings that layers take.
 
         Args:
             positions: As in `cos_sin`.
@@ -148,10 +148,10 @@ class Rope:
         return cos[None], sin[None]
 
     def identity(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A rotation that leaves queries and keys as they are, for runs that rotate later.
+        """Return a rotation that changes nothing, for runs that rotate later.
 
         Returns:
-            Ones and zeros, ``[1, 1, rotary_dim]``: they broadcast over a batch and its rows.
+            Ones and zeros, each ``[1, 1, rotary_dim]``; they broadcast over rows.
         """
         one = torch.ones(1, 1, self.rotary_dim, dtype=dtype, device=device)
         return one, torch.zeros_like(one)
@@ -160,14 +160,14 @@ class Rope:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotate the leading dimensions of heads: ``x * cos + rotate_half(x) * sin`` (2104.09864).
 
-    Bit-equal to transformers' ``apply_rotary_pos_emb`` in the half-split layout: the same products,
-    rounded at the same places, without its temporaries.
+    The result is bit-equal to transformers' ``apply_rotary_pos_emb`` in the half-split layout: the
+    same products, rounded at the same places, with fewer temporaries.
 
     Args:
         x: ``[..., n, head_dim]``.
-        cos: ``[n, rotary_dim]``, both halves equal; of x's dtype.
+        cos: ``[n, rotary_dim]``, both halves equal, in x's dtype.
         sin: ``[n, rotary_dim]``.
-        out: Where to write, of x's shape and not overlapping it; made if None.
+        out: Tensor to write to, of x's shape and without overlap with x; allocated if None.
 
     Returns:
         ``out``.
@@ -194,19 +194,19 @@ def place(
     values_out: Tensor,
     slot: int,
 ) -> None:
-    """Rotate a document's keys into a cache and copy its values, from a slot on.
+    """Rotate a document's keys into a cache and copy its values, beginning at a slot.
 
-    In one pass by a Triton kernel on CUDA, in half precision, wherever Triton is installed (torch
-    brings it); to the bit what `rotate` computes.
+    In half precision on CUDA, one Triton kernel does both if Triton is installed (it comes with
+    torch). The result is bit-equal to that of `rotate`.
 
     Args:
-        keys: Before the rotation, ``[layers, kv_heads, n, head_dim]``.
-        values: Of the same shape.
+        keys: Keys before the rotation, ``[layers, kv_heads, n, head_dim]``.
+        values: Values of the same shape.
         cos: ``[n, rotary_dim]``, as in `rotate`.
         sin: ``[n, rotary_dim]``.
         keys_out: ``[layers, kv_heads, slots, head_dim]``, its last dimension contiguous.
-        values_out: Of the same shape and strides.
-        slot: Where the first row goes.
+        values_out: Tensor of the same shape and strides.
+        slot: Slot of the first row.
     """
     if keys.device.type == "cuda" and keys.dtype in (torch.float16, torch.bfloat16):
         with contextlib.suppress(ImportError):

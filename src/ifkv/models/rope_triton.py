@@ -1,7 +1,7 @@
-"""Rotate a document's keys and place them, and its values, in one Triton kernel, for CUDA.
+"""Rotate a document's keys and place its keys and values, in one Triton kernel for CUDA.
 
-What `rotate` computes in four passes over the keys, to the bit: the two products
-are rounded to the model's dtype before they are added. Every number is read once and written once.
+The result is bit-equal to that of `rotate`, which makes four passes over the keys: the two products
+are rounded to the model's dtype before they are added. Every number is read and written once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def place_rotated(
     values_out: Tensor,
     slot: int,
 ) -> None:
-    """See `place`; float16 or bfloat16."""
+    """Compute `place` for float16 or bfloat16."""
     layers, heads, rows, head_dim = keys.shape
     half = cos.shape[1] // 2
     if rows == 0:
@@ -105,5 +105,5 @@ def place_rotated(
         half_block=triton.next_power_of_2(half),
         dim_block=triton.next_power_of_2(head_dim),
         row_block=ROWS,
-        enable_fp_fusion=False,  # a fused product would not be rounded before it is added
+        enable_fp_fusion=False,  # a fused product would not be rounded before the addition
     )

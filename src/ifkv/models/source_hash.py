@@ -1,4 +1,4 @@
-"""Hashes of upstream's code, by which code that has been read is told from code that has not."""
+"""Hashes of upstream's code, which show whether it is the code that somebody has read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-# Annotations and names of type parameters say nothing about what is computed; the others differ
-# between releases of Python, or follow from where a name stands.
-_CLOTHES = {"annotation", "returns", "type_params", "ctx", "kind", "type_comment"}
+# Annotations and type parameters do not affect what is computed. The other fields differ between
+# releases of Python, or follow from where a name stands.
+_IGNORED = {"annotation", "returns", "type_params", "ctx", "kind", "type_comment"}
 
 
 def source_hash(path: str) -> str:
@@ -25,35 +25,35 @@ def source_hash(path: str) -> str:
         path: E.g. ``transformers.models.llama.modeling_llama.LlamaAttention``.
 
     Returns:
-        16 hex digits. A change means that upstream changed what the code does.
+        16 hex digits; they change if upstream changes what the code does.
     """
     module, _, name = path.rpartition(".")
     return hash_of(code_of(getattr(importlib.import_module(module), name)))
 
 
 def code_of(part: Any) -> Any:
-    """Return the function that a module, a class or a function computes, without its wrappers."""
+    """Return the function that a module, class or function runs, without its wrappers."""
     if isinstance(part, nn.Module):
-        # The wrapper that torch.compile makes runs what it wraps.
+        # The wrapper made by torch.compile runs the module that it wraps.
         part = type(getattr(part, "_orig_mod", part))
     return inspect.unwrap(getattr(part, "forward", part) if isinstance(part, type) else part)
 
 
 @functools.cache
 def hash_of(function: Callable[..., Any]) -> str:
-    """Hash a function, blind to comments, docstrings, annotations, decorators and formatting.
+    """Hash a function without its comments, docstring, annotations, decorators and formatting.
 
-    The same in every release of Python.
+    The hash is the same in every release of Python.
 
     Raises:
-        OSError: Its source cannot be read.
-        TypeError: It is no function.
+        OSError: The source cannot be read.
+        TypeError: The object is not a function.
     """
     return hash_of_source(inspect.getsource(function))
 
 
 def hash_of_source(source: str) -> str:
-    """Hash the source of a function, as `hash_of` does."""
+    """Hash the source of a function like `hash_of`."""
     function = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(function, ast.FunctionDef)
     function.decorator_list = []
@@ -63,12 +63,12 @@ def hash_of_source(source: str) -> str:
 
 
 def _bare(node: object) -> object:
-    """A syntax tree as nested lists, without what makes no difference."""
+    """Return a syntax tree as nested lists, without the fields that do not affect the result."""
     if isinstance(node, ast.AST):
         fields = [
             [name, _bare(value)]
             for name, value in ast.iter_fields(node)
-            if name not in _CLOTHES and value is not None and value != []
+            if name not in _IGNORED and value is not None and value != []
         ]
         return [type(node).__name__, fields]
     return [_bare(each) for each in node] if isinstance(node, list) else repr(node)

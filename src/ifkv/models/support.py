@@ -1,4 +1,4 @@
-"""Refuse models in a state that ifkv's own passes cannot stand in for, before any work."""
+"""Refuse models that ifkv's own passes do not support, before any work."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 
 def check_structure(model: PreTrainedModel, family: Family) -> None:
-    """Refuse a model whose modules are not what its family file says.
+    """Raise if the modules of a model are not those of its family file.
 
     Raises:
-        UnsupportedModelError: It has no language-model head, wraps another model, has a forward
-            over upstream's, or its decoder stack lacks a part or has another attention.
+        UnsupportedModelError: The model has no language-model head, wraps another model or
+            overrides upstream's forward; or its decoder stack lacks a part or has another
+            attention.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
@@ -67,11 +68,11 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Refuse weights that are not all here, or cannot be read.
+    """Raise if some weights are not on the device or cannot be read.
 
     Raises:
-        UnsupportedModelError: They are on several devices, offloaded, split between processes, or
-            kept where nothing names them.
+        UnsupportedModelError: The weights are on several devices, offloaded, split between
+            processes, or not among the parameters and buffers.
     """
     name = type(model).__name__
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
@@ -101,18 +102,18 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def check_mode(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights do not alone decide what it computes; checked at every call.
+    """Raise if a model's state, beside its weights, changes what it computes; checked every call.
 
     Raises:
-        UnsupportedModelError: It is in training mode, carries adapters or hooks, or runs under
-            ``torch.autocast``.
+        UnsupportedModelError: The model is in training mode, carries adapters or hooks, or runs
+            under ``torch.autocast``.
     """
     if model.training:
         raise UnsupportedModelError(
             f"this {type(model).__name__} is in training mode, in which dropout and gradient "
             "checkpointing change what a cache holds; call model.eval() first."
         )
-    # The first is set by peft, and gone once adapters are merged; the second by transformers.
+    # peft sets the first and removes it when adapters are merged; transformers sets the second.
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
             f"this {type(model).__name__} carries adapters, which can be switched without a weight "

@@ -1,4 +1,4 @@
-"""Is a model's code what has been read? What ifkv knows of upstream holds of the code that was."""
+"""Check that a model runs upstream code that somebody has read, because ifkv relies on it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
-    """Warn once, naming them, of a model's classes and functions that nobody has read.
+    """Warn once of a model's classes and functions that nobody has read, and name them.
 
-    Releases of transformers, subclasses, classes that came with a checkpoint and functions that
-    something has replaced are all told by what they compute, not by their names.
+    Code is compared by its hash and not by its name. So new releases of transformers, subclasses,
+    classes that came with a checkpoint, and replaced functions are all noticed.
 
     Args:
         model: A model of the family's structure.
@@ -43,12 +43,12 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
             "nobody has read whether ifkv fits it. Check this model with `ifkv verify` (or "
             "ifkv.testing.verify.verify) before you trust its answers.",
             UpstreamWarning,
-            stacklevel=3,  # whoever calls patch()
+            stacklevel=3,  # the caller of patch()
         )
 
 
 def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
-    """The code that the model runs, each kind once, and the path that the family has it under."""
+    """Yield each part of the code that the model runs, after its path in the family file."""
     view = DecoderView(model)
     yield family.causal_lm_class, model
     yield family.model_class, view.stack
@@ -63,25 +63,25 @@ def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
 
 
 def _foreign_attention(model: PreTrainedModel) -> Iterator[str]:
-    """Name the attention that the model uses if somebody has registered it beside upstream's own.
+    """Yield the name of the model's attention function if it is not upstream's.
 
-    It may compute something else, which ifkv's passes do not: those attend by the family's facts.
+    Such a function may compute something else than ifkv's passes, which follow the family's facts.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config: Any = below(DecoderView(model).config)
     function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
     home = str(getattr(function, "__module__", "transformers"))
-    # Names with a slash are kernels of the hub, which transformers registers.
+    # Names with a slash are hub kernels, which transformers registers.
     if home.partition(".")[0] != "transformers" and "/" not in config._attn_implementation:
         yield f"the attention {config._attn_implementation!r} of {home}"
 
 
 def attention_function(attention: nn.Module, name: str) -> Any:
-    """Return the function that an attention module's forward finds by a name, or None.
+    """Return the function that an attention module's forward finds under a name, or None.
 
-    A subclass may live elsewhere and call the forward that it inherits: the first whose own names
-    have this one counts.
+    A subclass may be in another module and call the forward it inherits, so the first class whose
+    module has this name counts.
     """
     kind: Any = type(attention)
     return _names_of(kind, name).get(name)
@@ -103,7 +103,7 @@ def _is_known(part: Any, hashes: tuple[str, ...]) -> bool:
     try:
         return hash_of(code_of(part)) in hashes
     except (AttributeError, OSError, TypeError, SyntaxError, AssertionError):
-        return False  # no Python function, or one without source
+        return False  # not a Python function, or one without source
 
 
 def _name(part: Any, path: str) -> str:

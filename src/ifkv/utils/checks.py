@@ -102,8 +102,8 @@ def token_tensor(
         )
     if isinstance(ids, Mapping):
         raise InvalidInputError(
-            f"{what} is of type {type(ids).__name__}; token ids are wanted: of what a tokenizer "
-            "returned, its ['input_ids']."
+            f"{what} is of type {type(ids).__name__}; token ids are wanted: take ['input_ids'] "
+            "from what the tokenizer returned."
         )
     if isinstance(ids, bytes | bytearray | AbstractSet):
         raise InvalidInputError(
