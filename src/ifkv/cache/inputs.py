@@ -11,7 +11,8 @@ import torch
 from ifkv.cache.layer import capacity_for
 from ifkv.cache.layout import Layout, layout
 from ifkv.cache.prefix_difference import prefix_difference
-from ifkv.documents.cache import DocumentCache, check_rows
+from ifkv.documents.cache import DocumentCache
+from ifkv.documents.checks import check_prefix, check_rows
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.patching.handle import PatchHandle, handle_of
 from ifkv.utils.checks import whole_numbers
@@ -42,15 +43,15 @@ class StitchPlan:
         order: Sequence[int] | None,
         geometry: str,
         *,
-        glance: bool = True,
+        sample: bool = True,
     ) -> StitchPlan:
         """From the arguments of [ifkv.stitch][]; raises its errors.
 
-        Without a ``glance`` at the weights, `check_weights` has to follow.
+        Without a ``sample`` at the weights, `check_weights` has to follow.
         """
         handle = handle_of(model)
         handle.rope.check_frequencies()
-        check_documents(model, handle, documents, glance=glance)
+        check_documents(model, handle, documents, sample=sample)
         arranged = _arrange(documents, order)
         ordered = [documents[i] for i in arranged]
         placed = layout(
@@ -106,7 +107,7 @@ def check_documents(
     handle: PatchHandle,
     documents: Sequence[DocumentCache],
     *,
-    glance: bool = True,
+    sample: bool = True,
 ) -> None:
     """Refuse documents that do not belong to the model or to one another."""
     if isinstance(documents, DocumentCache) or not isinstance(documents, Sequence):
@@ -116,7 +117,7 @@ def check_documents(
         )
     if not documents:
         raise InvalidInputError("no documents to stitch; give at least one.")
-    identity = handle.fingerprints.of(model, sample=glance)
+    identity = handle.fingerprints.of(model, sample=sample)
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
             raise InvalidInputError(
@@ -140,18 +141,10 @@ def _check_prefix(identity: str, document: DocumentCache, first: DocumentCache, 
             f"document {index} was encoded behind the prefix {its}, document 0 behind {other}; a "
             "request has one prefix. Prefill them behind the same."
         )
+    check_prefix(document, f"document {index}")
     held = document.prefix
-    if (held is None) != (len(document.prefix_ids) == 0) or (
-        held is not None and not torch.equal(held.token_ids, document.prefix_ids)
-    ):
-        raise InvalidInputError(
-            f"document {index} was encoded behind {len(document.prefix_ids)} prefix tokens but "
-            f"carries the rows of {0 if held is None else len(held)}; keep .prefix as "
-            "prefill_documents made it."
-        )
     if held is None:
         return
-    check_rows(held, f"the prefix of document {index}")
     if held.fingerprint != identity:
         raise FingerprintMismatchError(
             f"the prefix of document {index} was made by model {held.fingerprint[:8]}, this one is "

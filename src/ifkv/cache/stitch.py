@@ -65,7 +65,7 @@ def stitch(
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
-    planned = StitchPlan.checked(model, documents, order, geometry, glance=False)
+    planned = StitchPlan.checked(model, documents, order, geometry, sample=False)
     check_kv_dtype(kv_dtype, model.device)
     return _stitch(model, [planned], kv_dtype)[0]
 
@@ -131,7 +131,7 @@ def _stitch(
 
 def check_stitchable(model: PreTrainedModel, requests: Sequence[Sequence[DocumentCache]]) -> None:
     """Refuse what `stitch_many` would refuse, without stitching."""
-    _checked(model, requests, None, "global", glance=True)
+    _checked(model, requests, None, "global", sample=True)
 
 
 def _checked(
@@ -140,7 +140,7 @@ def _checked(
     orders: Sequence[Sequence[int] | None] | None,
     geometry: str,
     *,
-    glance: bool = False,
+    sample: bool = False,
 ) -> list[StitchPlan]:
     given = [None] * len(requests) if orders is None else list(orders)
     if len(given) != len(requests):
@@ -150,7 +150,7 @@ def _checked(
     plans = []
     for index, (documents, order) in enumerate(zip(requests, given, strict=True)):
         with naming_request(index):
-            plans.append(StitchPlan.checked(model, documents, order, geometry, glance=glance))
+            plans.append(StitchPlan.checked(model, documents, order, geometry, sample=sample))
     return plans
 
 

@@ -7,8 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ifkv.errors import InvalidInputError
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentCache:
@@ -85,31 +83,4 @@ class DocumentCache:
         return (
             f"DocumentCache({len(self)} tokens behind {len(self.prefix_ids)}, "
             f"{self.nbytes / 2**20:.1f} MiB, {self.keys.dtype}, {self.fingerprint[:8]})"
-        )
-
-
-def check_rows(document: DocumentCache, what: str) -> None:
-    """Refuse a document that does not have one row of keys and values for each of its tokens.
-
-    Raises:
-        InvalidInputError: Its shapes or dtypes contradict each other.
-    """
-    if document.positions_taken < len(document):
-        raise InvalidInputError(
-            f"{what} has {len(document)} tokens and the extent {document.extent}, so its positions "
-            "would overlap the next document's; give an extent of at least its length."
-        )
-    if document.lazy:
-        return  # its store has checked it against its header
-    keys, values = document.keys, document.values
-    if (
-        keys.ndim != 4
-        or keys.shape != values.shape
-        or keys.dtype != values.dtype
-        or keys.shape[2] != len(document)
-    ):
-        raise InvalidInputError(
-            f"{what} has {len(document)} tokens, keys {keys.dtype} {tuple(keys.shape)} and values "
-            f"{values.dtype} {tuple(values.shape)}, but both must be [layers, kv_heads, tokens, "
-            "head_dim] of one dtype. Use documents as prefill_documents made them."
         )

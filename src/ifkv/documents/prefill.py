@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ifkv.documents.cache import DocumentCache, check_rows
+from ifkv.documents.cache import DocumentCache
+from ifkv.documents.checks import check_rows
 from ifkv.documents.token_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers

@@ -107,27 +107,20 @@ def check_document(document: DocumentCache) -> None:
     import torch
 
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.checks import check_prefix, check_rows
 
     if not isinstance(document, DocumentCache):
         raise InvalidInputError(
             f"a {type(document).__name__} was put; stores take what prefill_documents returned."
         )
-    keys, values = document.keys, document.values
-    if keys.ndim != 4 or keys.shape != values.shape or keys.dtype != values.dtype:
-        raise InvalidInputError(
-            f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype} "
-            f"{tuple(values.shape)}; both must be [layers, kv_heads, n, head_dim] of one dtype."
-        )
+    check_rows(document, "the document")
     if document.positions_taken != len(document):
         raise InvalidInputError(
             f"the document has {len(document)} tokens and takes {document.positions_taken} "
             "positions, which no store can hold yet; keep it in memory."
         )
-    if keys.shape[2] != len(document.token_ids) or len(document.token_ids) == 0:
-        raise InvalidInputError(
-            f"keys have {keys.shape[2]} rows for {len(document.token_ids)} tokens; a document has "
-            "one row per token and at least one token."
-        )
+    if len(document) == 0:
+        raise InvalidInputError("the document has no token; stores take documents that have some.")
     measured = document.sensitivity
     if measured is not None and (
         measured.dtype != torch.float32
@@ -140,24 +133,15 @@ def check_document(document: DocumentCache) -> None:
             f"{len(document.token_ids)} tokens; it must be float32, one finite number of at least "
             "0 for each, as measure_sensitivities returns it, or None."
         )
+    check_prefix(document, "the document")
     prefix = document.prefix
-    if (prefix is None) != (len(document.prefix_ids) == 0):
-        raise InvalidInputError(
-            f"the document was encoded behind {len(document.prefix_ids)} prefix tokens but "
-            f"carries the rows of {0 if prefix is None else len(prefix)}; keep .prefix as "
-            "prefill_documents made it."
-        )
-    if prefix is None:
-        return
-    shape = (keys.shape[0], keys.shape[1], len(document.prefix_ids), keys.shape[3])
-    if (
+    if prefix is not None and (
         prefix.prefix is not None
         or len(prefix.prefix_ids) != 0
-        or not torch.equal(prefix.token_ids, document.prefix_ids)
         or prefix.fingerprint != document.fingerprint
-        or tuple(prefix.keys.shape) != shape
-        or tuple(prefix.values.shape) != shape
-        or prefix.keys.dtype != keys.dtype
+        or prefix.shape[:2] != document.shape[:2]
+        or prefix.shape[3:] != document.shape[3:]
+        or prefix.dtype != document.dtype
     ):
         raise InvalidInputError(
             f"the document's prefix {prefix!r} is not what {document!r} was encoded behind; keep "
