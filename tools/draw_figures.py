@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from figures import arena, attention, flow, geometries, speed
+from figures import arena, attention, floors, flow, geometries, speed
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
@@ -16,6 +16,7 @@ def figures() -> dict[str, str]:
     drawn = {
         "arena.svg": arena.draw(),
         "attention.svg": attention.draw(),
+        "floors.svg": floors.draw(),
         "flow.svg": flow.draw(),
         "geometries.svg": geometries.draw(),
     }
