@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def check_stitched(cache: object) -> None:
-    """Refuse what is no stitched cache.
+    """Refuse an object that is no stitched cache.
 
     Raises:
         InvalidInputError: It is something else.

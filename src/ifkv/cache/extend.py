@@ -26,10 +26,10 @@ def extend(
 ) -> torch.Tensor:
     """Stitch further documents behind the context of a cache, in place.
 
-    Their keys are rotated to the positions that follow the context; what the cache held stays
-    where it is, and is copied only when there is no room left behind it. As after
+    Their keys are rotated to the positions that follow the context; what the cache held is
+    not changed, and is copied only when there is no room left behind it. As after
     [ifkv.stitch][] the new rows have seen their own document alone, in layers above the first:
-    select among them and recompute. A cache in 8 bits rounds them with the scales it has.
+    select among them and recompute. An FP8 cache rounds them with its scales.
 
     Args:
         model: A patched model.
@@ -77,7 +77,7 @@ def extend(
     slots = torch.arange(start, end, device=model.device)
     positions = placed.positions.to(model.device) + cache.query_position
     turning = documents[0].dtype
-    if cache.kv_dtype is not None:  # turned in at least float32, to be rounded once
+    if cache.kv_dtype is not None:  # rotated in at least float32, so that they are rounded once
         turning = torch.promote_types(turning, torch.float32)
     cos, sin = handle.rope.cos_sin(positions, turning)
     for index, layer in enumerate(cache.layers):
@@ -133,7 +133,7 @@ def _join(cache: StitchedCache, documents: Sequence[DocumentCache], placed: Layo
 
 
 def _check_kind(cache: StitchedCache, document: DocumentCache) -> None:
-    """Refuse documents that do not fit the rows that are there."""
+    """Refuse documents whose prefix, dtype or shape is not that of the cache's rows."""
     prefix = cache.token_ids[: cache.prefix_length].cpu()
     if not torch.equal(document.prefix_ids, prefix):
         theirs, own = prefix_difference(document.prefix_ids, prefix)

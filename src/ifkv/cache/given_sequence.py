@@ -1,9 +1,9 @@
-"""What ``model.generate()`` was given beside a stitched cache, by hand.
+"""The sequence that a direct call of ``model.generate()`` is given beside a stitched cache.
 
-It takes the tokens of context and prompt, or those of the prompt with an attention mask over both.
-It tells the two apart by lengths alone, and cuts off what it takes for the context, whatever it is.
-Nothing hands these tokens to a cache. So they are read where ``generate()`` holds them while it
-asks the cache how long it is: in the frame of its prefill, of one name in 5.4 to 5.24.
+``generate()`` takes the tokens of context and prompt, or those of the prompt with an attention mask
+over both. It tells the two apart by their lengths alone, and cuts the context off without comparing
+it. It hands these tokens to no cache. So they are read from the frame of its prefill, which asks
+the cache for its length; that frame has one name in 5.4 to 5.24.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WAY_OUT = "Call ifkv.generate(model, cache, prompt_ids)"
 
 
 class Rows(Protocol):
-    """What is known of a stitched cache's rows; see `StitchedCache`."""
+    """Tokens and positions of a cache's rows; attributes as in `StitchedCache`."""
 
     token_ids: Tensor
     prompt_ids: Tensor | None
@@ -30,7 +30,7 @@ class Rows(Protocol):
 
     @property
     def geometry(self) -> str:
-        """The geometry's name."""
+        """Return the geometry's name."""
 
 
 def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
@@ -38,13 +38,12 @@ def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
 
     Args:
         cache: The cache that is asked for its length.
-        asking: The frame that asks; of no interest unless it is the prefill of ``generate()``.
+        asking: The calling frame; nothing is checked unless it is the prefill of ``generate()``.
         rows: The cache's length.
 
     Raises:
-        InvalidInputError: The tokens are not those of the cache's rows with some behind them, nor
-            the prompt's with a mask over all; or they are to be read in another way, which cannot
-            be checked.
+        InvalidInputError: The tokens neither begin with those of the cache's rows, nor come with
+            a mask over rows and tokens; or a setting makes them impossible to check.
     """
     if asking.f_code.co_name != _PREFILL:
         return
@@ -79,7 +78,7 @@ def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
 
 
 def _begins_with(ids: Tensor, cache: Rows, rows: int) -> bool:
-    """True if every sequence begins with the tokens of the cache's rows that it knows."""
+    """True if every sequence begins with the known tokens of the cache's rows."""
     known = cache.token_ids
     if cache.prompt_ids is not None and rows == len(known) + len(cache.prompt_ids):
         known = torch.cat((known, cache.prompt_ids))
@@ -87,7 +86,7 @@ def _begins_with(ids: Tensor, cache: Rows, rows: int) -> bool:
 
 
 def _check_positions(cache: Rows, positions: Any) -> None:
-    """Refuse positions counted from slots where the cache's rows stand elsewhere."""
+    """Refuse positions that differ from those of the cache's rows."""
     if cache.plain or positions is None or cache.geometry != "global":
         return  # another geometry is refused as its rows are appended
     own = cache.positions.to(positions.device)

@@ -1,4 +1,4 @@
-"""What is settled before anything is stitched: documents that belong together, and places."""
+"""Inputs of a stitched cache: documents that belong together, their order and positions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class StitchPlan:
 
     Attributes:
         documents: In the order in which they are stitched.
-        order: For each of them, its index among the documents given.
-        placed: Where each lies, and at which positions.
+        order: The index of each of them among the documents given.
+        placed: Their slots and positions.
     """
 
     documents: list[DocumentCache]
@@ -45,9 +45,9 @@ class StitchPlan:
         *,
         sample: bool = True,
     ) -> StitchPlan:
-        """From the arguments of [ifkv.stitch][]; raises its errors.
+        """Build a plan from the arguments of [ifkv.stitch][]; raises its errors.
 
-        Without a ``sample`` at the weights, `check_weights` has to follow.
+        If ``sample`` is False, the weights are not sampled and `check_weights` must follow.
         """
         handle = handle_of(model)
         handle.rope.check_frequencies()
@@ -64,23 +64,23 @@ class StitchPlan:
         return cls(ordered, arranged, placed)
 
     def check_weights(self, model: PreTrainedModel) -> None:
-        """Refuse documents if the weights' numbers are no longer those that made them."""
+        """Refuse documents that were made by other numbers than the weights have now."""
         _check_made_by(handle_of(model).fingerprints.of(model), self.first, "document 0")
 
     @property
     def first(self) -> DocumentCache:
-        """The first document, whose dtype and shape all have."""
+        """Return the first document, whose dtype and shape all documents share."""
         return self.documents[0]
 
     @property
     def parts(self) -> list[DocumentCache]:
-        """Whatever has rows, in their order: the prefix, if there is one, and the documents."""
+        """Return everything that has rows, in order: the prefix, if any, and the documents."""
         prefix = self.first.prefix
         return ([] if prefix is None else [prefix]) + self.documents
 
     @property
     def capacity(self) -> int:
-        """Slots to make room for."""
+        """Return the number of slots to allocate."""
         return capacity_for(len(self.placed.positions))
 
 
@@ -134,7 +134,7 @@ def check_documents(
 
 
 def _check_prefix(identity: str, document: DocumentCache, first: DocumentCache, index: int) -> None:
-    """Refuse a document whose prefix is not the first document's, or is not what it carries."""
+    """Refuse a document whose prefix is not the first document's, or lacks the right rows."""
     if not torch.equal(document.prefix_ids, first.prefix_ids):
         its, other = prefix_difference(document.prefix_ids, first.prefix_ids)
         raise FingerprintMismatchError(

@@ -1,8 +1,8 @@
-"""What transformers asks of a cache, beyond appending rows, as a stitched cache answers it.
+"""Interface of a stitched cache to transformers, beyond appending rows.
 
 Between 5.4 and 5.24 ``Cache`` has some thirty methods and properties. Those that make sense for
-documents side by side work; the others are refused here in words, since what transformers would do
-instead is to zero the documents' rows, or to fail somewhere else.
+documents side by side work. The others are refused with a reason: transformers' own methods would
+zero the documents' rows, or fail somewhere else.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LINEAR = "it keeps keys and values, and none of its layers has a state of linear
 
 
 def refusing(name: str, why: str) -> Callable[..., NoReturn]:
-    """Make a method that refuses whatever it is given.
+    """Make a method that raises InvalidInputError for any arguments.
 
     Args:
         name: Its name.
-        why: What the refusal says.
+        why: The reason, which the message ends with.
     """
 
     def refuse(self: object, *args: object, **kwargs: object) -> NoReturn:
@@ -46,7 +46,7 @@ def refusing(name: str, why: str) -> Callable[..., NoReturn]:
 
 
 class CacheInterface(Cache):
-    """The methods of transformers' caches that a stitched cache does not leave to transformers."""
+    """Methods of transformers' caches that a stitched cache overrides or refuses."""
 
     layers: list[Any]
 
@@ -68,7 +68,7 @@ class CacheInterface(Cache):
             key_states: ``[batch, kv_heads, rows, head_dim]``.
             value_states: Of the same shape.
             layer_idx: The layer.
-            *args: What releases of transformers hand over besides.
+            *args: Further arguments of some releases of transformers; not used.
             **kwargs: As args.
 
         Returns:
@@ -88,17 +88,17 @@ class CacheInterface(Cache):
 
     @property
     def batch_size(self) -> int:
-        """How many sequences it holds: 1, until `batch_repeat_interleave`."""
+        """Return the number of sequences: 1, until `batch_repeat_interleave`."""
         return int(self.layers[0].batch_size)
 
     @property
     def max_batch_size(self) -> int:
-        """What releases before 5.13 call `batch_size`."""
+        """Return `batch_size` under the name that releases before 5.13 use."""
         return self.batch_size
 
     @property
     def max_cache_len(self) -> int:
-        """-1: it grows with what is appended."""
+        """Return -1: the cache grows with the rows that are appended."""
         return -1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -146,7 +146,7 @@ class CacheInterface(Cache):
             found = found.nonzero()[:, 0]
         whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
         fits = whole and found.ndim == 1 and len(found) > 0
-        # On a card the look would wait for it at every step of a beam search.
+        # On a GPU the check would wait for the device at every step of a beam search.
         if fits and found.device.type == "cpu":
             fits = bool((found >= -batch).all() and (found < batch).all())
         if not fits:
@@ -164,7 +164,7 @@ def check_single(cache: CacheInterface) -> None:
         cache: A cache.
 
     Raises:
-        InvalidInputError: It does.
+        InvalidInputError: It holds more than one.
     """
     if cache.batch_size != 1:
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""One layer of a request's cache: rows in use, and room behind them to append in place."""
+"""A layer of a stitched cache: rows in use, and room behind them to append in place."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ifkv.utils.huge_pages import empty
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Slots kept free behind the context for prompt and answer, and what capacity is rounded up to.
+# Slots kept free behind the context for prompt and answer; capacity is a multiple of a page.
 HEADROOM = 256
 PAGE = 64
 
 
 def capacity_for(length: int) -> int:
-    """Slots to allocate for a context: headroom for prompt and answer, rounded up to pages."""
+    """Return the slots to allocate for a context, with headroom, rounded up to pages."""
     return -(-(length + HEADROOM) // PAGE) * PAGE
 
 
 class StitchedLayer(DynamicLayer):
-    """One layer's keys and values, with room to append in place.
+    """Keys and values of one layer, with room to append in place.
 
     Attributes:
         keys: ``[1, kv_heads, length, head_dim]``, after the rotation; a view of `key_buffer`.
         values: As keys.
-        settle: Fills the buffers, where they are being loaded; called before their first use.
+        settle: Called before the buffers' first use if rows are still being loaded; fills them.
         shared: Whether caches of other requests lie in the buffers' allocation.
     """
 
@@ -49,7 +49,7 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def key_buffer(self) -> Tensor:
-        """Keys with the room behind them, ``[1, kv_heads, capacity, head_dim]``."""
+        """Return the keys with the room behind them, ``[1, kv_heads, capacity, head_dim]``."""
         self._settled()
         return self._key_buffer
 
@@ -60,7 +60,7 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def value_buffer(self) -> Tensor:
-        """As `key_buffer`."""
+        """Return the values with the room behind them, shaped as `key_buffer`."""
         self._settled()
         return self._value_buffer
 
@@ -70,15 +70,15 @@ class StitchedLayer(DynamicLayer):
         self._value_buffer = buffer
 
     def _settled(self) -> None:
-        settle = self.settle  # looked at once: another thread may be done with it meanwhile
+        settle = self.settle  # read once: another thread may set it to None meanwhile
         if settle is not None:
             settle()
             self.settle = None
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settled()  # copies, as pickles, are of rows that are there
+        self._settled()  # copies and pickles need the rows
         state = self.__dict__.copy()
-        if self.shared:  # and take nothing of other requests along
+        if self.shared:  # leave out the rows of other requests
             state["_key_buffer"] = self._key_buffer.clone()
             state["_value_buffer"] = self._value_buffer.clone()
             state["shared"] = False
@@ -86,7 +86,7 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor:
-        """The keys in use."""
+        """Return the keys in use."""
         return self.key_buffer[:, :, : self.length]
 
     @keys.setter
@@ -97,7 +97,7 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        """The values in use."""
+        """Return the values in use."""
         return self.value_buffer[:, :, : self.length]
 
     @values.setter
@@ -111,16 +111,16 @@ class StitchedLayer(DynamicLayer):
         return UNSCALED
 
     def rows(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at some slots, in the model's dtype, ``[1, kv_heads, k, head_dim]``."""
+        """Return keys and values at slots, in the model's dtype, ``[1, kv_heads, k, head_dim]``."""
         return self.key_buffer[:, :, at], self.value_buffer[:, :, at]
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` slots; buffers that have it already stay where they are.
+        """Make room for ``length`` slots; buffers that have enough are kept.
 
-        Room grows by at least half, so that a cache that grows token by token, or turn by turn, is
+        Room grows by at least half. So a cache that grows token by token, or turn by turn, is
         copied about twice in all.
         """
-        capacity = self._key_buffer.shape[2]  # known before the rows are there
+        capacity = self._key_buffer.shape[2]  # known before rows are loaded
         if length <= capacity:
             return
         capacity = -(-max(length, capacity + capacity // 2) // PAGE) * PAGE
@@ -132,7 +132,7 @@ class StitchedLayer(DynamicLayer):
             setattr(self, name, new)
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write rows at slots within the buffers; `length` stays as it is.
+        """Write rows at slots within the buffers; `length` does not change.
 
         Args:
             slots: Long ``[rows]``.
@@ -173,18 +173,22 @@ class StitchedLayer(DynamicLayer):
 
     @property
     def batch_size(self) -> int:
-        """How many sequences it holds."""
+        """Return the number of sequences."""
         return int(self._key_buffer.shape[0])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: it is initialized, and holds rows."""
+        """Do nothing: the layer is initialized and holds rows."""
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop that many rows (given as a negative number) from the end."""
+        """Drop rows from the end.
+
+        Args:
+            tokens_to_remove: The number of rows, negative as transformers has it.
+        """
         self.length -= abs(tokens_to_remove)
 
     def clone(self) -> StitchedLayer:
-        """A layer of its own with the same contents."""
+        """Return a copy that shares no memory."""
         twin = StitchedLayer(
             self.key_buffer.clone(), self.value_buffer.clone(), self.length, self._refusal
         )

@@ -21,7 +21,7 @@ GEOMETRIES: tuple[str, ...] = get_args(Geometry)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where everything lies in a stitched cache.
+    """Slots and positions of prefix and documents in a stitched cache.
 
     Attributes:
         positions: Position of each slot, long ``[T]``, on the CPU.
@@ -29,8 +29,8 @@ class Layout:
         prefix_length: Slots of the prefix, which come first.
         query_position: Position of the first token behind the context.
         geometry: The geometry's name.
-        extent: How many positions the whole context takes, laid out one part after another.
-        plain: Whether every slot is its own position, and so will be those that are appended.
+        extent: Positions that the whole context takes, laid out one part after another.
+        plain: Whether every slot is its own position, also of rows appended later.
     """
 
     positions: Tensor
@@ -55,7 +55,7 @@ def layout(
         prefix_length: Tokens of the prefix.
         lengths: Tokens of each document.
         geometry: One of ``GEOMETRIES``.
-        extents: How many positions each document takes; as many as it has tokens if None.
+        extents: Positions that each document takes; its number of tokens if None.
 
     Raises:
         InvalidInputError: The geometry is unknown.

@@ -1,8 +1,8 @@
-"""Bring stored documents into a stitched cache layer by layer, ahead of whoever uses it.
+"""Loading of stored documents into a stitched cache: layer by layer, ahead of their use.
 
-Background threads read (and, where the store asks for it, check) the next layers while the current
-one is rotated, scored or recomputed. On CUDA they read into page-locked memory and copy on a stream
-of their own; the computation's stream waits for the copy of the layer that it needs, no other.
+Background threads read the next layers, and check them if the store asks for it, while the current
+one is rotated, scored or recomputed. On CUDA they read into page-locked memory and copy on a
+separate stream; the computation's stream waits only for the copy of the layer that it needs.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from ifkv.models.rope import place
 
 # Threads that read: enough for a disk's queue, few beside those that compute.
 THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
-# Where they wait for a network instead, which answers many at once.
+# Threads that wait for a network, which answers many requests at once.
 DISTANT_THREADS = 16
 # Memory for layers that have been read and not used yet; two layers are read ahead in any case.
 AHEAD_BYTES = 256 * 2**20
 
 
 class LayerLoader:
-    """Fills the buffers of a stitched cache, layers in order, as late as `ensure` asks.
+    """Loader that fills the buffers of a stitched cache, layers in order, when `ensure` asks.
 
     Attributes:
-        wait_seconds: How long `ensure` has waited for reads so far: what loading has cost
-            beyond the work that it was hidden behind.
-        scales: Of the layers placed so far, where their rows are rounded to 8 bits.
+        wait_seconds: Seconds that `ensure` has waited for reads: the cost of loading that no other
+            work has hidden.
+        scales: Scales of the FP8 layers placed so far; empty if rows are not quantized.
 
     Args:
         parts: Prefix and documents, in the cache's order.
-        keys: Buffer ``[layers, 1, kv_heads, capacity, head_dim]`` to be filled from slot 0; into
-            float8, rows are rounded.
+        keys: Buffer ``[layers, 1, kv_heads, capacity, head_dim]`` to be filled from slot 0; rows
+            are quantized if it is float8.
         values: As keys.
         cos: ``[T, rotary_dim]``, of the parts' slots.
         sin: As cos.
@@ -76,8 +76,8 @@ class LayerLoader:
         """Return when the buffers hold a layer, and all before it.
 
         Raises:
-            DocumentUnreadableError: A document cannot be trusted, or cannot be had now; this cache
-                is of no use.
+            DocumentUnreadableError: A document cannot be trusted, or cannot be read now; discard
+                this cache.
         """
         with self._lock:
             if self._failure is not None:
@@ -88,14 +88,14 @@ class LayerLoader:
                     self._placed += 1
                     self._read_ahead()
                 if self._placed == self._depth:
-                    self._parts = ()  # files may be closed
+                    self._parts = ()  # lets files be closed
             except BaseException as error:
                 self._failure = error
                 self._finish()
                 raise
 
     def _read_ahead(self) -> None:
-        """Have the threads read as far ahead as memory allows."""
+        """Submit reads to the threads, as far ahead as memory allows."""
         until = min(self._depth, self._placed + self._ahead)
         for layer in range(self._submitted, until):
             assert self._threads is not None
@@ -108,13 +108,13 @@ class LayerLoader:
             self._finish()
 
     def _finish(self) -> None:
-        """No more reads will be asked for; those under way go on."""
+        """Shut the threads down once their reads are done."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=self._failure is not None)
             self._threads = None
 
     def _fetch(self, part: DocumentCache, layer: int) -> tuple[Tensor, Any]:
-        """In a thread: a layer's keys and values, and the event after which they may be used."""
+        """Read a layer in a thread; return its rows and the event after which they may be used."""
         rows = part.layer(layer, pin_memory=self._stream is not None)
         if self._stream is None:
             return rows, None
@@ -144,7 +144,7 @@ class LayerLoader:
     def _arrived(
         self, part: DocumentCache, read: Future[tuple[Tensor, Any]] | None, layer: int
     ) -> Tensor:
-        """A part's keys and values in a layer, on the device, ``[2, kv_heads, n, head_dim]``."""
+        """Wait for a part's rows of a layer, ``[2, kv_heads, n, head_dim]`` on the device."""
         if read is None:
             return part.layer(layer).to(self._keys.device, non_blocking=True)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where two prefixes differ, in a few words."""
+"""The first difference between two prefixes, shown in a few words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def prefix_difference(
         decode: Turns token ids into text; without it the ids are shown.
 
     Returns:
-        What the one has there, and what the other.
+        The part of each prefix there, as text or ids.
     """
     first, second = one.tolist(), other.tolist()
     pairs = zip(first, second, strict=False)

@@ -1,4 +1,4 @@
-"""Leave a cache as it was when something fails: a turn of a conversation happens or does not."""
+"""Rollback of a cache when something fails: a turn of a conversation happens or does not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def all_or_nothing(cache: StitchedCache) -> Iterator[Callable[[Tensor], None]]:
-    """If the block raises, the cache is afterwards what it was before.
+    """Roll the cache back to its state before the block if the block raises.
 
-    Rows that the block appends are forgotten; no copy of the cache is made.
+    Rows that the block appends are dropped. The cache is not copied.
 
     Args:
         cache: A request's cache, which nobody else is using.
 
     Yields:
-        A function to be called with slots of the context, long ``[k]``, before their rows are
-        overwritten.
+        A function that saves the rows at slots of the context, long ``[k]``. Call it before they
+        are overwritten.
     """
     before, lengths = dict(cache.__dict__), [layer.length for layer in cache.layers]
     saved: list[tuple[StitchedLayer, Tensor, Tensor, Tensor]] = []

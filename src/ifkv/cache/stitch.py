@@ -36,22 +36,21 @@ def stitch(
     geometry: str = "global",
     kv_dtype: torch.dtype | None = None,
 ) -> StitchedCache:
-    """Concatenate documents behind their prefix and rotate their keys to the geometry's positions.
+    """Stitch documents behind their prefix and rotate their keys to the geometry's positions.
 
     Keys are rotated once, from before the rotation, in the model's own arithmetic; values are
-    copied. In the ``global`` geometry layer 0 equals a full prefill's, but for the
-    rounding of projections that run over another number of rows. Documents that a
-    store reads lazily are brought in by background threads, layer by layer, while the cache is in
-    use; the first use of a layer waits for it.
+    copied. In the ``global`` geometry layer 0 equals a full prefill's, but for the rounding of
+    projections that run over another number of rows. Background threads load lazy documents of a
+    store layer by layer while the cache is in use; the first use of a layer waits for it.
 
     Args:
         model: A patched model.
         documents: Documents that this model made behind one prefix.
-        order: In which order to take them; as given if None.
+        order: The order to stitch them in, as indices; as given if None.
         geometry: ``"global"`` for a cache to recompute and answer from; ``"hl-hp"``, ``"tl-tp"``
             or ``"hl-tp"`` for one to be scored only.
-        kv_dtype: Of the cache's keys and values: ``torch.float8_e4m3fn`` takes a quarter of
-            float32's memory and half of bfloat16's, and rounds them (`ifkv.cache.fp8_layer`); the
+        kv_dtype: Dtype of the cache's keys and values. ``torch.float8_e4m3fn`` takes a quarter of
+            float32's memory and half of bfloat16's, and rounds (`ifkv.cache.fp8_layer`). The
             model's dtype if None.
 
     Returns:
@@ -60,8 +59,8 @@ def stitch(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: No document, an order that is no permutation, prefixes that differ, an
-            unknown geometry, more tokens than the model has positions, a ``kv_dtype`` that there
-            is not or that the device cannot convert, or rows that it cannot hold.
+            unknown geometry, more tokens than the model has positions, an unknown ``kv_dtype`` or
+            one that the device cannot convert, or rows that it cannot hold.
         FingerprintMismatchError: A document was made by another model, dtype or rope
             configuration.
     """
@@ -81,9 +80,8 @@ def stitch_many(
 ) -> list[StitchedCache]:
     """Stitch the documents of several requests; all is checked before anything is stitched.
 
-    The caches are as private as those of [ifkv.stitch][], but lie side by side in one
-    allocation, so that a backend can read all of them in one call; its memory is free when the
-    last of them is.
+    The caches are as private as those of [ifkv.stitch][], but lie side by side in one allocation,
+    which a backend can read in one call. The allocation is freed with the last of them.
 
     Args:
         model: A patched model.
@@ -91,7 +89,7 @@ def stitch_many(
             once, and may have different prefixes.
         orders: For each request its ``order``, as in [ifkv.stitch][].
         geometry: As in [ifkv.stitch][].
-        kv_dtype: As in [ifkv.stitch][]; every request has scales of its own.
+        kv_dtype: As in [ifkv.stitch][]; each request has separate scales.
 
     Returns:
         One cache per request.
@@ -109,7 +107,7 @@ def stitch_many(
 def _stitch(
     model: PreTrainedModel, plans: Sequence[StitchPlan], kv_dtype: torch.dtype | None
 ) -> list[StitchedCache]:
-    """Stitch requests that have been checked, side by side if their documents are of one kind."""
+    """Stitch checked requests, side by side if their documents have one dtype and shape."""
     kinds = {(plan.first.dtype, plan.first.shape[:2], plan.first.shape[3:]) for plan in plans}
     if len(kinds) != 1 or len(plans) == 1:
         caches = [
@@ -123,14 +121,14 @@ def _stitch(
             own = slice(start, start + plan.capacity)
             start += plan.capacity
             caches.append(_fill(model, plan, keys[..., own, :], values[..., own, :], shared=True))
-    # Reading weights means waiting for a card, which has rows to place meanwhile.
+    # Last, because reading weights waits for the GPU, which places rows meanwhile.
     if plans:
         plans[0].check_weights(model)
     return caches
 
 
 def check_stitchable(model: PreTrainedModel, requests: Sequence[Sequence[DocumentCache]]) -> None:
-    """Refuse what `stitch_many` would refuse, without stitching."""
+    """Raise the errors of `stitch_many` without stitching."""
     _checked(model, requests, None, "global", sample=True)
 
 
@@ -157,7 +155,7 @@ def _checked(
 def _room(
     model: PreTrainedModel, plan: StitchPlan, capacity: int, kv_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """Buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
+    """Allocate buffers for keys and values, ``[layers, 1, kv_heads, capacity, head_dim]``."""
     depth, kv_heads, _, head_dim = plan.first.shape
     shape = (depth, 1, kv_heads, capacity, head_dim)
     dtype, device = kv_dtype or plan.first.dtype, model.device
@@ -171,7 +169,7 @@ def _fill(
     handle, device = handle_of(model), model.device
     placed, parts, length = plan.placed, plan.parts, len(plan.placed.positions)
     dtype, rounded = plan.first.dtype, keys.dtype == FLOAT8
-    # Rows that are to be rounded are rotated in at least float32, to be rounded once.
+    # Rows to be quantized are rotated in at least float32, so that they are rounded once.
     turning = torch.promote_types(dtype, torch.float32) if rounded else dtype
     cos, sin = handle.rope.cos_sin(placed.positions.to(device), turning)
     loader = None
@@ -224,7 +222,7 @@ def _fill(
 
 
 def _load(loader: LayerLoader, index: int, layer: StitchedLayer) -> None:
-    """Have a layer's rows read, and take their scales over if they have been rounded."""
+    """Wait for a layer's rows, and take over their scales if the layer is FP8."""
     loader.ensure(index)
     if isinstance(layer, FP8Layer):
         layer.scales = loader.scales[index]

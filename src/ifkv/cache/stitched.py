@@ -1,4 +1,4 @@
-"""The cache of one request: stitched documents, and whatever is appended behind them."""
+"""The cache of one request: stitched documents, and the rows appended behind them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class StitchedCache(CacheInterface):
-    """The cache of one request: prefix and documents side by side, then whatever is appended.
+    """Cache of one request: prefix and documents side by side, then the rows appended to them.
 
-    A transformers ``Cache``: it works in ``model(...)`` and ``model.generate(...)``. It is private
-    to its request; the documents it was stitched from are never written. The context can grow:
-    by rows that were appended (`keep`) and by documents ([ifkv.extend][]).
+    It is a transformers ``Cache`` and works in ``model(...)`` and ``model.generate(...)``. It is
+    private to its request; the documents it was stitched from are never written. The context grows
+    by appended rows (`keep`) and by documents ([ifkv.extend][]).
 
     Attributes:
         token_ids: Long ``[T]``, the context's tokens, on the model's device.
@@ -38,17 +38,16 @@ class StitchedCache(CacheInterface):
         prefix_length: Slots of the prefix, which come first.
         query_position: Position of the first token behind the context.
         geometry: ``"global"``, ``"hl-hp"``, ``"tl-tp"`` or ``"hl-tp"``.
-        order: For each document of the cache, its index among the documents given.
-        sensitivities: Of each document's tokens, as in `DocumentCache`; None where they
-            were not measured.
-        fingerprint: Identity of the model that it belongs to.
+        order: The index of each document of the cache among the documents given.
+        sensitivities: Of each document's tokens, as in `DocumentCache`; None if not measured.
+        fingerprint: Identity of the cache's model.
         prompt_ids: Tokens whose rows a fused [ifkv.recompute][] has appended, or None.
         candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
-            ascending, on the model's device; see `choosing`. If None, all behind the first
-            document, and a ratio counts the whole context.
+            ascending, on the model's device; see `choosing`. If None, a selector may choose all
+            slots behind the first document, and a ratio counts the whole context.
         pending: Tokens of the context that have not run through all layers yet, or None.
         layers: One `StitchedLayer` per decoder layer.
-        loader: What reads the documents, if a store does so lazily; None otherwise.
+        loader: The loader of lazy documents; None if there are none.
     """
 
     loader: LayerLoader | None = None
@@ -80,24 +79,24 @@ class StitchedCache(CacheInterface):
 
     @property
     def context_length(self) -> int:
-        """Slots of the context, T: prefix, documents, and rows that were kept."""
+        """Return T, the slots of the context: prefix, documents, and rows that were kept."""
         return len(self.token_ids)
 
     @property
     def budget_length(self) -> int:
-        """How many slots a recompute ratio is a share of."""
+        """Return the number of slots that a recompute ratio is a share of."""
         return self.context_length if self.candidates is None else len(self.candidates)
 
     @property
     def first_candidate(self) -> int:
-        """The lowest slot that a selector may choose."""
+        """Return the lowest slot that a selector may choose."""
         if self.candidates is None:
             return int(self.document_slices[0].stop)
         return int(self.candidates[0]) if len(self.candidates) else self.context_length
 
     @property
     def candidate_slots(self) -> Tensor:
-        """The slots that a selector may choose, long, ascending."""
+        """Return the slots that a selector may choose, long, ascending."""
         if self.candidates is not None:
             return self.candidates
         return torch.arange(
@@ -121,7 +120,7 @@ class StitchedCache(CacheInterface):
         return torch.where(slots < self.context_length, within, behind)
 
     def positions_with(self, behind: int) -> Tensor:
-        """Return the positions of the context and of so many rows behind it.
+        """Return the positions of the context and of ``behind`` rows after it.
 
         Returns:
             Long ``[1, T + behind]``, or ``[axes, 1, T + behind]``, as ``model.generate()`` takes
@@ -131,13 +130,13 @@ class StitchedCache(CacheInterface):
         return self.positions_at(slots)[..., None, :]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots in use, the context's and those appended.
+        """Return the slots in use: the context's and those appended.
 
         Args:
-            layer_idx: Of which layer.
+            layer_idx: The layer's number.
 
         Raises:
-            InvalidInputError: ``model.generate()`` asks, for tokens that do not continue the cache.
+            InvalidInputError: ``model.generate()`` asks for tokens that do not continue the cache.
         """
         rows = int(super().get_seq_length(layer_idx))
         if not torch.compiler.is_compiling():  # generate() itself is never compiled
@@ -145,23 +144,23 @@ class StitchedCache(CacheInterface):
         return rows
 
     def choosing(self, candidates: Tensor) -> StitchedCache:
-        """This cache as a selector shall see it: the same rows, other slots to choose from.
+        """Return a view of this cache for a selector: the same rows, other slots to choose from.
 
         Args:
-            candidates: As the attribute.
+            candidates: As the attribute of this name.
         """
         view = copy.copy(self)
         view.candidates = candidates
         return view
 
     def keep(self, token_ids: Sequence[int] | Tensor) -> None:
-        """Make the rows appended behind the context part of it, as exact as they are.
+        """Make the rows appended behind the context part of it, unchanged.
 
-        A prompt and the answer that [ifkv.generate][] gave (without its last token, which was
-        never run) become the past that the next prompt follows.
+        A prompt and the answer of [ifkv.generate][], without its last token, which was never run,
+        become the past of the next prompt.
 
         Args:
-            token_ids: The tokens that the appended rows are of.
+            token_ids: The tokens of the appended rows.
 
         Raises:
             InvalidInputError: There is not one token for each appended row, or the cache holds
@@ -183,13 +182,13 @@ class StitchedCache(CacheInterface):
         self.lengthen(torch.as_tensor(token_ids))
 
     def add_tokens(self, token_ids: Sequence[int]) -> Tensor:
-        """Lengthen the context by tokens whose rows are not there yet.
+        """Append tokens to the context whose rows are not there yet.
 
         Args:
             token_ids: The tokens.
 
         Returns:
-            Their slots, long ``[n]``, on the CPU; to be recomputed before anything reads them.
+            Their slots, long ``[n]``, on the CPU. Recompute them before anything reads them.
         """
         start = self.context_length
         self.lengthen(torch.as_tensor(token_ids))
@@ -201,13 +200,13 @@ class StitchedCache(CacheInterface):
     def lengthen(
         self, token_ids: Tensor, offsets: Tensor | None = None, extent: int | None = None
     ) -> None:
-        """Take tokens into the context.
+        """Extend the context's tokens and positions; rows are not touched.
 
         Args:
             token_ids: The tokens, long ``[n]``.
-            offsets: Their positions, counted from the first behind the context; one after another
-                if None.
-            extent: How many positions they take; one each if None.
+            offsets: Their positions, counted from the first behind the context; consecutive if
+                None.
+            extent: Positions that they take; one each if None.
         """
         device, start = self.token_ids.device, self.query_position
         self.token_ids = torch.cat((self.token_ids, token_ids.to(device)))
@@ -219,19 +218,19 @@ class StitchedCache(CacheInterface):
 
     @property
     def kv_dtype(self) -> torch.dtype | None:
-        """What keys and values are rounded to; None if they have the model's dtype."""
+        """Return the dtype that keys and values are rounded to; None if it is the model's dtype."""
         layer = self.layers[0]
         return None if layer.dtype == layer._key_buffer.dtype else layer._key_buffer.dtype
 
     def crop(self, tokens_to_remove: int | None = None) -> None:
-        """Drop what was appended behind the context.
+        """Drop rows that were appended behind the context.
 
         Args:
-            tokens_to_remove: How many slots to drop, as a negative number, as transformers has
-                it; all that follow the context if None.
+            tokens_to_remove: Number of slots to drop, negative as transformers has it; all that
+                follow the context if None.
 
         Raises:
-            InvalidInputError: It is no whole number, is positive, or would cut into the context.
+            InvalidInputError: The number is not whole, is positive, or would cut into the context.
         """
         appended = self.get_seq_length() - self.context_length
         if tokens_to_remove is None:
@@ -250,7 +249,7 @@ class StitchedCache(CacheInterface):
             self.prompt_ids = None
 
     def clone(self) -> StitchedCache:
-        """A cache of its own with the same contents."""
+        """Return a copy that shares no memory."""
         twin = copy.copy(self)
         twin.layers = [layer.clone() for layer in self.layers]
         twin.pending = copy.copy(self.pending)

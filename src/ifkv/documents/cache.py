@@ -22,10 +22,8 @@ class DocumentCache:
         fingerprint: Identity of the model that made it.
         prefix: The prefix's own rows, shared by all documents behind it; None if ``P == 0``.
         sensitivity: How far each token's values move when other text stands before the document,
-            float32 ``[n]``, on the CPU; None if it was not measured
-            (`measure_sensitivities`).
-        extent: How many positions the document takes in a context; as many as it has tokens
-            unless said otherwise.
+            float32 ``[n]``, on the CPU; None if it was not measured (`measure_sensitivities`).
+        extent: Positions that the document takes in a context; its number of tokens if None.
     """
 
     token_ids: Tensor
@@ -39,40 +37,40 @@ class DocumentCache:
 
     @property
     def positions_taken(self) -> int:
-        """How many positions the document takes in a context."""
+        """Return the number of positions that the document takes in a context."""
         return len(self) if self.extent is None else self.extent
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the document's own keys and values, without the prefix's."""
+        """Return the bytes of the document's keys and values, without the prefix's."""
         return self.keys.nbytes + self.values.nbytes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(layers, kv_heads, n, head_dim)``."""
+        """Return ``(layers, kv_heads, n, head_dim)``."""
         return tuple(self.keys.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Return the dtype of keys and values."""
         return self.keys.dtype
 
     @property
     def lazy(self) -> bool:
-        """Whether rows are read from a store when they are used (`ifkv.store.lazy`)."""
+        """True if rows are read from a store when they are used (`ifkv.store.lazy`)."""
         return False
 
     @property
     def distant(self) -> bool:
-        """Whether those reads wait for a network."""
+        """True if those reads wait for a network."""
         return False
 
     def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
-        """Keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
+        """Return the keys and values of one layer, ``[2, kv_heads, n, head_dim]``.
 
         Args:
-            layer: Which.
-            pin_memory: Where a store reads it first: into page-locked memory.
+            layer: The layer's number.
+            pin_memory: Read into page-locked memory, if a store reads the rows.
         """
         return torch.stack((self.keys[layer], self.values[layer]))
 

@@ -1,4 +1,4 @@
-"""Documents prefilled once, alone behind a shared prefix: the part of the work done offline."""
+"""Prefill of documents: once, each alone behind a shared prefix, before any request."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DocumentCache", "default_batch_tokens", "prefill_documents"]
 
-# Tokens of one ragged forward when the caller does not say. On a CPU larger ones leave its caches:
-# measured in benchmarks/encoding.py.
+# Tokens of one ragged forward if the caller gives no number. On a CPU a larger forward does not
+# fit its caches: measured in benchmarks/encoding.py.
 DEFAULT_BATCH_TOKENS = 4096
 CPU_BATCH_TOKENS = 1024
 
@@ -36,7 +36,7 @@ Documents = Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
 
 
 def default_batch_tokens(device: torch.device) -> int:
-    """Tokens of one ragged forward when the caller does not say."""
+    """Return the tokens of one ragged forward, if the caller gives no number."""
     return CPU_BATCH_TOKENS if device.type == "cpu" else DEFAULT_BATCH_TOKENS
 
 
@@ -54,8 +54,8 @@ def prefill_documents(
     Args:
         model: A patched model.
         documents: Token ids of each document. Ids are the contract: nothing is added, stripped or
-            tokenised again, and a document's cache does not depend on its neighbours. What a
-            tokenizer returned for several texts is taken with its attention mask.
+            tokenised again, and a document's cache does not depend on its neighbours. The output
+            of a tokenizer for several texts is taken with its attention mask.
         attention_mask: Of padded documents, ``[documents, tokens]``: 0 where a token is padding,
             which is left out. A tensor of several rows needs it.
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
@@ -71,8 +71,7 @@ def prefill_documents(
         NotPatchedError: The model is not patched.
         InvalidInputError: A document is empty, longer than the model's positions, or holds an id
             outside the vocabulary; they look padded and there is no mask; ``batch_tokens`` is not
-            positive; or ``prefix`` is a document
-            that was itself encoded behind a prefix.
+            positive; or ``prefix`` is a document that was itself encoded behind a prefix.
         FingerprintMismatchError: ``prefix`` was made by another model.
 
     Examples:
@@ -110,7 +109,7 @@ def prefill_documents(
 
 
 def _check_prefix(prefix: DocumentCache, identity: str) -> None:
-    """Refuse rows that are not what the model computes for a prefix."""
+    """Refuse rows that this model would not compute for a prefix."""
     if prefix.fingerprint != identity:
         raise FingerprintMismatchError(
             f"the prefix was made by model {prefix.fingerprint[:8]}, this one is {identity[:8]}; "
@@ -168,7 +167,7 @@ def _prefill_batch(
 
 
 class _PrefillPass:
-    """Documents side by side: keys and values are kept before the rotation, per document."""
+    """Attention pass of documents side by side; it keeps keys and values before the rotation."""
 
     def __init__(
         self,

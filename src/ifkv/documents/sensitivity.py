@@ -1,4 +1,4 @@
-"""How far a document's values move when other text stands before it: known before any question."""
+"""Sensitivity: the change of a document's values when other text stands before it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ifkv.patching.handle import handle_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens of other text: enough to fill the place that a document alone gives to its own beginning.
+# Tokens of other text. So many take the attention that a lone document gives to its beginning.
 FOREIGN_TOKENS = 128
-# Documents' tokens that are remembered, 4 bytes each.
+# Tokens whose sensitivities are kept, 4 bytes each.
 REMEMBERED_TOKENS = 16 * 2**20
 
 
 def foreign_tokens(vocabulary: int, count: int = FOREIGN_TOKENS) -> list[int]:
-    """Token ids that mean nothing together, spread over the vocabulary.
+    """Return token ids that mean nothing together, spread over the vocabulary.
 
     Multiples of the golden ratio, modulo 1: the same everywhere, in no language.
 
@@ -42,11 +42,11 @@ def foreign_tokens(vocabulary: int, count: int = FOREIGN_TOKENS) -> list[int]:
 def measure_sensitivities(
     model: PreTrainedModel, documents: Sequence[DocumentCache]
 ) -> list[Tensor]:
-    """How far each token's values move when other text stands before its document.
+    """Measure how far each token's values move when other text stands before its document.
 
-    A document is prefilled once more, behind its prefix and `foreign_tokens` (fewer, where
-    the model has not so many positions). With ``v`` the document's own values of token j in layer
-    l, over all key heads, and ``w`` what becomes of them,
+    A document is prefilled once more, behind its prefix and `foreign_tokens` (fewer if the model
+    has not enough positions). With ``v`` the document's values of token j in layer l, over all key
+    heads, and ``w`` the same token's values in the second prefill,
 
         s[j] = mean over l of |w_l[j] - v_l[j]| / rms over j of |v_l[j]|
 
@@ -54,19 +54,19 @@ def measure_sensitivities(
 
     Args:
         model: A patched model.
-        documents: Documents as it made them, not rounded by a store; as much memory as they take
-            is needed once more.
+        documents: Documents as the model made them, not rounded by a store. Their size is needed
+            once more in memory.
 
     Returns:
         For each document float32 ``[n]``, on the CPU.
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: A document that fills the model's positions by itself.
+        InvalidInputError: A document fills the model's positions by itself.
     """
     limit = handle_of(model).rope.limit
     foreign = foreign_tokens(ModelShape.of(model).vocabulary)
-    groups: dict[tuple[int, ...], list[int]] = {}  # by what the documents are to stand behind
+    groups: dict[tuple[int, ...], list[int]] = {}  # by the ids in front of the documents
     for number, document in enumerate(documents):
         count = max(1, min(len(foreign), limit - len(document.prefix_ids) - len(document)))
         behind = (*document.prefix_ids.tolist(), *foreign[:count])
@@ -81,7 +81,7 @@ def measure_sensitivities(
 
 
 def _moved_by(old: Tensor, new: Tensor) -> Tensor:
-    """Sensitivities from values ``[layers, kv_heads, n, head_dim]`` of both."""
+    """Compute sensitivities from old and new values, both ``[layers, kv_heads, n, head_dim]``."""
     dtype = torch.promote_types(old.dtype, torch.float32)
     old, new = old.to(dtype), new.to(dtype)
     errors = (new - old).square().sum(dim=(1, 3)).sqrt()
@@ -93,7 +93,7 @@ def _moved_by(old: Tensor, new: Tensor) -> Tensor:
 def with_sensitivities(
     model: PreTrainedModel, documents: Sequence[DocumentCache]
 ) -> list[DocumentCache]:
-    """The documents, with what `measure_sensitivities` finds; takes and raises the same."""
+    """Return the documents with their sensitivities; errors of `measure_sensitivities`."""
     measured = measure_sensitivities(model, documents)
     return [
         DocumentCache(
@@ -111,14 +111,13 @@ def with_sensitivities(
 
 
 class Sensitivities:
-    """Sensitivities of documents that bring none along, measured when they are first asked for.
+    """Sensitivities of documents that have none, measured when they are first asked for.
 
-    Safe to share by threads. What they cost, two prefills of a document, is no part of the requests
-    that meet it again.
+    Threads may share it. The first request of a document pays two prefills, later ones nothing.
 
     Args:
-        limit: Tokens whose sensitivities are kept; beyond it, documents that were asked for
-            longest ago are forgotten.
+        limit: Tokens whose sensitivities are kept; beyond it, the least recently used documents
+            are forgotten.
     """
 
     def __init__(self, limit: int = REMEMBERED_TOKENS):
@@ -132,16 +131,16 @@ class Sensitivities:
     def of(
         self, model: PreTrainedModel, prefix_ids: Tensor, documents: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Sensitivities of each document's tokens, float32 ``[n]``, on the CPU.
+        """Return the sensitivities of each document's tokens, float32 ``[n]``, on the CPU.
 
         Args:
             model: A patched model.
-            prefix_ids: What the documents stand behind, long ``[P]``, on the CPU.
+            prefix_ids: The prefix of the documents, long ``[P]``, on the CPU.
             documents: Token ids of each, long ``[n]``, on the CPU.
 
         Raises:
             NotPatchedError: The model is not patched.
-            InvalidInputError: A document that fills the model's positions by itself.
+            InvalidInputError: A document fills the model's positions by itself.
         """
         identity = handle_of(model).fingerprints.of(model)
         before = tuple(prefix_ids.tolist())

@@ -1,4 +1,4 @@
-"""Where a document is from: what people call it, and where to look it up."""
+"""Sources of documents: a title for people, and the place to look it up."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ifkv.utils.listing import as_list
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a document is from. It is kept beside the document and never read by the model.
+    """Source of a document: kept beside the document and never read by the model.
 
     ``str(source)`` is a line for people, such as ``ferry.md, page 3 (2 of 5)``.
 
     Attributes:
-        title: What people call it.
+        title: Its name for people.
         location: Its path or URL.
         page: Its page, from 1.
         line: The line that it begins at, from 1. Pieces of a text have the text's own if one was
             given (that of a JSONL file, say), else theirs within it.
         offset: Characters before it in the text that it was cut from.
-        part: Which piece of its text it is, from 1, and of how many; None if it is all of it.
+        part: Number of the piece, from 1, and how many pieces the text has; None if uncut.
 
     Raises:
         InvalidInputError: There is neither a title nor a location, or a number is none.
@@ -65,16 +65,16 @@ class Source:
 
     @property
     def place(self) -> str:
-        """Where to look it up, as compilers write it: ``notes/ferry.md:12``."""
+        """Return the place to look it up, as compilers write it: ``notes/ferry.md:12``."""
         return (self.location or self.title) + ("" if self.line is None else f":{self.line}")
 
     def piece(self, text: str, offset: int, part: tuple[int, int]) -> Source:
-        """Where a piece of this source's text is from.
+        """Return the source of a piece of this source's text.
 
         Args:
             text: The whole text.
             offset: Characters before the piece.
-            part: As of `Source`.
+            part: As in `Source`.
         """
         line = text.count("\n", 0, offset) + 1 if self.line is None else self.line
         return dataclasses.replace(self, line=line, offset=offset, part=part)
@@ -102,7 +102,7 @@ class Source:
 
 
 def check_sources(sources: object, count: int) -> list[Source | None]:
-    """Return one source per text, from what a caller gives: sources, titles, or None.
+    """Return one source per text from sources, titles, or None.
 
     Raises:
         InvalidInputError: They are not one per text, or something else.

@@ -1,4 +1,4 @@
-"""Token ids of several documents as callers have them: lists, tensors, or a tokenizer's output.
+"""Token ids of several documents: lists, tensors, or a tokenizer's output.
 
 A tokenizer that pads makes all rows equally long, and nothing in the ids themselves tells padding
 from text. So rows of one tensor need the tokenizer's attention mask, and lists that look padded are
@@ -29,7 +29,7 @@ _ONES = (
 
 
 def no_padding(documents: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
-    """Return an attention mask that says of documents that all of it is text, whatever its ends."""
+    """Return an attention mask that marks every token as text, also those that look padded."""
     return [torch.ones(len(ids), dtype=torch.long) for ids in documents]
 
 
@@ -47,14 +47,14 @@ def document_tensors(
             what a tokenizer returned for several texts, which brings its mask along.
         attention_mask: 1 where a token is a document's, 0 where it is padding,
             ``[documents, tokens]``.
-        names: What to call each document in a refusal; "document 3", say, if None.
+        names: Name of each document in a refusal; "document 3", say, if None.
 
     Returns:
         Long ``[tokens]`` for each document, on the CPU.
 
     Raises:
         InvalidInputError: They are no documents, one of them (named by its index) is empty or
-            holds what is no token id of the model, or they are padded and there is no mask.
+            holds an id outside the vocabulary, or they are padded and there is no mask.
     """
     given = documents
     if isinstance(given, Mapping) and "input_ids" in given:
@@ -86,7 +86,7 @@ def document_tensors(
 
 
 def _unpadded(rows: Sequence[Any], attention_mask: Any) -> list[Tensor]:
-    """Return rows without what the mask leaves out.
+    """Return rows without the tokens that the mask leaves out.
 
     Raises:
         InvalidInputError: The mask does not fit the rows, or leaves out more than their ends.
@@ -125,8 +125,7 @@ def _unpadded(rows: Sequence[Any], attention_mask: Any) -> list[Tensor]:
 def _check_unpadded(model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
     """Refuse rows whose ends look like padding to the length of the longest.
 
-    Rows of one length of which some, and not all alike, begin or end with what models are padded
-    with.
+    Such rows have one length, and some begin or end with longer runs of padding ids than others.
 
     Raises:
         InvalidInputError: They look like that.
