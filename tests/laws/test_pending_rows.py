@@ -161,7 +161,7 @@ def passes(model: Any, run: Any) -> Counter[str]:
 
 def turn(chat: Any, selector: Any) -> Counter[str]:
     return passes(
-        chat._session.model,
+        chat._engine.model,
         lambda: chat.ask("Rain?", ratio=0.3, max_new_tokens=1, selector=selector),
     )
 

@@ -11,6 +11,7 @@ from hypothesis import given
 
 import ifkv
 import ifkv.session.ask
+import ifkv.session.complete
 from ifkv.errors import InvalidInputError, StoreWarning
 from ifkv.selectors import Budget
 from ifkv.store import DiskStore, MemoryStore
@@ -186,7 +187,7 @@ def test_a_stored_document_that_questions_share_is_read_once(tmp_path: Any) -> N
             object.__setattr__(document, "_read_layer", count)
             return document
 
-    session._library.store = Counting()  # type: ignore[assignment]
+    session.engine.library.store = Counting()  # type: ignore[assignment]
     got = session.ask_many(QUESTIONS, ratio=0.3, max_new_tokens=4)
     assert_same_answers(got, want)
     base: Any = session.model.base_model
@@ -250,3 +251,68 @@ def test_one_bad_question_is_refused_before_any_work(
     arguments: dict[str, Any] = {"questions": QUESTIONS[:2], "batch_tokens": 1} | change
     with pytest.raises(InvalidInputError, match=message):
         session.ask_many(**arguments)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"ratio": 1.0},
+        {"reorder": True, "ratio": 0.3},
+        {"repetition_penalty": 1.3},
+        {"do_sample": True, "temperature": 3.0, "seed": 7},
+        {"num_beams": 2},
+    ],
+    ids=str,
+)
+def test_a_question_is_the_first_of_a_list_of_one(session: ifkv.Session, how: Any) -> None:
+    (many,) = session.ask_many(QUESTIONS[:1], max_new_tokens=6, **how)
+    alone = session.ask(QUESTIONS[0], max_new_tokens=6, **how)
+    assert_same_answers([alone], [many])
+    assert torch.equal(alone.first_logits, many.first_logits)
+    assert alone.order == many.order
+    assert alone.finish_reason == many.finish_reason
+    assert alone.timings.keys() == many.timings.keys()
+
+
+def test_sampling_has_a_seed_for_each_question(session: ifkv.Session) -> None:
+    how = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 8}
+    before = torch.random.get_rng_state()
+    same = session.ask_many(QUESTIONS[:2], seed=3, **how)
+    assert torch.equal(torch.random.get_rng_state(), before), "others' random numbers go on"
+    own = session.ask_many(QUESTIONS[:2], seed=[3, 4], **how)
+    alone = [session.ask(q, seed=s, **how) for q, s in zip(QUESTIONS, (3, 4), strict=False)]
+    assert_same_answers(own, alone)
+    assert same[0].token_ids.tolist() == own[0].token_ids.tolist()
+    assert same[1].token_ids.tolist() != own[1].token_ids.tolist()
+    ready = session.prepare(QUESTIONS[0])
+    assert_same_answers([session.complete(ready, seed=3, **how)], alone[:1])
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [(-1, "whole number"), (1.5, "whole number"), (True, "whole number"), ([1], "1 seeds")],
+)
+def test_bad_seeds_are_refused_before_any_work(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch, seed: Any, message: str
+) -> None:
+    monkeypatch.setattr(ifkv.session.ask, "prepare", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(InvalidInputError, match=message):
+        session.ask_many(QUESTIONS[:2], do_sample=True, seed=seed)
+
+
+def test_a_greedy_question_alone_is_decoded_like_many(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams, too, that may be closed; what generate() alone can do goes there."""
+    monkeypatch.setattr(
+        ifkv.session.complete, "run_generate", lambda *_, **__: pytest.fail("generate() was called")
+    )
+    expected = session.ask(QUESTIONS[0], max_new_tokens=6)
+    assert "".join(session.stream(QUESTIONS[0], max_new_tokens=6)).strip() == expected.text
+    stream = session.stream(QUESTIONS[0], max_new_tokens=200, eos_token_id=-1)
+    next(stream)
+    stream.close()
+    assert stream.answer is not None
+    assert stream.answer.finish_reason == "closed"
+    assert len(stream.answer.token_ids) < 200

@@ -283,7 +283,7 @@ def test_a_corrupt_prefix_is_made_again_with_a_document(tmp_path: Path) -> None:
     del prefix
     flip(disk, name, -1)
     fresh = make(DiskStore(tmp_path), num_layers=6)
-    fresh._library._origins.update(session._library._origins)
+    fresh.engine.library._origins.update(session.engine.library._origins)
     with pytest.warns(StoreWarning, match="could not be trusted") as warned:
         same(fresh.ask(QUESTION, documents=keys, max_new_tokens=4), wanted())
     assert len(warned) == 1

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import ifkv
-from ifkv import planning
 from ifkv.cost import ModelShape
 from ifkv.errors import CalibrationWarning, InvalidInputError
 from ifkv.planning import Planner
@@ -42,7 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append(model)
         return Planner(ModelShape.of(model), ROWS_COST)
 
-    monkeypatch.setattr(planning, "planner_for", planner_for)
+    monkeypatch.setattr("ifkv.planning.planner.planner_for", planner_for)
     return asked
 
 
@@ -112,7 +111,7 @@ def test_the_time_to_first_token_is_without_the_measuring(monkeypatch) -> None:
         clock[0] += 1000
         return Planner(ModelShape.of(model), ROWS_COST)
 
-    monkeypatch.setattr(planning, "planner_for", planner_for)
+    monkeypatch.setattr("ifkv.planning.planner.planner_for", planner_for)
     assert session(rates=None).prepare(QUESTION, ratio="auto").ttft_seconds < 1000
 
 
@@ -141,10 +140,20 @@ def test_what_is_not_predicted_is_refused(measured: list[Any], options, words) -
     assert measured == []
 
 
-def test_batches_and_conversations_are_not_planned(measured: list[Any]) -> None:
+def test_conversations_are_not_planned(measured: list[Any]) -> None:
     for asked, options in ((session(None), {"ratio": "auto"}), (session(None, ratio="auto"), {})):
-        with pytest.raises(InvalidInputError, match="several questions"):
-            asked.ask_many([QUESTION], **options)
         with pytest.raises(InvalidInputError, match="turns of a conversation"):
             asked.conversation().ask(QUESTION, **options)
     assert measured == []
+
+
+def test_each_question_of_a_batch_is_planned() -> None:
+    asked = session(ratio="auto")
+    questions = [QUESTION, "And what else is there to be told?"]
+    many = asked.ask_many(questions, max_new_tokens=2)
+    for question, answer in zip(questions, many, strict=True):
+        alone = asked.ask(question, max_new_tokens=2)
+        assert answer.plan is not None
+        assert answer.plan.ratio == alone.plan.ratio
+        assert torch.equal(answer.slots, alone.slots)
+        assert torch.equal(answer.token_ids, alone.token_ids)

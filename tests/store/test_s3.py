@@ -442,7 +442,7 @@ def test_a_fault_that_comes_while_rows_are_read(
     session = session_over(store)
     keys = session.add(TEXTS)
     prefix = store.get(keys[0]).prefix  # somebody holds it
-    real = session._library.get
+    real = session.engine.library.get
 
     def then_ail(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
@@ -451,7 +451,7 @@ def test_a_fault_that_comes_while_rows_are_read(
             proxy.ail("drop")
         return found
 
-    monkeypatch.setattr(session._library, "get", then_ail)
+    monkeypatch.setattr(session.engine.library, "get", then_ail)
     for asked in (
         lambda: session.ask(QUESTION, max_new_tokens=4),
         lambda: session.ask_many([QUESTION], max_new_tokens=4)[0],

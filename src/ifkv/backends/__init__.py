@@ -1,4 +1,9 @@
-"""Attention backends: one contract (`ifkv.backends.base`), several implementations."""
+"""Attention backends: one contract (`ifkv.backends.base`), several implementations.
+
+Belongs here: the contract of attention, its specs and plans, and every implementation of it,
+kernels included.
+Not here: layers, caches and passes; a backend sees tensors, positions and index arrays alone.
+"""
 
 from __future__ import annotations
 

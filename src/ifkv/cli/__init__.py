@@ -1,4 +1,8 @@
-"""The command line: ``ifkv demo | ask | eval | plan | verify | encode | store``."""
+"""The command line: ``ifkv demo | ask | eval | plan | verify | encode | store``.
+
+Belongs here: one file a command, and what commands share: files, options, loading, output.
+Not here: anything that a Python user would want too; that goes into the package of its concept.
+"""
 
 from __future__ import annotations
 

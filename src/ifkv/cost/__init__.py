@@ -7,6 +7,9 @@ the same for every method; `ModelShape.head` has it) are left out, and a sliding
 taken off. Bytes are those of weights, keys and values, each read or written once per layer and
 pass; hidden states are left out, since what is made of a row in a layer fits a processor's caches.
 `speedup_bound` is the bound S(r).
+
+Belongs here: operations and bytes of every step, counted from shapes, and the bound on speed.
+Not here: seconds; `ifkv.planning` measures a machine and predicts them.
 """
 
 from ifkv.cost.bound import mean_position, speedup_bound

@@ -8,6 +8,9 @@ The command ``ifkv eval`` is built from these parts:
     [4, 4]
     >>> [way.key for way in matrix(["epic"], [0.15])]
     ['stitch only @0', 'epic @0.15']
+
+Belongs here: data sets, ways of answering, metrics, tables and pages that compare them.
+Not here: the timing of benchmarks, which lie beside the package.
 """
 
 from ifkv.evaluation.bootstrap import Bootstrap, Estimate

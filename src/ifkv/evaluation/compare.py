@@ -15,7 +15,8 @@ from ifkv.generation.finish_reason import FinishReason, finish_reason
 from ifkv.models.compat import cache_keyword
 from ifkv.planning.support import check_plannable
 from ifkv.selectors import DEFAULT_SELECTOR, Budget, resolve
-from ifkv.session.complete import TOKENS_ONLY, answer_settings, complete, pad_token_id
+from ifkv.session.complete import TOKENS_ONLY, complete, pad_token_id
+from ifkv.session.options import AskOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,8 @@ def compare(
     model: Any = session.model
     context = session.context_ids(documents)
     prompt = session.format.prompt_ids(question)
-    settings = answer_settings(session, max_new_tokens, GREEDY)
+    options = AskOptions(max_new_tokens=max_new_tokens, generate_kwargs=GREEDY)
+    settings = session.engine.settings(options)
     limit = settings.new_tokens(len(context), len(prompt))
     ids = torch.cat((context, torch.tensor(prompt)))[None].to(model.device)
 
@@ -150,7 +152,7 @@ def compare(
         )
         logits = _reply_logits(model, ready.cache, ready.logits, reply)
         ready.cache.crop(-(len(reply) - 1))
-        answer = complete(model, session.tokenizer, ready, settings, stream=False)
+        (answer,) = complete(session.engine, [ready], settings)
         moved = list(answer.order) != sorted(answer.order)
         ways.append(
             Way(

@@ -240,5 +240,9 @@ def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
     try:
         prepare(config, True, device=model.device)
         make(**arguments)
+    except IndexError:  # upstream takes the first stop token for padding
+        raise InvalidInputError(
+            "eos_token_id is an empty list; give at least one token, or -1 for none."
+        ) from None
     except (ValueError, TypeError) as error:
         raise refused_upstream(error) from error

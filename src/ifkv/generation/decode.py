@@ -203,7 +203,7 @@ def decode(
             if token not in settings.eos_token_ids and len(answers[active[at]]) < limits[active[at]]
         ]
         active = [active[at] for at in going]
-        if not active:
+        if not active or settings.closed:
             return [torch.tensor(answer) for answer in answers]
         rows = _step(model, [caches[index] for index in active], [tokens[at] for at in going])
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.generation.checks import functions
 from ifkv.generation.settings import GenerationSettings
+from ifkv.generation.streaming import Closing
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -75,10 +77,17 @@ class GreedySettings:
         eos_token_ids: Tokens that end it.
         repetition_penalty: Of tokens that are there already, context and prompt included; 1 is
             none.
+        closings: What may end all answers early, as their streams are closed.
     """
 
     eos_token_ids: frozenset[int]
     repetition_penalty: float = 1.0
+    closings: tuple[Closing, ...] = ()
+
+    @property
+    def closed(self) -> bool:
+        """True if the answers shall end with the tokens that they have."""
+        return any(closing.closed for closing in self.closings)
 
 
 def greedy_settings(model: PreTrainedModel, given: dict[str, Any]) -> GreedySettings | str:
@@ -100,6 +109,10 @@ def greedy_part(settings: GenerationSettings) -> GreedySettings | str:
     declared = set(vars(_empty()))  # what else a file says, generate() does not look at
     known = {name: value for name, value in fields.items() if name in declared}
     known |= {name: value for name, value in settings.given.items() if name not in fields}
+    criteria = functions("stopping_criteria", known.pop("stopping_criteria", None))
+    closings = tuple(each for each in criteria if isinstance(each, Closing))
+    if len(closings) < len(criteria):
+        return f"stopping_criteria={criteria!r}"
     for name, value in known.items():
         if value is None or value is False or name in _IDLE or value == _NEUTRAL.get(name):
             continue
@@ -108,7 +121,8 @@ def greedy_part(settings: GenerationSettings) -> GreedySettings | str:
         if settings.get(name):
             return f"{name}={settings.get(name)!r}"
     penalty = settings.get("repetition_penalty")
-    return GreedySettings(settings.stop_token_ids, 1.0 if penalty is None else float(penalty))
+    penalty = 1.0 if penalty is None else float(penalty)
+    return GreedySettings(settings.stop_token_ids, penalty, closings)
 
 
 @functools.cache

@@ -1,4 +1,8 @@
-"""Reports on a request: a table and a heat map for the terminal, a page for the browser."""
+"""Reports on a request: a table and a heat map for the terminal, a page for the browser.
+
+Belongs here: what people are shown of answers: heatmaps, tables, pages.
+Not here: measuring, and whatever knows how an answer was made; a report is given its numbers.
+"""
 
 from ifkv.report.data import AnswerRow, Report
 from ifkv.report.heatmap import Heatmap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -184,3 +185,11 @@ def _template() -> Template:
     )
     environment.filters["visible"] = visible
     return environment.get_template("page.html")
+
+
+def framed(page: str, *, height: str = "36rem") -> str:
+    """Put a page into a frame that runs nothing and whose style stays inside."""
+    return (
+        f'<iframe title="Where the question looks" sandbox srcdoc="{html.escape(page)}" '
+        f'style="width:100%;height:{height};border:1px solid #8888;border-radius:.5rem"></iframe>'
+    )

@@ -9,6 +9,9 @@ A selector is used by name, with options behind a colon:
     'question'
 
 Each reports what it spent, in operations and bytes, so that rules are compared at equal cost.
+
+Belongs here: one file for each rule that chooses slots, their protocol, options and registry.
+Not here: running rows; a rule calls the steps, which do not know it.
 """
 
 from ifkv.cost import Cost

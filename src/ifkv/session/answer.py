@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ifkv.cost import NO_COST, Cost
+from ifkv.errors import InvalidInputError
 from ifkv.generation.finish_reason import FinishReason, cut_sign
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Answer:
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, titles: Sequence[str] = ()
     ) -> str:
-        """A page that shows where the question looked and what was recomputed.
+        """Render a page that shows where the question looked and what was recomputed.
 
         One file without scripts, fonts or anything else to load: the documents' text shaded by
         attention norm, recomputed tokens underlined, each document's share of the attention, the
@@ -112,19 +113,30 @@ class Answer:
         Raises:
             InvalidInputError: There is no tokenizer, or not one title for each document.
         """
-        from ifkv.report.html import write_page
-        from ifkv.session.answer_page import answer_page
+        from ifkv.report.data import Report
+        from ifkv.report.html import render_html, write_page
 
-        page = answer_page(self, titles)
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                "this answer has no tokenizer, so its tokens cannot be shown as text; answers of "
+                "Session.ask have one. Set it: dataclasses.replace(answer, tokenizer=tokenizer)."
+            )
+        if titles and len(titles) != len(self.order):
+            raise InvalidInputError(
+                f"titles has {len(titles)} entries for {len(self.order)} documents; give one for "
+                "each, in the order they were asked."
+            )
+        report = Report.from_answer(self.tokenizer, self.question, self, titles=titles)
+        page = render_html([report], title="Where the question looks")
         if path is not None:
             write_page(path, page)
         return page
 
     def _repr_html_(self) -> str | None:
-        """The page in a frame of its own, whose style meets nobody else's; for notebooks."""
+        """Return the page in a frame, whose style stays inside; for notebooks."""
         if self.tokenizer is None:
             return None
-        from ifkv.session.answer_page import framed
+        from ifkv.report.html import framed
 
         return framed(self.to_html())
 

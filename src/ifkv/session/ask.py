@@ -1,125 +1,216 @@
-"""Several questions to a session at once: checked together, answered batch by batch."""
+"""From questions to answers: checked together, prepared and decoded batch by batch.
+
+A single question is a list of one, and goes the same way.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ifkv.cache.stitch import check_stitchable
 from ifkv.errors import DocumentUnreadableError, InvalidInputError
-from ifkv.generation.decode import decode
-from ifkv.generation.finish_reason import finish_reason
-from ifkv.generation.greedy import GreedySettings, greedy_part
-from ifkv.generation.streaming import text_streamer
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
-from ifkv.selectors import Selector
 from ifkv.session.answer import Answer, Prepared
-from ifkv.session.complete import answer_of, answer_settings, chosen_selector, complete
+from ifkv.session.complete import Stream, complete
 from ifkv.session.library import KEYS_WANTED
 from ifkv.session.prepare import PrepareOptions, PrepareRequest, prepare
-from ifkv.session.ratio import Ratio
+from ifkv.session.prompt_format import check_question
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.steps.scoring_layers import chosen_layers
 from ifkv.utils.checks import check_positive, naming_request
 from ifkv.utils.listing import as_list
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ifkv.documents.cache import DocumentCache
     from ifkv.generation.settings import GenerationSettings
-    from ifkv.session.session import Session
+    from ifkv.planning.plan import Plan
+    from ifkv.session.engine import Engine
+    from ifkv.session.options import AskOptions
 
-Stream = Callable[[int, str], None]
+# Tokens that a batch of questions holds when the caller does not say.
+DEFAULT_REQUEST_TOKENS = 16384
+
+Keys = Sequence[str] | None
+
+
+def ask(
+    engine: Engine, question: str, documents: Keys, options: AskOptions, stream: Stream
+) -> Answer:
+    """Answer a question; see [ifkv.Session.ask][]."""
+    settings = engine.settings(options)
+    seeds = options.seeds(1)
+    asked = _Questions(engine, [question], [documents], options, settings, numbered=False)
+    (ready,) = asked.prepare(slice(0, 1))
+    return complete(engine, [ready], settings, streams=[stream], seeds=seeds)[0]
 
 
 def ask_many(
-    session: Session,
+    engine: Engine,
     questions: Sequence[str],
+    documents: Sequence[str] | Sequence[Keys] | None,
+    options: AskOptions,
     *,
-    documents: Sequence[str] | Sequence[Sequence[str] | None] | None,
-    ratio: Ratio | None,
-    reorder: bool,
-    selector: str | Selector | None,
-    max_new_tokens: int | None,
-    stream: Stream | None,
-    layers: Sequence[int] | None,
+    streams: Sequence[Stream] | None,
     batch_tokens: int,
-    generate_kwargs: dict[str, Any],
 ) -> list[Answer]:
-    """See [ifkv.Session.ask_many][]."""
-    watch = Stopwatch(session.model)
-    budget = session._ratios.fixed(ratio, "several questions at once")
-    rule = chosen_selector(session, selector, layers)
+    """Answer several questions; see [ifkv.Session.ask_many][]."""
     check_positive(batch_tokens, "batch_tokens")
-    settings = answer_settings(session, max_new_tokens, generate_kwargs)
-    chosen_layers(DecoderView(session.model).num_layers, layers)
-    questions = as_list(questions, "questions", "give a list, or call ask()")
-    prompts = []
-    for index, question in enumerate(questions):
-        with naming_request(index):
-            prompts.append(session.format.prompt_ids(question))
-    bare = [session.format.encode(question) for question in questions]
-    keys, found = session._library.get_many(_keys_of(documents, len(prompts)))
-    sizes = _checked_sizes(
-        session.model, [[found[key] for key in own] for own in keys], prompts, settings
-    )
-    how = PrepareOptions(rule, reorder, layers, session.tokenizer, session.kv_dtype)
+    settings = engine.settings(options)
+    seeds = options.seeds(len(questions))
+    own = keys_of_each(documents, len(questions))
+    asked = _Questions(engine, questions, own, options, settings, numbered=True)
     answers: list[Answer] = []
-    for batch in _batches(sizes, batch_tokens):
-        timed = Stopwatch(session.model, watch)
-        own = list(zip(prompts[batch], bare[batch], strict=True))
-
-        def run(
-            documents: list[list[DocumentCache]],
-            own: list[tuple[list[int], list[int]]] = own,
-            timed: Stopwatch = timed,
-        ) -> list[Prepared]:
-            asked = [
-                PrepareRequest(each, *ids, budget) for each, ids in zip(documents, own, strict=True)
-            ]
-            return prepare(session.model, asked, timed, how)
-
-        ready = _repairing(session, keys[batch], found, run)
-        ready = [
-            dataclasses.replace(one, question=question, sources=session._catalog.first(own))
-            for one, question, own in zip(ready, questions[batch], keys[batch], strict=True)
-        ]
-        own_stream = None if stream is None else functools.partial(_shifted, stream, batch.start)
-        answers += _complete(session, ready, settings, own_stream)
-        later = {key for own in keys[batch.stop :] for key in own}
-        found = {key: document for key, document in found.items() if key in later}
+    for batch in _batches(asked.sizes, batch_tokens):
+        ready = asked.prepare(batch)
+        own_streams = None if streams is None else streams[batch]
+        answers += complete(engine, ready, settings, streams=own_streams, seeds=seeds[batch])
     return answers
 
 
-def _repairing(
-    session: Session,
-    keys: Sequence[list[str]],
-    found: dict[str, DocumentCache],
-    run: Callable[[list[list[DocumentCache]]], list[Prepared]],
-) -> list[Prepared]:
-    """Run over documents by key; one that cannot be had as it is read is made again, once."""
-    repaired: set[str] = set()
-    while True:
-        try:
-            return run([[found[key] for key in own] for own in keys])
-        except DocumentUnreadableError as error:
-            if error.key in repaired or error.key not in found:
-                raise
-            repaired.add(error.key)
-            found[error.key] = session._library.make_again(error.key, error)
+def prepare_question(
+    engine: Engine, question: str, documents: Keys, options: AskOptions
+) -> Prepared:
+    """Do everything before a question's first token; see `Session.prepare`."""
+    asked = _Questions(engine, [question], [documents], options, None, numbered=False)
+    return asked.prepare(slice(0, 1))[0]
 
 
-def _keys_of(
-    documents: Sequence[str] | Sequence[Sequence[str] | None] | None, count: int
-) -> list[Sequence[str] | None]:
-    """Keys of each question's documents; None for all."""
+class _Questions:
+    """Questions that have been checked, with the documents they are asked over.
+
+    Attributes:
+        sizes: Tokens of each question's context, prompt and answer together.
+
+    Args:
+        engine: What answers them.
+        questions: The questions.
+        documents: For each the keys of its documents; None for all.
+        options: How to answer them.
+        settings: Of the answers; None where none are decoded.
+        numbered: Whether a refusal says which question it is about.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        questions: Sequence[str],
+        documents: Sequence[Keys],
+        options: AskOptions,
+        settings: GenerationSettings | None,
+        *,
+        numbered: bool,
+    ):
+        self._engine, self._questions, self._numbered = engine, questions, numbered
+        rule = engine.rule(options)
+        chosen_layers(DecoderView(engine.model).num_layers, options.layers)
+        for index, (question, keys) in enumerate(zip(questions, documents, strict=True)):
+            with self._naming(index):
+                check_question(question)
+                engine.library.named(keys)
+        # Measures the machine where it has to be, before the questions' clock starts.
+        self._choose = engine.ratios.chooser(options.ratio, rule, reorder=options.reorder)
+        self._watch = Stopwatch(engine.model)
+        self._how = PrepareOptions(
+            rule, options.reorder, options.layers, engine.tokenizer, engine.kv_dtype
+        )
+        self._prompts = [engine.format.prompt_ids(question) for question in questions]
+        self._bare = [engine.format.encode(question) for question in questions]
+        with self._watch("load"):
+            self._keys, self._found = engine.library.get_many(documents, naming=self._naming)
+        self.sizes = self._checked_sizes(settings)
+
+    def _naming(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return naming_request(index) if self._numbered else contextlib.nullcontext()
+
+    def _checked_sizes(self, settings: GenerationSettings | None) -> list[int]:
+        """Count tokens; refuse what would fail in the midst of the work."""
+        documents = [[self._found[key] for key in own] for own in self._keys]
+        if len(documents) > 1:  # alone, it is checked as it is stitched, which comes first
+            check_stitchable(self._engine.model, documents)
+        rope = handle_of(self._engine.model).rope
+        sizes = []
+        for index, (own, prompt) in enumerate(zip(documents, self._prompts, strict=True)):
+            context = len(own[0].prefix_ids) + sum(map(len, own))
+            length = context + len(prompt)
+            with self._naming(index):
+                rope.check_length(length, "context and prompt")
+                limit = 0 if settings is None else settings.new_tokens(context, len(prompt))
+                if limit and rope.rope_type == "longrope":
+                    rope.check_length(length + limit - 1, "context, prompt and answer")
+            sizes.append(length + limit)
+        return sizes
+
+    def prepare(self, batch: slice) -> list[Prepared]:
+        """Prepare a batch; batches are taken in order, each once.
+
+        Documents that no later batch needs are let go.
+        """
+        engine, timed = self._engine, Stopwatch(self._engine.model, self._watch)
+        if batch.start == 0:
+            timed.timings |= self._watch.timings
+        plans: list[Plan | None] = []
+        ready = self._repairing(batch, timed, plans)
+        later = {key for own in self._keys[batch.stop :] for key in own}
+        self._found = {key: document for key, document in self._found.items() if key in later}
+        return [
+            dataclasses.replace(
+                one, question=question, plan=plan, sources=engine.catalog.first(keys)
+            )
+            for one, question, plan, keys in zip(
+                ready, self._questions[batch], plans, self._keys[batch], strict=True
+            )
+        ]
+
+    def _repairing(
+        self, batch: slice, timed: Stopwatch, plans: list[Plan | None]
+    ) -> list[Prepared]:
+        """Prepare; a document that cannot be had as it is read is made again, once."""
+        engine = self._engine
+        made: dict[str, DocumentCache] = {}
+        requests = self._requests(batch, plans)
+        while True:
+            try:
+                return prepare(engine.model, requests, timed, self._how)
+            except DocumentUnreadableError as error:
+                if error.key in made or error.key not in self._found:
+                    raise
+                with timed("load"):
+                    made[error.key] = engine.library.make_again(error.key, error)
+                    # Anew and whole: others may have been found unreadable meanwhile.
+                    keys = list(dict.fromkeys(key for own in self._keys[batch] for key in own))
+                    again = engine.library.get(keys, made=made)
+                self._found.update(zip(keys, again, strict=True))
+                requests = [
+                    dataclasses.replace(one, documents=self._documents(own))
+                    for one, own in zip(requests, self._keys[batch], strict=True)
+                ]
+
+    def _documents(self, keys: Sequence[str]) -> list[DocumentCache]:
+        return [self._found[key] for key in keys]
+
+    def _requests(self, batch: slice, plans: list[Plan | None]) -> list[PrepareRequest]:
+        """Build the requests of a batch, each with a budget of its own, and note their plans."""
+        requests = []
+        for keys, prompt, bare in zip(
+            self._keys[batch], self._prompts[batch], self._bare[batch], strict=True
+        ):
+            documents = self._documents(keys)
+            budget, plan = self._choose(documents, len(prompt), len(bare))
+            plans.append(plan)
+            requests.append(PrepareRequest(documents, prompt, bare, budget))
+        return requests
+
+
+def keys_of_each(documents: Sequence[str] | Sequence[Keys] | None, count: int) -> list[Keys]:
+    """Return the keys of each question's documents; None for all.
+
+    Raises:
+        InvalidInputError: There are both keys and lists, or not as many lists as questions.
+    """
     if documents is None:
         return [None] * count
     given = as_list(documents, "documents", KEYS_WANTED)
@@ -139,28 +230,6 @@ def _keys_of(
     return given
 
 
-def _checked_sizes(
-    model: PreTrainedModel,
-    documents: Sequence[Sequence[DocumentCache]],
-    prompts: Sequence[list[int]],
-    settings: GenerationSettings,
-) -> list[int]:
-    """Tokens of each request at its end; refuses what would fail in the midst of the work."""
-    check_stitchable(model, documents)
-    rope = handle_of(model).rope
-    sizes = []
-    for index, (own, prompt) in enumerate(zip(documents, prompts, strict=True)):
-        context = len(own[0].prefix_ids) + sum(map(len, own))
-        length = context + len(prompt)
-        with naming_request(index):
-            rope.check_length(length, "context and prompt")
-            limit = settings.new_tokens(context, len(prompt))
-            if rope.rope_type == "longrope":
-                rope.check_length(length + limit - 1, "context, prompt and answer")
-        sizes.append(length + limit)
-    return sizes
-
-
 def _batches(sizes: Sequence[int], limit: int) -> Iterator[slice]:
     """Cut requests, in order, into batches of at most so many tokens, or of one request."""
     start, total = 0, 0
@@ -171,66 +240,3 @@ def _batches(sizes: Sequence[int], limit: int) -> Iterator[slice]:
         total += size
     if start < len(sizes):
         yield slice(start, len(sizes))
-
-
-def _shifted(stream: Stream, first: int, index: int, text: str) -> None:
-    stream(first + index, text)
-
-
-def _complete(
-    session: Session,
-    ready: Sequence[Prepared],
-    settings: GenerationSettings,
-    stream: Stream | None,
-) -> list[Answer]:
-    """Decode a batch: side by side if that gives what generate() would, one by one otherwise."""
-    greedy = greedy_part(settings)
-    if not isinstance(greedy, GreedySettings):
-        return [
-            complete(
-                session.model,
-                session.tokenizer,
-                one,
-                settings,
-                stream=False if stream is None else functools.partial(stream, index),
-            )
-            for index, one in enumerate(ready)
-        ]
-    decoding = time.perf_counter()
-    device = session.model.device
-    prompts = [torch.tensor(one.prompt_ids, device=device) for one in ready]
-    streamers = []
-    if stream is not None:
-        for index, prompt in enumerate(prompts):
-            streamers.append(text_streamer(session.tokenizer, functools.partial(stream, index)))
-            streamers[index].put(prompt[None].cpu())
-
-    def emit(index: int, token: int) -> None:
-        streamers[index].put(torch.tensor([token]))
-
-    caches = [one.cache for one in ready]
-    limits = [
-        settings.new_tokens(cache.context_length, len(prompt))
-        for cache, prompt in zip(caches, prompts, strict=True)
-    ]
-    try:
-        found = decode(
-            session.model,
-            caches,
-            prompts,
-            [one.logits for one in ready],
-            greedy,
-            limits,
-            emit if streamers else None,
-        )
-    finally:
-        for cache in caches:
-            cache.crop()
-    for streamer in streamers:
-        streamer.end()
-    seconds = time.perf_counter() - decoding
-    answers = []
-    for one, token_ids, limit in zip(ready, found, limits, strict=True):
-        reason = finish_reason(settings, session.tokenizer, token_ids, limit=limit)
-        answers.append(answer_of(session.tokenizer, one, token_ids, reason, seconds))
-    return answers

@@ -1,29 +1,27 @@
-"""From a prepared question to its answer: decoding, and what may be asked of it."""
+"""From prepared questions to their answers: decoding, and what it leaves behind."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ifkv.errors import InvalidInputError
-from ifkv.generation.checks import check_answer_settings
+from ifkv.generation.decode import decode
 from ifkv.generation.finish_reason import FinishReason, finish_reason
 from ifkv.generation.generate import run_generate
-from ifkv.generation.settings import GenerationSettings
+from ifkv.generation.greedy import GreedySettings, greedy_part
 from ifkv.generation.streaming import text_streamer
-from ifkv.selectors import Layers, Selector, resolve
 from ifkv.session.answer import Answer, Prepared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from ifkv.generation.settings import GenerationSettings
+    from ifkv.session.engine import Engine
 
-    from ifkv.session.session import Session
-
+Stream = bool | Callable[[str], None]
 
 # An answer is tokens, whatever a generation config wants beside them.
 TOKENS_ONLY = {
@@ -35,82 +33,114 @@ TOKENS_ONLY = {
 }
 
 
-def answer_settings(
-    session: Session, max_new_tokens: int | None, generate_kwargs: Mapping[str, Any]
-) -> GenerationSettings:
-    """Make the settings of answers, checked before any work.
-
-    Args:
-        session: The session, whose model's generation config counts where nothing else is said.
-        max_new_tokens: As in [ifkv.Session.ask][].
-        generate_kwargs: As in [ifkv.Session.ask][].
-
-    Raises:
-        InvalidInputError: A setting that an answer has no place for, or a bad one.
-    """
-    given = dict(generate_kwargs)
-    if max_new_tokens is not None:
-        given["max_new_tokens"] = max_new_tokens
-    if given.get("tokenizer") is None:
-        given["tokenizer"] = session.tokenizer  # for stop_strings
-    settings = GenerationSettings.of(session.model, given)
-    check_answer_settings(session.model, settings)
-    return settings
-
-
-def check_room(
-    session: Session,
-    settings: GenerationSettings,
-    question: str,
-    documents: Sequence[str] | None,
-) -> None:
-    """Refuse, before any work, a length that context and prompt reach already.
-
-    Raises:
-        InvalidInputError: There is no room for an answer; or as of [ifkv.Session.ask][].
-    """
-    if settings.counts_prompt:
-        context = len(session.context_ids(documents))
-        settings.new_tokens(context, len(session.format.prompt_ids(question)))
-
-
 def complete(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    ready: Prepared,
+    engine: Engine,
+    ready: Sequence[Prepared],
     settings: GenerationSettings,
     *,
-    stream: bool | Callable[[str], None],
+    streams: Sequence[Stream] | None = None,
+    seeds: Sequence[int | None] | None = None,
     keep: bool = False,
-) -> Answer:
-    """Decode the answer to a prepared question.
+) -> list[Answer]:
+    """Decode the answers to prepared questions.
+
+    Greedy answers are decoded side by side, a question alone, too; whatever else is asked of
+    ``model.generate()`` is left to it, one question after another.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        ready: The question.
-        settings: As `answer_settings` has checked them.
-        stream: As in [ifkv.Session.ask][].
-        keep: Whether the rows that were run stay in the cache, behind its context.
+        engine: What the questions were prepared with.
+        ready: The questions.
+        settings: As `Engine.settings` has checked them.
+        streams: For each question as in [ifkv.Session.ask][]; False for all if None.
+        seeds: For each question the seed of sampling; None draws on.
+        keep: Whether the rows that were run stay in the caches, behind their contexts.
 
     Raises:
         InvalidInputError: There is no room for an answer.
     """
+    streams = [False] * len(ready) if streams is None else streams
+    seeds = [None] * len(ready) if seeds is None else seeds
+    greedy = greedy_part(settings)
+    if isinstance(greedy, GreedySettings):
+        return _decode(engine, ready, settings, greedy, streams, keep)
+    return [
+        _generate(engine, one, settings, stream, seed, keep)
+        for one, stream, seed in zip(ready, streams, seeds, strict=True)
+    ]
+
+
+def _decode(
+    engine: Engine,
+    ready: Sequence[Prepared],
+    settings: GenerationSettings,
+    greedy: GreedySettings,
+    streams: Sequence[Stream],
+    keep: bool,
+) -> list[Answer]:
+    """Decode greedily, one row of each question in a step."""
     decoding = time.perf_counter()
+    device, caches = engine.model.device, [one.cache for one in ready]
+    prompts = [torch.tensor(one.prompt_ids, device=device) for one in ready]
+    limits = [
+        settings.new_tokens(cache.context_length, len(prompt))
+        for cache, prompt in zip(caches, prompts, strict=True)
+    ]
+    streamers = [text_streamer(engine.tokenizer, stream) for stream in streams]
+    for streamer, prompt in zip(streamers, prompts, strict=True):
+        if streamer is not None:
+            streamer.put(prompt[None].cpu())
+
+    def emit(index: int, token: int) -> None:
+        if streamers[index] is not None:
+            streamers[index].put(torch.tensor([token]))
+
+    try:
+        logits = [one.logits for one in ready]
+        found = decode(engine.model, caches, prompts, logits, greedy, limits, emit)
+    finally:
+        for cache in () if keep else caches:
+            cache.crop()
+    for streamer in streamers:
+        if streamer is not None:
+            streamer.end()
+    seconds = time.perf_counter() - decoding
+    answers = []
+    for one, token_ids, limit in zip(ready, found, limits, strict=True):
+        reason = finish_reason(settings, engine.tokenizer, token_ids, limit=limit)
+        answers.append(answer_of(engine.tokenizer, one, token_ids, reason, seconds))
+    return answers
+
+
+def _generate(
+    engine: Engine,
+    ready: Prepared,
+    settings: GenerationSettings,
+    stream: Stream,
+    seed: int | None,
+    keep: bool,
+) -> Answer:
+    """Decode one answer by ``model.generate()``."""
+    decoding, tokenizer = time.perf_counter(), engine.tokenizer
     prompt = torch.tensor(ready.prompt_ids)
     limit = settings.new_tokens(ready.cache.context_length, len(prompt))
     streamer = text_streamer(tokenizer, stream)
     # Which beam wins is known at the end only: its text comes in one piece.
     late = streamer is not None and settings.beams > 1
-    sequence = run_generate(
-        model,
-        ready.cache,
-        ready.prompt_ids,
-        settings,
-        keep=keep,
-        overrides={**TOKENS_ONLY, "streamer": None if late else streamer},
-        pad_token_id=pad_token_id(tokenizer),
-    )
+    with contextlib.ExitStack() as seeded:
+        if seed is not None:
+            device = engine.model.device
+            own = [device] if device.type == "cuda" else []
+            seeded.enter_context(torch.random.fork_rng(devices=own))
+            torch.manual_seed(seed)
+        sequence = run_generate(
+            engine.model,
+            ready.cache,
+            ready.prompt_ids,
+            settings,
+            keep=keep,
+            overrides={**TOKENS_ONLY, "streamer": None if late else streamer},
+            pad_token_id=pad_token_id(tokenizer),
+        )
     token_ids = sequence[0, len(prompt) :].cpu()
     if late:
         for part in (prompt, token_ids):
@@ -128,7 +158,7 @@ def answer_of(
     reason: FinishReason,
     decode_seconds: float,
 ) -> Answer:
-    """The answer that consists of these tokens.
+    """Build the answer that consists of these tokens.
 
     Args:
         tokenizer: The session's tokenizer.
@@ -162,34 +192,6 @@ def answer_of(
 
 
 def pad_token_id(tokenizer: Any) -> int | None:
-    """What generate() pads with: the tokenizer's padding token, or its end-of-text token."""
+    """Return what generate() pads with: the tokenizer's padding token, or its end-of-text token."""
     pad: int | None = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad is None else pad
-
-
-def chosen_selector(
-    session: Session, selector: str | Selector | None, layers: Sequence[int] | None
-) -> Selector:
-    """A request's selector: the session's if it gives none, with its layers if it gives some.
-
-    Raises:
-        InvalidInputError: There is no such selector, or layers come with one that has no scoring
-            layers or names its own.
-    """
-    rule = session.selector if selector is None else resolve(selector)
-    if layers is None:
-        return rule
-    found: Any = rule
-    options: tuple[Any, ...] = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
-    usual = {option.name: option.default for option in options}.get("layers")
-    if not isinstance(usual, Layers):
-        raise InvalidInputError(
-            f"layers={layers!r} is given, but the selector {rule} has no scoring layers; leave "
-            "them out."
-        )
-    if found.layers != usual:
-        raise InvalidInputError(
-            f"layers={layers!r} is given, but the selector {rule} names its own; give them once."
-        )
-    changed: Selector = dataclasses.replace(found, layers=Layers.of(layers))
-    return changed

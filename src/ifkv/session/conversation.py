@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,9 @@ from ifkv.generation.streaming import Closing
 from ifkv.patching.handle import handle_of
 from ifkv.session.answer import Answer
 from ifkv.session.answer_stream import AnswerStream
-from ifkv.session.complete import complete
+from ifkv.session.ask import prepare_question
+from ifkv.session.complete import Stream, complete
+from ifkv.session.options import AskOptions
 from ifkv.session.ratio import Ratio
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.session.turn import Asked, Turn, prepare_turn
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
     from ifkv.generation.settings import GenerationSettings
     from ifkv.selectors import Selector
-    from ifkv.session.session import Session
-
-Stream = bool | Callable[[str], None]
+    from ifkv.session.engine import Engine
 
 
 class Conversation(Uncopied):
@@ -61,9 +61,9 @@ class Conversation(Uncopied):
 
     _instead = "copy.copy(conversation) goes on from here by itself, over the same session"
 
-    def __init__(self, session: Session, documents: Sequence[str] | None = None):
+    def __init__(self, engine: Engine, documents: Sequence[str] | None = None):
         self.answers: list[Answer] = []
-        self._session = session
+        self._engine = engine
         self._cache: StitchedCache | None = None
         self._pending: list[int] = []  # tokens of the last answer that have no rows yet
         self._waiting: list[str] = []  # documents for the next question
@@ -71,7 +71,7 @@ class Conversation(Uncopied):
         self._waiting_tokens = 0
         self._recomputed = torch.zeros(0, dtype=torch.long)
         self._busy = threading.Lock()
-        _ = session.format.opening  # refuses a template that rewrites earlier turns
+        _ = engine.format.opening  # refuses a template that rewrites earlier turns
         self.add(documents)
 
     def __copy__(self) -> Conversation:
@@ -104,7 +104,7 @@ class Conversation(Uncopied):
         documents that no question has followed yet.
         """
         if self._cache is None:
-            return torch.tensor(self._session.prefix_ids, dtype=torch.long)
+            return torch.tensor(self._engine.prefix_ids, dtype=torch.long)
         return torch.cat((self._cache.token_ids.cpu(), torch.tensor(self._pending).long()))
 
     def add(self, documents: Sequence[str] | None) -> None:
@@ -121,12 +121,12 @@ class Conversation(Uncopied):
                 longer than the model's positions.
         """
         with self._alone():
-            keys = self._session._library.named(documents)
-            found = self._session._library.get(keys, lazy=True)
+            keys = self._engine.library.named(documents)
+            found = self._engine.library.get(keys, lazy=True)
             tokens = sum(map(len, found))
-            between = self._session.prefix_ids
+            between = self._engine.prefix_ids
             if self._cache is not None:
-                between = self._pending + self._session.format.further_ids()
+                between = self._pending + self._engine.format.further_ids()
             self._check_length(len(between), documents=tokens)
             self._waiting += keys
             self._waiting_tokens += tokens
@@ -141,6 +141,7 @@ class Conversation(Uncopied):
         max_new_tokens: int | None = None,
         stream: Stream = False,
         layers: Sequence[int] | None = None,
+        seed: int | None = None,
         **generate_kwargs: Any,
     ) -> Answer:
         """Answer the next question.
@@ -159,6 +160,7 @@ class Conversation(Uncopied):
             max_new_tokens: As in `Session.ask`.
             stream: As in `Session.ask`.
             layers: As in `Session.ask`.
+            seed: As in `Session.ask`.
             **generate_kwargs: As in `Session.ask`. Beams decode copies of the cache, and
                 their answer is run once more with the next question.
 
@@ -171,16 +173,8 @@ class Conversation(Uncopied):
             FingerprintMismatchError: The model's weights have changed since the last turn.
             NotPatchedError: The model has been unpatched.
         """
-        asked = Asked.checked(
-            self._session,
-            question,
-            ratio=ratio,
-            revisit=revisit,
-            selector=selector,
-            max_new_tokens=max_new_tokens,
-            layers=layers,
-            **generate_kwargs,
-        )
+        options = AskOptions(ratio, False, selector, layers, max_new_tokens, seed, generate_kwargs)
+        asked = Asked.checked(self._engine, question, options, revisit=revisit)
         return self._answer(asked, stream)
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
@@ -197,30 +191,30 @@ class Conversation(Uncopied):
         Raises:
             InvalidInputError: As of `ask`, with this call or with the first piece.
         """
-        asked = Asked.checked(self._session, question, **options)
+        own = {"ratio", "selector", "layers", "max_new_tokens", "seed"}
+        said = {name: options.pop(name) for name in own & options.keys()}
+        revisit = options.pop("revisit", False)
+        asking = AskOptions(**said, generate_kwargs=options)
+        asked = Asked.checked(self._engine, question, asking, revisit=revisit)
         return AnswerStream(functools.partial(self._answer, asked))
 
     def _answer(self, asked: Asked, stream: Stream, stopping: Closing | None = None) -> Answer:
         """One turn, from the question to the rows that are kept."""
-        session, settings = self._session, asked.settings
+        engine, settings = self._engine, asked.settings
         if stopping is not None:
             settings = settings.stopped_by(stopping)
         with self._alone():
-            watch = Stopwatch(session.model)
+            watch = Stopwatch(engine.model)
             before, prompt = self._new_ids(asked.question)
             self._check_room(settings, len(before), len(prompt))
             with contextlib.ExitStack() as whole:
                 if self._cache is None:
-                    ready = session.prepare(
-                        asked.question,
-                        documents=self._waiting,
-                        ratio=asked.budget,
-                        selector=asked.selector,
-                    )
+                    how = AskOptions(ratio=asked.budget, selector=asked.selector)
+                    ready = prepare_question(engine, asked.question, self._waiting, how)
                 else:
                     save = whole.enter_context(all_or_nothing(self._cache))
                     turn = Turn.read(
-                        session,
+                        engine,
                         self._cache,
                         asked,
                         documents=self._waiting,
@@ -229,22 +223,17 @@ class Conversation(Uncopied):
                         recomputed=self._recomputed,
                         timed=watch,
                     )
-                    ready = prepare_turn(session, self._cache, asked, turn, watch, save)
+                    ready = prepare_turn(engine, self._cache, asked, turn, watch, save)
                 documents = [*self._documents, *self._waiting]
-                ready = dataclasses.replace(ready, sources=session._catalog.first(documents))
-                answer = complete(
-                    session.model,
-                    session.tokenizer,
-                    ready,
-                    settings,
-                    stream=stream,
-                    keep=True,
+                ready = dataclasses.replace(ready, sources=engine.catalog.first(documents))
+                (answer,) = complete(
+                    engine, [ready], settings, streams=[stream], seeds=[asked.seed], keep=True
                 )
                 said = [*ready.prompt_ids, *answer.token_ids.tolist()]
                 ran = ready.cache.get_seq_length() - ready.cache.context_length
                 ready.cache.keep(said[:ran])
             self._pending = said[ran:]
-            if self._pending[-1] in {*settings.stop_token_ids, session.tokenizer.eos_token_id}:
+            if self._pending[-1] in {*settings.stop_token_ids, engine.tokenizer.eos_token_id}:
                 self._pending.pop()  # the template has its own end of an answer
             self._cache = ready.cache
             self._recomputed = torch.cat((self._recomputed, answer.slots))
@@ -254,9 +243,9 @@ class Conversation(Uncopied):
 
     def _new_ids(self, question: str) -> tuple[list[int], list[int]]:
         """What stands before the waiting documents and has no rows yet, and what follows them."""
-        layout = self._session.format
+        layout = self._engine.format
         if self._cache is None:
-            return self._session.prefix_ids, layout.prompt_ids(question)
+            return self._engine.prefix_ids, layout.prompt_ids(question)
         if self._waiting:
             return self._pending + layout.further_ids(), layout.prompt_ids(question)
         return [], self._pending + layout.turn_ids(question)
@@ -270,7 +259,7 @@ class Conversation(Uncopied):
         length = new + self._waiting_tokens + documents
         if self._cache is not None:
             length += self._cache.query_position
-        handle_of(self._session.model).rope.check_length(length, "the conversation")
+        handle_of(self._engine.model).rope.check_length(length, "the conversation")
         return length
 
     def _check_room(self, settings: GenerationSettings, before: int, prompt: int) -> None:
@@ -280,7 +269,7 @@ class Conversation(Uncopied):
         if self._cache is not None:
             context += self._cache.context_length
         limit = settings.new_tokens(context, prompt)
-        rope = handle_of(self._session.model).rope
+        rope = handle_of(self._engine.model).rope
         if rope.rope_type == "longrope":
             rope.check_length(length + limit - 1, "the conversation and answer")
 

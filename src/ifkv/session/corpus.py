@@ -24,10 +24,7 @@ from ifkv.store import DiskStore, DocumentStore, TieredStore, document_key
 from ifkv.utils.listing import as_list
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ifkv.session.catalog import Catalog
-    from ifkv.session.library import Library
+    from ifkv.session.engine import Engine
 
 # How many names a refusal gives as examples.
 _SHOWN = 5
@@ -37,34 +34,19 @@ class Corpus:
     """What a session's store holds for its model and prefix.
 
     Args:
-        model: A patched model.
-        tokenizer: Its tokenizer.
-        library: The session's documents.
-        catalog: Where they are from.
-        prefix_ids: What they were encoded behind.
+        engine: The session's.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        library: Library,
-        catalog: Catalog,
-        prefix_ids: list[int],
-    ):
-        self._model = model
-        self._tokenizer = tokenizer
-        self._library = library
-        self._catalog = catalog
-        self._prefix_ids = prefix_ids
+    def __init__(self, engine: Engine):
+        self._engine = engine
         self._searched: tuple[tuple[str, ...], Retriever] | None = None
 
     def stored(self, only: str | Sequence[str] | None) -> list[str]:
         """Return keys; see [ifkv.Session.stored][]."""
         patterns = None if only is None else _patterns(only)
-        store = self._library.store
-        identity = handle_of(self._model).fingerprints.of(self._model)
-        prefix_key = _prefix_key(identity, torch.tensor(self._prefix_ids, dtype=torch.long))
+        store = self._engine.library.store
+        identity = handle_of(self._engine.model).fingerprints.of(self._engine.model)
+        prefix_key = _prefix_key(identity, torch.tensor(self._engine.prefix_ids, dtype=torch.long))
         kinds = list(_kinds(store))
         fitting = {key for key, kind in kinds if kind == (identity, prefix_key)} - {prefix_key}
         if not fitting:
@@ -73,7 +55,7 @@ class Corpus:
                 "encoded behind this prefix. Encode documents with the same model, dtype, prompt "
                 "and store."
             )
-        sources = self._catalog.find(None)
+        sources = self._engine.catalog.find(None)
         if patterns is not None:
             for pattern in patterns:
                 if not any(_matches(sources.get(key, []), pattern) for key in fitting):
@@ -88,7 +70,7 @@ class Corpus:
     def retrieve(self, question: str, count: int, documents: Sequence[str] | None) -> list[str]:
         """Return keys; see [ifkv.Session.retrieve][]."""
         check_question(question)
-        keys = list(dict.fromkeys(self._library.named(documents)))
+        keys = list(dict.fromkeys(self._engine.library.named(documents)))
         if self._searched is None or self._searched[0] != tuple(keys):
             texts = [self._text(key) for key in keys]
             self._searched = tuple(keys), Retriever(texts)
@@ -96,8 +78,8 @@ class Corpus:
         return [keys[index] for index in reversed(found)]
 
     def _text(self, key: str) -> str:
-        (document,) = self._library.get([key], lazy=True)
-        text: str = self._tokenizer.decode(document.token_ids)
+        (document,) = self._engine.library.get([key], lazy=True)
+        text: str = self._engine.tokenizer.decode(document.token_ids)
         return text
 
 

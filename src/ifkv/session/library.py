@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -164,10 +165,11 @@ class Library:
 
         Raises:
             InvalidInputError: There is none, or one is not in the store and cannot be made.
-            FingerprintMismatchError: They were encoded behind different prefixes.
+            FingerprintMismatchError: One was encoded behind another prefix than the session's.
             DocumentUnreadableError: One cannot be had from the store and cannot be made.
         """
         found, have = [], dict(made or {})
+        own = torch.tensor(self._prefix_ids, dtype=torch.long)
         for key in self.named(keys):
             try:
                 document = have[key] if key in have else self.store.get(key, lazy=lazy)
@@ -178,19 +180,20 @@ class Library:
             )
             self._origins.setdefault(key, origin)
             found.append(document)
-            if not torch.equal(document.prefix_ids, found[0].prefix_ids):
-                its, other = prefix_difference(
-                    document.prefix_ids, found[0].prefix_ids, self._decode
-                )
+            if not torch.equal(document.prefix_ids, own):
+                its, ours = prefix_difference(document.prefix_ids, own, self._decode)
                 raise FingerprintMismatchError(
-                    f"document {key[:16]} was encoded behind the prefix {its}, the documents "
-                    f"before it behind {other}; a request has one prefix. Add their texts to one "
-                    "session, and give the keys that it returns."
+                    f"document {key[:16]} was encoded behind the prefix {its}, this session asks "
+                    f"behind {ours}; a request has one prefix. Add its text to this session, and "
+                    "give the key that it returns."
                 )
         return found
 
     def get_many(
-        self, requests: Sequence[Sequence[str] | None]
+        self,
+        requests: Sequence[Sequence[str] | None],
+        *,
+        naming: Callable[[int], AbstractContextManager[None]] = naming_request,
     ) -> tuple[list[list[str]], dict[str, DocumentCache]]:
         """Documents of several requests, each once however many share it.
 
@@ -198,6 +201,7 @@ class Library:
 
         Args:
             requests: For each its keys; all that were added if None.
+            naming: Says in a refusal which request it is about.
 
         Returns:
             Each request's keys, and the documents by key.
@@ -209,7 +213,7 @@ class Library:
         wanted: list[list[str]] = []
         found: dict[str, DocumentCache] = {}
         for index, keys in enumerate(requests):
-            with naming_request(index):
+            with naming(index):
                 own = self.named(keys)
                 new = [key for key in dict.fromkeys(own) if key not in found]
                 if new:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,29 +15,28 @@ from torch import Tensor
 
 from ifkv.backends.fp8 import check_kv_dtype
 from ifkv.documents.source import Source
-from ifkv.errors import DocumentUnreadableError, InvalidInputError
+from ifkv.errors import InvalidInputError
 from ifkv.generation.checks import functions
 from ifkv.models.families import resolve_family
 from ifkv.patching.handle import patch
 from ifkv.planning.support import check_plannable
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
+from ifkv.session import ask as asking
 from ifkv.session.answer import Answer, Prepared
 from ifkv.session.catalog import Catalog
-from ifkv.session.complete import answer_settings, check_room, chosen_selector, complete
+from ifkv.session.complete import complete
 from ifkv.session.control_tokens import ControlTokens
 from ifkv.session.corpus import Corpus
+from ifkv.session.engine import Engine
 from ifkv.session.library import Library
-from ifkv.session.prepare import PrepareOptions, PrepareRequest, prepare
+from ifkv.session.options import AskOptions
 from ifkv.session.prompt_format import INSTRUCTION, PromptFormat
 from ifkv.session.ratio import Ratio, Ratios
-from ifkv.session.stopwatch import Stopwatch
 from ifkv.session.text_documents import document_pieces
 from ifkv.store import session_store
 from ifkv.utils.checks import token_tensor
 from ifkv.utils.copying import Uncopied
-
-# Tokens that a batch of ask_many holds when the caller does not say.
-DEFAULT_REQUEST_TOKENS = 16384
+from ifkv.utils.listing import as_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +80,9 @@ class Session(Uncopied):
         kv_dtype: Of each request's cache, as in [ifkv.stitch][]; what the store keeps is
             another matter (``codec`` of the stores).
 
+    Attributes:
+        engine: What answers the questions; conversations share it.
+
     Examples:
         >>> import ifkv
         >>> from ifkv.testing import tiny_model, tiny_tokenizer
@@ -116,15 +119,15 @@ class Session(Uncopied):
     ):
         resolve_family(model)
         check_kv_dtype(kv_dtype, model.device)
-        self.selector = resolve(selector)
+        rule = resolve(selector)
         if ratio == "auto":
-            check_plannable(self.selector, reorder=False)
+            check_plannable(rule, reorder=False)
         if prefix is not None and (system is not None or date is not None):
             raise InvalidInputError(
                 "prefix was given together with a system prompt or date, which it replaces; write "
                 "them into the prefix."
             )
-        self.format = PromptFormat(
+        layout = PromptFormat(
             tokenizer,
             instruction,
             system=system,
@@ -133,43 +136,78 @@ class Session(Uncopied):
             control_tokens=control_tokens,
         )
         patch(model, backend=backend)
-        self._ratios = Ratios(model, ratio, backend, planner)
-        self.model = model
-        self.kv_dtype = kv_dtype
-        self.tokenizer = tokenizer
         if prefix is None:
-            self.prefix_ids = self.format.prefix_ids()
+            prefix_ids = layout.prefix_ids()
         elif isinstance(prefix, str):
-            self.prefix_ids = self.format.parse(prefix)
+            prefix_ids = layout.parse(prefix)
         else:
-            self.prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
-        self._library = Library(model, session_store(store), self.prefix_ids, tokenizer.decode)
-        self._catalog = Catalog(self.store)
-        self._corpus = Corpus(model, tokenizer, self._library, self._catalog, self.prefix_ids)
+            prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
+        kept = session_store(store)
+        self.engine = Engine(
+            model=model,
+            tokenizer=tokenizer,
+            format=layout,
+            prefix_ids=prefix_ids,
+            library=Library(model, kept, prefix_ids, tokenizer.decode),
+            catalog=Catalog(kept),
+            ratios=Ratios(model, ratio, backend, planner),
+            selector=rule,
+            kv_dtype=kv_dtype,
+        )
+        self._corpus = Corpus(self.engine)
 
     def __copy__(self) -> Session:
         """Another session over the same model and store, with a list of documents of its own."""
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin._library = copy.copy(self._library)
-        parts = twin._library, self._catalog, self.prefix_ids
-        twin._corpus = Corpus(self.model, self.tokenizer, *parts)
+        engine = self.engine
+        twin.engine = dataclasses.replace(engine, library=copy.copy(engine.library))
+        twin._corpus = Corpus(twin.engine)
         return twin
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.engine.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.engine.tokenizer
+
+    @property
+    def format(self) -> PromptFormat:
+        """The layout of its prompts."""
+        return self.engine.format
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Tokens that every document is encoded behind."""
+        return self.engine.prefix_ids
+
+    @property
+    def selector(self) -> Selector:
+        """What chooses tokens where a question does not say."""
+        return self.engine.selector
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """Of each request's cache; the model's dtype if None."""
+        return self.engine.kv_dtype
 
     @property
     def store(self) -> DocumentStore:
         """Where documents are kept."""
-        return self._library.store
+        return self.engine.library.store
 
     @property
     def keys(self) -> list[str]:
         """Keys of the documents that this session added, in order, each once."""
-        return self._library.keys
+        return self.engine.library.keys
 
     @property
     def prefilled(self) -> int:
         """How many documents this session has prefilled; others were in the store."""
-        return self._library.prefilled
+        return self.engine.library.prefilled
 
     def add(
         self,
@@ -212,14 +250,14 @@ class Session(Uncopied):
         ids, names, own = document_pieces(
             self.model, self.format, self.prefix_ids, texts, split, sources
         )
-        keys = self._library.add(
+        keys = self.engine.library.add(
             ids,
             names=names,
             batch_tokens=batch_tokens,
             sensitivities=self.selector.sensitivities,
             progress=progress,
         )
-        self._catalog.add(keys, own)
+        self.engine.catalog.add(keys, own)
         return keys
 
     def stored(self, only: str | Sequence[str] | None = None) -> list[str]:
@@ -243,8 +281,8 @@ class Session(Uncopied):
         Args:
             documents: Their keys; all that this session added if None.
         """
-        keys = self._library.named(documents)
-        known = self._catalog.find(keys)
+        keys = self.engine.library.named(documents)
+        known = self.engine.catalog.find(keys)
         return {key: known.get(key, []) for key in keys}
 
     def retrieve(
@@ -278,6 +316,7 @@ class Session(Uncopied):
         max_new_tokens: int | None = None,
         stream: bool | Callable[[str], None] = False,
         layers: Sequence[int] | None = None,
+        seed: int | None = None,
         **generate_kwargs: Any,
     ) -> Answer:
         """Answer a question over documents.
@@ -298,6 +337,7 @@ class Session(Uncopied):
                 a selector; see [ifkv.selectors][]. The session's if None.
             layers: Scoring layers, as in [ifkv.score][], of reordering and of a selector that
                 has some and does not name them itself.
+            seed: Of sampling; torch's own random numbers go on undisturbed.
             **generate_kwargs: For ``model.generate()``, where they mean what they mean here:
                 sampling, beams, penalties, ``stop_strings``, or a ``generation_config``. What they
                 leave out, the model's own ``generation_config`` says, which
@@ -314,17 +354,10 @@ class Session(Uncopied):
                 answer, and this session does not know its tokens. Otherwise it is prefilled
                 again, with a ``StoreWarning``.
         """
-        settings = answer_settings(self, max_new_tokens, generate_kwargs)  # before any work
-        check_room(self, settings, question, documents)
-        ready = self.prepare(
-            question,
-            documents=documents,
-            ratio=ratio,
-            reorder=reorder,
-            selector=selector,
-            layers=layers,
+        options = AskOptions(
+            ratio, reorder, selector, layers, max_new_tokens, seed, generate_kwargs
         )
-        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
+        return asking.ask(self.engine, question, documents, options, stream)
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
         """The answer to a question, piece by piece as it is generated.
@@ -375,7 +408,8 @@ class Session(Uncopied):
         max_new_tokens: int | None = None,
         stream: Callable[[int, str], None] | None = None,
         layers: Sequence[int] | None = None,
-        batch_tokens: int = DEFAULT_REQUEST_TOKENS,
+        seed: int | Sequence[int] | None = None,
+        batch_tokens: int = asking.DEFAULT_REQUEST_TOKENS,
         **generate_kwargs: Any,
     ) -> list[Answer]:
         """Answer several questions, in batches that share every read of the weights.
@@ -388,12 +422,13 @@ class Session(Uncopied):
             questions: The questions; their prompts may have any lengths.
             documents: Keys of the documents of all questions, or for each question a list of its
                 own (None in it for all documents). Documents that questions share are read once.
-            ratio: As in `ask`, but for ``"auto"``.
+            ratio: As in `ask`; ``"auto"`` plans for each question.
             reorder: As in `ask`.
             selector: As in `ask`.
             max_new_tokens: As in `ask`, of each answer.
             stream: Called with a question's number and each piece of its answer as it comes.
             layers: As in `ask`.
+            seed: Of sampling: one for each question, or one that all have.
             batch_tokens: Tokens of context, prompt and answer that a batch holds at most, over
                 its questions (a longer one goes alone): it bounds the memory.
             **generate_kwargs: As in `ask`.
@@ -421,20 +456,15 @@ class Session(Uncopied):
             >>> [len(answer.document_slices) for answer in answers]
             [1, 2]
         """
-        from ifkv.session.ask import ask_many
-
-        return ask_many(
-            self,
-            questions,
-            documents=documents,
-            ratio=ratio,
-            reorder=reorder,
-            selector=selector,
-            max_new_tokens=max_new_tokens,
-            stream=stream,
-            layers=layers,
-            batch_tokens=batch_tokens,
-            generate_kwargs=generate_kwargs,
+        options = AskOptions(
+            ratio, reorder, selector, layers, max_new_tokens, seed, generate_kwargs
+        )
+        asked = as_list(questions, "questions", "give a list, or call ask()")
+        streams = None
+        if stream is not None:
+            streams = [functools.partial(stream, number) for number in range(len(asked))]
+        return asking.ask_many(
+            self.engine, asked, documents, options, streams=streams, batch_tokens=batch_tokens
         )
 
     def prepare(
@@ -451,26 +481,8 @@ class Session(Uncopied):
 
         Takes the arguments of `ask` and raises its errors.
         """
-        rule = chosen_selector(self, selector, layers)
-        choose = self._ratios.chooser(ratio, rule, reorder=reorder)
-        timed = Stopwatch(self.model)
-        prompt, bare = self.format.prompt_ids(question), self.format.encode(question)
-        how = PrepareOptions(rule, reorder, layers, self.tokenizer, self.kv_dtype)
-        with timed("load"):
-            # Reordering reads documents twice, so then they are read whole.
-            chosen = self._library.get(documents, lazy=not reorder)
-        budget, plan = choose(chosen, len(prompt), len(bare))
-        asked = PrepareRequest(chosen, prompt, bare, budget)
-        try:
-            (ready,) = prepare(self.model, [asked], timed, how)
-        except DocumentUnreadableError as error:  # found on the way, at rows that were just read
-            with timed("load"):
-                made = {error.key: self._library.make_again(error.key, error)}
-                again = self._library.get(documents, made=made)
-                asked = dataclasses.replace(asked, documents=again)
-            (ready,) = prepare(self.model, [asked], timed, how)
-        sources = self._catalog.first(self._library.named(documents))
-        return dataclasses.replace(ready, question=question, plan=plan, sources=sources)
+        options = AskOptions(ratio, reorder, selector, layers)
+        return asking.prepare_question(self.engine, question, documents, options)
 
     def complete(
         self,
@@ -478,11 +490,15 @@ class Session(Uncopied):
         *,
         max_new_tokens: int | None = None,
         stream: bool | Callable[[str], None] = False,
+        seed: int | None = None,
         **generate_kwargs: Any,
     ) -> Answer:
         """Decode the answer to a prepared question; takes the arguments of `ask`."""
-        settings = answer_settings(self, max_new_tokens, generate_kwargs)
-        return complete(self.model, self.tokenizer, ready, settings, stream=stream)
+        options = AskOptions(
+            max_new_tokens=max_new_tokens, seed=seed, generate_kwargs=generate_kwargs
+        )
+        settings, seeds = self.engine.settings(options), options.seeds(1)
+        return complete(self.engine, [ready], settings, streams=[stream], seeds=seeds)[0]
 
     def conversation(self, documents: Sequence[str] | None = None) -> Conversation:
         """Begin a conversation: questions that follow one another over one repaired cache.
@@ -509,9 +525,9 @@ class Session(Uncopied):
         """
         from ifkv.session.conversation import Conversation
 
-        return Conversation(self, documents)
+        return Conversation(self.engine, documents)
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
         """Tokens of prefix and documents, long ``[T]``, as they are given to `ask`."""
-        chosen = self._library.get(documents, lazy=True)
+        chosen = self.engine.library.get(documents, lazy=True)
         return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
 from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
-from ifkv.session.complete import answer_settings, chosen_selector
 from ifkv.session.prepare import finished
-from ifkv.session.ratio import Ratio
+from ifkv.session.prompt_format import check_question
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.steps.pending_rows import defer
 from ifkv.steps.recompute import recompute
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from ifkv.documents.cache import DocumentCache
     from ifkv.generation.settings import GenerationSettings
     from ifkv.session.answer import Prepared
-    from ifkv.session.session import Session
+    from ifkv.session.engine import Engine
+    from ifkv.session.options import AskOptions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,27 +41,24 @@ class Asked:
     selector: Selector
     revisit: bool
     settings: GenerationSettings
+    seed: int | None
 
     @classmethod
     def checked(
         cls,
-        session: Session,
+        engine: Engine,
         question: str,
+        options: AskOptions,
         *,
-        ratio: Ratio | None = None,
-        revisit: bool = False,
-        selector: str | Selector | None = None,
-        max_new_tokens: int | None = None,
-        layers: Sequence[int] | None = None,
-        **generate_kwargs: Any,
+        revisit: bool,
     ) -> Asked:
-        """From its arguments; refuses bad ones before any work."""
-        settings = answer_settings(session, max_new_tokens, generate_kwargs)
-        chosen_layers(DecoderView(session.model).num_layers, layers)
-        session.format.prompt_ids(question)
-        budget = session._ratios.fixed(ratio, "turns of a conversation")
-        rule = chosen_selector(session, selector, layers)
-        return cls(question, budget, rule, revisit, settings)
+        """Check the arguments of `Conversation.ask`; refuses bad ones before any work."""
+        settings = engine.settings(options)
+        chosen_layers(DecoderView(engine.model).num_layers, options.layers)
+        check_question(question)
+        budget = engine.ratios.fixed(options.ratio, "turns of a conversation")
+        (seed,) = options.seeds(1)
+        return cls(question, budget, engine.rule(options), revisit, settings, seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +82,7 @@ class Turn:
     @classmethod
     def read(
         cls,
-        session: Session,
+        engine: Engine,
         cache: StitchedCache,
         asked: Asked,
         *,
@@ -98,7 +95,7 @@ class Turn:
         """A turn whose documents are read from the session's store.
 
         Args:
-            session: The conversation's session.
+            engine: The conversation's.
             cache: The conversation's cache.
             asked: The question.
             documents: Keys of further documents, maybe none.
@@ -112,7 +109,7 @@ class Turn:
             FingerprintMismatchError: The model's weights have changed since the last turn.
             NotPatchedError: The model has been unpatched.
         """
-        model = session.model
+        model = engine.model
         handle_of(model).fingerprints.of(model)  # weights may have changed since the last turn
         check_cache(model, cache)
         own = getattr(asked.selector, "geometry", "global")
@@ -124,7 +121,7 @@ class Turn:
         found: list[DocumentCache] = []
         if documents:
             with timed("load"):
-                found = session._library.get(documents)
+                found = engine.library.get(documents)
         open_slots = torch.zeros(cache.context_length, dtype=torch.bool)
         for rows in cache.document_slices[1:] if asked.revisit else ():
             open_slots[rows] = True
@@ -133,7 +130,7 @@ class Turn:
 
 
 def prepare_turn(
-    session: Session,
+    engine: Engine,
     cache: StitchedCache,
     asked: Asked,
     turn: Turn,
@@ -145,7 +142,7 @@ def prepare_turn(
     Without documents and old slots that is the prompt's rows over the cache and nothing else.
 
     Args:
-        session: The conversation's session.
+        engine: The conversation's.
         cache: The conversation's cache, which ends with its context.
         asked: The question; its budget is of the slots that may be recomputed.
         turn: What is new.
@@ -158,7 +155,7 @@ def prepare_turn(
     Raises:
         InvalidInputError: As of the steps.
     """
-    model, budget, selector = session.model, asked.budget, asked.selector
+    model, budget, selector = engine.model, asked.budget, asked.selector
     start, candidates = cache.context_length, turn.old_slots
     if turn.documents:
         defer(model, cache, turn.before_ids)
@@ -173,8 +170,8 @@ def prepare_turn(
     if len(candidates):
         with timed("select"):
             view = cache.choosing(candidates)
-            groups = sentence_groups(session.tokenizer, view) if budget.sentences else None
-            question = session.format.encode(asked.question)
+            groups = sentence_groups(engine.tokenizer, view) if budget.sentences else None
+            question = engine.format.encode(asked.question)
             request = Request(turn.prompt_ids, question, None, groups)
             selection = selector.select(model, view, request, budget)
     slots = selection.slots

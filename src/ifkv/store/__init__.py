@@ -8,6 +8,9 @@ All of them follow `DocumentStore`; the format on disk is described in
 ``docs/store-format.md``.
 
 Names are loaded when they are first used, so that what needs no torch does not wait for it.
+
+Belongs here: keeping documents: formats, keys, codecs, memory, disk, remote, tiers.
+Not here: making documents (`ifkv.documents`) and placing them in a request (`ifkv.cache`).
 """
 
 from __future__ import annotations

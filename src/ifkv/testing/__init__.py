@@ -13,6 +13,9 @@ oracle's:
 
 Hypothesis strategies are in `ifkv.testing.strategies`, which is not imported here because the
 library does not depend on hypothesis.
+
+Belongs here: the dense oracle, tiny models, strategies, precision assertions and `verify`.
+Not here: tests themselves, which lie under tests/.
 """
 
 from ifkv.testing.dense import DenseTrace, dense_rows
