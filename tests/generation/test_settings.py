@@ -231,6 +231,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no room": (dict(max_length=3), r"max_length is 3 .* tokens; give max_new_tokens"),
     "stop strings of another kind": (dict(stop_strings=[5]), r"stop_strings is \[5\]"),
     "no temperature": (dict(do_sample=True, temperature=0.0), "temperature"),
+    "no stop tokens at all": (dict(eos_token_id=[]), "eos_token_id is an empty list"),
     "a negative penalty": (dict(repetition_penalty=-1.0), "penalty"),
 }
 
@@ -254,6 +255,7 @@ def test_what_cannot_be_followed_is_refused_before_any_work(
     monkeypatch.setattr(ifkv.session.prepare, "stitch_many", refuse)
     monkeypatch.setattr(ifkv.session.ask, "prepare", refuse)
     monkeypatch.setattr(ifkv.session.complete, "run_generate", refuse)
+    monkeypatch.setattr(ifkv.session.complete, "decode", refuse)
     for way, ask in WAYS.items():
         if way == "completed":
             continue

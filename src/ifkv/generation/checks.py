@@ -242,7 +242,8 @@ def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
         make(**arguments)
     except IndexError:  # upstream takes the first stop token for padding
         raise InvalidInputError(
-            "eos_token_id is an empty list; give at least one token, or -1 for none."
+            f"eos_token_id is an empty list {settings.said('eos_token_id')[1]}; give at least one "
+            "token, or -1 for none."
         ) from None
     except (ValueError, TypeError) as error:
         raise refused_upstream(error) from error

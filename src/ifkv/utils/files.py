@@ -13,7 +13,7 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser().absolute()
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("ifkv"))
+    return platformdirs.user_cache_path("ifkv")
 
 
 def write_whole(path: Path, text: str) -> None:
