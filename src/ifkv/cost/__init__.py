@@ -1,12 +1,12 @@
-"""What things cost in operations and bytes, and what the arithmetic allows.
+"""Costs in floating-point operations and bytes, and the bound on speed that follows from them.
 
-Costs are those of the arithmetic a method asks for, counted from the model's own shapes: a product
-with a matrix is two operations per element and row; attention four per query head's dimension and
-pair of a row and a key it sees. Norms, rotations, softmax and the vocabulary's matrix (one row,
-the same for every method; `ModelShape.head` has it) are left out, and a sliding window is not
-taken off. Bytes are those of weights, keys and values, each read or written once per layer and
-pass; hidden states are left out, since what is made of a row in a layer fits a processor's caches.
-`speedup_bound` is the bound S(r).
+Costs are counted from the shapes of the model's modules. A product with a matrix takes two
+operations per element and row. Attention takes four per dimension of the query heads and pair of a
+row and a key it sees. Norms, rotations and softmax are not counted, nor is the vocabulary's matrix:
+it takes one row in every method (`ModelShape.head`). A sliding window does not lower the costs.
+Bytes are those of weights, keys and values, each read or written once per layer and pass. Hidden
+states are not counted, because those of one layer fit the processor's caches. `speedup_bound` is
+the bound S(r).
 
 Belongs here: operations and bytes of every step, counted from shapes, and the bound on speed.
 Not here: seconds; `ifkv.planning` measures a machine and predicts them.

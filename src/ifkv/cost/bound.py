@@ -1,12 +1,12 @@
-"""The bound on speed: operations of a full prefill against those of a request.
+"""Bound on speed: operations of a full prefill divided by those of a request.
 
-It counts floating-point operations alone, per decoder layer. With P the parameters of its
-matrices and ``alpha = T heads head_dim / P`` the weight of attention against them,
+It counts only floating-point operations, per decoder layer. With P the parameters of the layer's
+matrices and ``alpha = T heads head_dim / P`` the share of attention relative to them,
 
     S(r) = (1 + alpha) / (r (1 + c alpha / 2) + (Q / T) (1 + 2 alpha) (1 + Ls / L))
 
-where c is four times the mean normalised position of the selected rows: 2 when they are spread
-evenly. For those and for later ones it is below 1 / r.
+where c is four times the mean normalised position of the selected rows: 2 if they are spread
+evenly. For c >= 2 the bound is below 1 / r.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def mean_position(slots: Tensor, context_length: int) -> float:
-    """Mean of the selected rows' positions, as a share of the context's length.
+    """Compute the mean position of selected rows, relative to the context's length.
 
     Args:
-        slots: Long ``[k]``.
+        slots: Slots of the rows, long ``[k]``.
         context_length: Slots of the context, T.
 
     Returns:
-        Between 0 and 1; 0.5 for rows spread evenly. 0.5 if there are none.
+        A number from 0 to 1; 0.5 for rows spread evenly, and without rows.
     """
     if len(slots) == 0:
         return 0.5
@@ -44,19 +44,19 @@ def speedup_bound(
     position: float = 0.5,
     selection_flops: float = 0.0,
 ) -> float:
-    """How many times sooner than a full prefill a request could answer at best, S(r).
+    """Compute the bound S(r): how many times faster to the first token than a full prefill.
 
     Args:
         shape: The model's shape.
         context_length: Slots of the context, T.
-        query_length: Tokens of the prompt, Q, which are also scored.
+        query_length: Tokens of the prompt, Q; the scoring pass runs over the same tokens.
         ratio: Share of the context that is recomputed, r.
-        scoring_layers: Layers the scoring pass runs through, Ls; 0 if there is none.
+        scoring_layers: Layers of the scoring pass, Ls; 0 without one.
         position: `mean_position` of the selected rows.
-        selection_flops: Operations spent on choosing the rows, in place of ``scoring_layers``.
+        selection_flops: Operations of the selection, if it is no scoring pass.
 
     Returns:
-        Operations of a full prefill over those of the request.
+        Operations of a full prefill divided by those of the request.
 
     >>> from ifkv.cost import ModelShape
     >>> shape = ModelShape(layer_parameters=1, attention_width=0, num_layers=1)

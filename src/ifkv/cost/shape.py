@@ -1,4 +1,4 @@
-"""Operations and bytes, and the sizes of a model that they depend on."""
+"""Costs, and the sizes of a model that they depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations and bytes; costs add up, and are multiplied by numbers.
+    """Operations and bytes; costs can be added, and multiplied by a number.
 
     Attributes:
         flops: Floating-point operations.
@@ -43,7 +43,7 @@ NO_COST = Cost()
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one decoder layer, read from its modules.
+    """Sizes of a model, read from the modules of one decoder layer.
 
     Attributes:
         layer_parameters: Elements of the layer's weight matrices.
@@ -51,8 +51,8 @@ class ModelShape:
         num_layers: Decoder layers.
         attention_parameters: Elements of the matrices of its attention block.
         kv_width: Key heads times head_dim: elements of one row's keys.
-        element_size: Bytes of an element in the model's dtype, which is that of keys and values.
-            Quantized weights are counted as if they had it, too.
+        element_size: Bytes of an element in the model's dtype, the dtype of keys and values.
+            Quantized weights are counted at this size too.
         hidden_size: Width of the hidden states.
         head_dim: Elements of one head.
         vocabulary: Rows of the output embedding.
@@ -75,16 +75,16 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
-        """The shape of a model's first layer, which stands for all.
+        """Read the shape of a model from its first layer, which stands for all.
 
-        Nothing but shapes is read: a model on the ``meta`` device has them, too.
+        Only shapes are read, so the model may be on the ``meta`` device.
         """
         view = DecoderView(model)
         layers = view.layers
         layer = layers[0]
         matrices, attention = _elements(layer), _elements(layer.self_attn)
-        # o_proj takes all heads' outputs side by side, whatever the projections before it; what
-        # those give beside the queries is keys and values.
+        # o_proj takes the outputs of all heads, whatever the projections before it. What those
+        # give beside the queries is keys and values.
         hidden, width = _sizes(layer.self_attn.o_proj)
         kv_width = (attention // hidden - 2 * width) // 2
         return cls(
@@ -127,43 +127,43 @@ class ModelShape:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """Return the number of query heads."""
         return self.attention_width // self.head_dim
 
     @property
     def kv_heads(self) -> int:
-        """Key heads."""
+        """Return the number of key heads."""
         return self.kv_width // self.head_dim
 
     def product(self, parameters: int, rows: int) -> Cost:
-        """Rows through matrices of so many elements."""
+        """Return the cost of rows through matrices with this number of elements in all."""
         return Cost(2.0 * parameters * rows, float(parameters * self.element_size))
 
     def attention(self, pairs: float, keys: int) -> Cost:
-        """Attention over so many pairs of a row and a key it sees, reading keys and values."""
+        """Return the cost of attention over pairs of a row and a key, keys and values read."""
         return Cost(4.0 * self.attention_width * pairs, 2.0 * keys * self.row_bytes)
 
     def layer(self, rows: int, pairs: float, keys: int) -> Cost:
-        """Rows through one whole decoder layer."""
+        """Return the cost of rows through one whole decoder layer."""
         return self.product(self.layer_parameters, rows) + self.attention(pairs, keys)
 
     def head(self) -> Cost:
-        """Logits of one row."""
+        """Return the cost of the logits of one row."""
         return self.product(self.vocabulary * self.hidden_size, 1)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row's keys, or values, in one layer."""
+        """Return the bytes of one row's keys, or of its values, in one layer."""
         return self.kv_width * self.element_size
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers: what a store holds of it."""
+        """Return the bytes of one token's keys and values in all layers, as a store keeps them."""
         return 2 * self.num_layers * self.row_bytes
 
 
 def _elements(module: Any) -> int:
-    """Elements of the weight matrices of a module and all within it."""
+    """Count the elements of the weight matrices in a module."""
     total = 0
     for part in module.modules():
         if hasattr(part, "out_features"):
@@ -175,9 +175,9 @@ def _elements(module: Any) -> int:
 
 
 def _sizes(linear: Any) -> tuple[int, int]:
-    """Outputs and inputs of a projection.
+    """Return the numbers of outputs and inputs of a projection.
 
-    Quantized ones say how large they are, but keep their weights in other shapes, or elsewhere.
+    A quantized projection knows both, but its weights may have other shapes.
     """
     if hasattr(linear, "out_features"):
         return linear.out_features, linear.in_features

@@ -1,4 +1,4 @@
-"""What every step of a request costs, and the full prefill that it stands in for."""
+"""Cost of every step of a request, and of the full prefill that it replaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def causal_pairs(context_length: int, rows: int) -> float:
-    """Pairs of a row and a key it sees: rows that follow a context, each seeing those before it.
+    """Count the pairs of a row and a key it sees, for rows right behind a context.
 
     >>> causal_pairs(10, 2), causal_pairs(0, 3)
     (23.0, 6.0)
@@ -22,13 +22,15 @@ def causal_pairs(context_length: int, rows: int) -> float:
 
 
 def prefill_cost(shape: ModelShape, length: int) -> Cost:
-    """A full prefill of ``length`` tokens, its keys and values written."""
+    """Return the cost of a full prefill of ``length`` tokens, with its keys and values written."""
     layer = shape.layer(length, causal_pairs(0, length), length)
     return shape.num_layers * (layer + Cost(bytes=2.0 * length * shape.row_bytes))
 
 
 def spread_pairs(rows: int, context_length: int, position: float = 0.5) -> float:
-    """Pairs of rows scattered over a context; with the slots at hand it is ``sum(slot + 1)``.
+    """Estimate the pairs of a row and a key for rows scattered over a context.
+
+    If the slots are known, the number is ``sum(slot + 1)``.
 
     Args:
         rows: Selected rows.
@@ -42,9 +44,9 @@ def spread_pairs(rows: int, context_length: int, position: float = 0.5) -> float
 
 
 def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int) -> Cost:
-    """What [ifkv.prefill_documents][] costs, once and offline, behind a prefix that is there.
+    """Return the cost of [ifkv.prefill_documents][] behind a prefix that is already encoded.
 
-    In the last layer rows give keys and values alone; its attention and MLP are not run.
+    The last layer only makes keys and values; its attention and MLP do not run.
 
     Args:
         shape: The model's shape.
@@ -59,9 +61,9 @@ def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int
 
 
 def stitch_cost(shape: ModelShape, context_length: int) -> Cost:
-    """What [ifkv.stitch][] costs: every key rotated, everything read and written once.
+    """Return the cost of [ifkv.stitch][]: keys rotated, keys and values read and written once.
 
-    A rotation (2104.09864) is three operations per element: two products and a sum.
+    A rotation (2104.09864) takes three operations per element: two products and a sum.
 
     Args:
         shape: The model's shape.
@@ -72,11 +74,11 @@ def stitch_cost(shape: ModelShape, context_length: int) -> Cost:
 
 
 def decode_cost(shape: ModelShape, keys: int) -> Cost:
-    """What one more token costs, its logits included.
+    """Return the cost of one decoding step, with its logits.
 
     Args:
         shape: The model's shape.
-        keys: Rows of the cache once its own are there.
+        keys: Rows of the cache, the new token's included.
     """
     through = shape.num_layers * shape.layer(1, keys, keys)
     return through + shape.head() + Cost(bytes=float(shape.token_bytes))
@@ -90,16 +92,16 @@ def recompute_cost(
     *,
     depths: Tensor | None = None,
 ) -> Cost:
-    """What [ifkv.recompute][] costs: selected rows and the prompt's, in one forward.
+    """Return the cost of [ifkv.recompute][]: selected rows and the prompt in one forward.
 
-    In the last layer all rows give keys and values, and only the prompt's last is run whole.
+    The last layer makes keys and values of all rows, and runs in full only for the prompt's last.
 
     Args:
         shape: The model's shape.
         slots: Long ``[k]``, the selected rows.
         context_length: Slots of the context, T.
         prompt_length: Rows of the prompt.
-        depths: Long ``[k]``: in how many layers each row is recomputed; in all if None.
+        depths: Number of layers in which each row is recomputed, long ``[k]``; all if None.
     """
     total, keys = Cost(), context_length + prompt_length
     for layer in range(shape.num_layers):
@@ -120,10 +122,10 @@ def recompute_cost(
 def scoring_cost(
     shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
 ) -> Cost:
-    """What [ifkv.score][] costs: the query as far as the deepest of the scoring layers.
+    """Return the cost of [ifkv.score][]: the query runs up to the deepest scoring layer.
 
-    The deepest layer runs without its MLP. Where a layer scores, the query's products with the
-    context's keys are made once more.
+    The deepest layer runs without its MLP. Each scoring layer multiplies the query with the
+    context's keys a second time.
 
     Args:
         shape: The model's shape.
