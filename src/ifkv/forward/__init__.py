@@ -1,5 +1,5 @@
-"""Running rows through a model's own decoder layers.
+"""Forward passes: rows run through the model's own decoder layers.
 
-Belongs here: the loop over layers, the protocol of passes, CUDA graphs of few rows.
-Not here: what a pass writes or attends to; see `ifkv.steps` and `ifkv.documents`.
+Belongs here: the loop over layers, the protocol of passes, CUDA graphs for few rows.
+Not here: the passes themselves, which are in `ifkv.steps` and `ifkv.documents`.
 """

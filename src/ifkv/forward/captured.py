@@ -1,4 +1,4 @@
-"""A forward of a fixed number of rows, captured in graphs that end at its attentions."""
+"""Forward of a fixed number of rows, captured in graphs between one attention and the next."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from ifkv.forward.passes import AttentionPass
 
 
-class _Room:
-    """What attentions take and return, in the same memory in all layers.
+class _Buffers:
+    """Buffers for the inputs and the output of attention, shared by all layers.
 
     Attributes:
-        query: ``[1, heads, rows, head_dim]``, a row's heads beside each other.
-        keys: ``[1, kv_heads, rows, head_dim]``, laid out as the query.
-        values: As the keys.
+        query: ``[1, heads, rows, head_dim]``, with the heads of a row adjacent in memory.
+        keys: ``[1, kv_heads, rows, head_dim]``, in the same memory layout.
+        values: ``[1, kv_heads, rows, head_dim]``, in the same memory layout.
         out: ``[1, rows, heads, head_dim]``.
     """
 
@@ -40,70 +40,70 @@ class _Room:
         self.out = rows(query)
 
     def take(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Copy a layer's in."""
+        """Copy the queries, keys and values of a layer into the buffers."""
         self.query.copy_(query)
         self.keys.copy_(keys)
         self.values.copy_(values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Cut:
-    """A stretch up to an attention, and how that is to be run."""
+class _Segment:
+    """Graph that ends at an attention, with the layer and the spec of that attention."""
 
     graph: Graph
     layer_idx: int
     spec: AttentionSpec
 
 
-class _Cutting:
-    """The attention pass of a capture: cuts at every attention, and attends to nothing.
+class _CapturePass:
+    """Attention pass of a capture: it ends a graph at every attention and computes none.
 
     Attributes:
-        cuts: Made so far.
-        room: Where stretches leave what their attention takes; made at the first.
+        segments: The graphs so far.
+        buffers: Buffers of the attentions; allocated at the first if not given.
 
     Args:
-        recorder: None for a trial run that records nothing.
-        last: The layer whose attention is the last.
-        room: None makes it.
+        recorder: The recorder; None for a trial run without graphs.
+        last: Last layer whose attention is run.
+        buffers: As the attribute.
     """
 
-    def __init__(self, recorder: Recorder | None, last: int, room: _Room | None = None):
+    def __init__(self, recorder: Recorder | None, last: int, buffers: _Buffers | None = None):
         self._recorder = recorder
         self._last = last
-        self.room = room
-        self.cuts: list[_Cut] = []
+        self.buffers = buffers
+        self.segments: list[_Segment] = []
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Nothing is kept."""
+        """Return the keys and values; nothing is kept."""
         return keys, values
 
     def attend(self, call: LayerCall) -> Tensor:
-        """End one graph and begin the next."""
-        if self.room is None:
-            self.room = _Room(call.query, call.keys)
-        self.room.take(call.query, call.keys, call.values)
+        """End this graph and begin the next."""
+        if self.buffers is None:
+            self.buffers = _Buffers(call.query, call.keys)
+        self.buffers.take(call.query, call.keys, call.values)
         if self._recorder is not None:
             graph = self._recorder.end()
-            self.cuts.append(_Cut(graph, call.layer_idx, call.spec))
+            self.segments.append(_Segment(graph, call.layer_idx, call.spec))
             if call.layer_idx != self._last:
                 self._recorder.begin()
-        return self.room.out
+        return self.buffers.out
 
 
 class Captured:
-    """A forward of some number of rows, up to an attention, cut at its attentions.
+    """Captured forward of a fixed number of rows, up to the attention of one layer.
 
     Args:
         model: A patched model.
-        recorder: Captures it.
-        size: The number of rows.
-        last: The layer whose attention is the last.
-        hidden: Of some rows, whose shape and dtype are taken.
-        positions: As hidden.
-        rotation: As hidden.
+        recorder: Captures the graphs.
+        size: Number of rows.
+        last: Last layer whose attention is run.
+        hidden: Hidden states of some rows; only their shape and dtype are used.
+        positions: Positions of some rows; only their shape and dtype are used.
+        rotation: Cosines and sines of some rows; only their shape and dtype are used.
     """
 
     def __init__(
@@ -117,25 +117,25 @@ class Captured:
         rotation: tuple[Tensor, Tensor],
     ):
         self._lock = threading.Lock()
-        self._running: int | None = None  # the thread that is
-        # Captured in whatever mode, replayed in any.
+        self._running: int | None = None  # id of the thread that replays
+        # The buffers must be writable in every mode, whatever mode captures.
         with torch.inference_mode(False), torch.no_grad():
             self._hidden = hidden.new_zeros(1, size, hidden.shape[2])
             self._positions = positions.new_zeros(*positions.shape[:-1], size)
             cos, sin = (part.new_ones(1, size, part.shape[2]) for part in rotation)
             self._rotation = cos, sin
             with recorder.recording():
-                # Once without: libraries make their handles and choose their kernels.
-                trial = _Cutting(None, last)
+                # A trial run first: libraries make handles and choose kernels at their first call.
+                trial = _CapturePass(None, last)
                 self._forward(model, trial, last)
-                assert trial.room is not None
-                self._room = trial.room
-                cutting = _Cutting(recorder, last, trial.room)
+                assert trial.buffers is not None
+                self._buffers = trial.buffers
+                capture = _CapturePass(recorder, last, trial.buffers)
                 recorder.begin()
-                self._entering = self._forward(model, cutting, last)
-        self._cuts = cutting.cuts
+                self._entering = self._forward(model, capture, last)
+        self._segments = capture.segments
 
-    def _forward(self, model: PreTrainedModel, attention_pass: _Cutting, last: int) -> Tensor:
+    def _forward(self, model: PreTrainedModel, attention_pass: _CapturePass, last: int) -> Tensor:
         rows = self._positions, self._rotation, attention_pass, last
         entering = run_layers(model, self._hidden, *rows)
         run_attention(model, entering, *rows)
@@ -148,10 +148,13 @@ class Captured:
         rotation: tuple[Tensor, Tensor],
         attention_pass: AttentionPass,
     ) -> Tensor | None:
-        """Replay it for some rows, under a pass of theirs; see `Captures.run`.
+        """Replay the forward for some rows; see `Captures.run`.
 
-        Threads wait for each other, as their work would on the card: so nobody's numbers depend on
-        who else asks. None if this thread is replaying it already.
+        Threads wait for each other, as their work on the GPU would. So no result depends on other
+        requests.
+
+        Returns:
+            The input of the last layer; None if this thread is already replaying this forward.
         """
         if self._running == threading.get_ident():
             return None
@@ -174,13 +177,13 @@ class Captured:
         self._positions[..., :rows] = positions
         for own, part in zip(self._rotation, rotation, strict=True):
             own[:, :rows] = part
-        room = self._room
-        query, keys, values = (x[:, :, :rows] for x in (room.query, room.keys, room.values))
-        for cut in self._cuts:
-            cut.graph.replay()
-            taken = attention_pass.update(keys, values, cut.layer_idx)
-            room.out[:, :rows] = attention_pass.attend(
-                LayerCall(cut.layer_idx, query, *taken, cut.spec)
+        held = self._buffers
+        query, keys, values = (x[:, :, :rows] for x in (held.query, held.keys, held.values))
+        for segment in self._segments:
+            segment.graph.replay()
+            taken = attention_pass.update(keys, values, segment.layer_idx)
+            held.out[:, :rows] = attention_pass.attend(
+                LayerCall(segment.layer_idx, query, *taken, segment.spec)
             )
-        # A copy: the next replay, perhaps another thread's, overwrites it.
+        # A copy, because the next replay overwrites the buffer, perhaps in another thread.
         return self._entering[:, :rows].clone()

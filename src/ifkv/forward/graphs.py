@@ -1,15 +1,15 @@
-"""Run a few rows from CUDA graphs, instead of launching kernel by kernel.
+"""Graph runner: run few rows from CUDA graphs instead of launching every kernel.
 
-The rows of a question, of a short turn, or of one new token for each request of a batch keep a card
-busy for less time than the processor takes to launch their forward, some forty kernels a layer.
-Between one attention and the next every row is computed by itself, whatever the cache holds. So
-these stretches are captured once for a number of rows, with the model's own modules, and replayed;
-attention is launched as ever, between them. Fewer rows run in the graphs of the next larger number;
-what the others compute is not read.
+The rows of a question, of a short turn, or of one decoding step of a batch keep a GPU busy for less
+time than the CPU needs to launch their forward, some forty kernels a layer. Between one attention
+and the next, every row is computed independently of the cache. So these segments are captured once
+for a number of rows, with the model's own modules, and then replayed. Attention is launched between
+them as usual. Fewer rows run in the graphs of the next larger number; the results of the unused
+rows are ignored.
 
-A graph holds the addresses of weights and what the modules did when it was captured. It serves only
-as long as both are what they were. Modules that do more than their class says (hooks, a ``forward``
-of their own, compiled or quantized layers) are called, not captured.
+A graph contains the addresses of weights, and the work of the modules at the time of the capture.
+It is valid only while both are unchanged. Layers with hooks or a replaced ``forward``, and compiled
+or quantized layers, are called and not captured.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ifkv")
 
-# Rows that stretches are captured for. Of a model of 8 billion weights, twice as many keep an H100
-# busy for as long as they take to launch.
+# Numbers of rows with graphs. With a model of 8 billion weights, twice as many rows as the largest
+# keep an H100 busy for as long as their launch takes.
 SIZES = (16, 32, 64, 128, 256, 512)
-# Captures kept for one model; each holds what one layer's rows take, 50 MB of 512 of a large one.
+# Captures kept for one model. Each has buffers for one layer: 50 MB for 512 rows of a large model.
 KEPT = 8
 
 
@@ -53,21 +53,21 @@ def run_to_attention(
     attention_pass: AttentionPass,
     layer_idx: int,
 ) -> Tensor:
-    """Run rows from the first layer up to the attention of one, in graphs if there are any.
+    """Run rows from the first layer up to the attention of one, in graphs if possible.
 
-    What `run_layers` and then `run_attention` do.
+    The result is that of `run_layers` followed by `run_attention`.
 
     Args:
         model: A patched model.
-        graphs: The model's, if it has any.
-        hidden: What the first layer is given, ``[1, rows, hidden]``.
+        graphs: The graphs of the model, if it has any.
+        hidden: Input of the first layer, ``[1, rows, hidden]``.
         positions: As in `run_layers`.
         rotation: As in `run_layers`.
         attention_pass: The pass.
-        layer_idx: The layer.
+        layer_idx: Last layer whose attention is run.
 
     Returns:
-        The hidden states that the layer was given, ``[1, rows, hidden]``.
+        The input of that layer, ``[1, rows, hidden]``.
     """
     rows = positions, rotation, attention_pass, layer_idx
     entering = None if graphs is None else graphs.run(model, hidden, *rows)
@@ -78,11 +78,11 @@ def run_to_attention(
 
 
 class Captures:
-    """The captured forwards of one model.
+    """Graph runner of one model: its captured forwards, by number of rows.
 
     Args:
-        device: Where the model lies.
-        make_recorder: Called for every capture.
+        device: Device of the model.
+        make_recorder: Makes the recorder of each capture.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Captures:
         self._device = device
         self._make_recorder = make_recorder
         self._lock = threading.Lock()
-        self._held: Hashable = None
+        self._key: Hashable = None
         self._captured: dict[Hashable, Captured] = {}
         self._refused = False
 
@@ -106,34 +106,33 @@ class Captures:
         attention_pass: AttentionPass,
         last: int,
     ) -> Tensor | None:
-        """Run rows through the layers up to the attention of one, if graphs can.
+        """Run rows through the layers up to the attention of one, if graphs can do so.
 
         Args:
             model: A patched model.
-            hidden: What the first layer is given, ``[1, rows, hidden]``.
+            hidden: Input of the first layer, ``[1, rows, hidden]``.
             positions: As in `run_layers`.
             rotation: As in `run_layers`.
-            attention_pass: The pass; what it is shown of a layer lasts until the next.
-            last: The layer.
+            attention_pass: The pass. Its tensors of a layer are valid until the next layer.
+            last: Last layer whose attention is run.
 
         Returns:
-            What that layer was given, ``[1, rows, hidden]``. If None, nothing has been done: the
-            rows are too many, the modules cannot be captured, or the pass has been begun from
-            within another one of this thread.
+            The input of that layer, ``[1, rows, hidden]``. None if nothing was run: there are too
+            many rows, the modules cannot be captured, or this thread is inside another pass.
         """
         size = next((size for size in SIZES if hidden.shape[1] <= size), None)
         if size is None or hidden.device != self._device:
             return None
         if torch.is_autocast_enabled(hidden.device.type):
             return None
-        held = _what_graphs_hold(model)
-        if held is None:
+        key = _validity_key(model)
+        if key is None:
             return None
         rows = positions, rotation
         with self._lock:
-            if held != self._held:
+            if key != self._key:
                 self._captured.clear()
-                self._held, self._refused = held, False
+                self._key, self._refused = key, False
             captured = self._find(model, size, last, hidden, *rows)
         return None if captured is None else captured.run(hidden, *rows, attention_pass)
 
@@ -146,7 +145,7 @@ class Captures:
         positions: Tensor,
         rotation: tuple[Tensor, Tensor],
     ) -> Captured | None:
-        """The captured forward of this size, made if there is none; None if that has failed."""
+        """Return the captured forward of this size, captured if new; None if the capture failed."""
         key = (size, last, hidden.dtype, _stream(self._device))
         if key not in self._captured and not self._refused:
             recorder = self._make_recorder(self._device)
@@ -167,17 +166,17 @@ class Captures:
         return self._captured.get(key)
 
 
-def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
-    """Where the layers' weights lie and what their classes compute; None if that is not all."""
+def _validity_key(model: PreTrainedModel) -> Hashable:
+    """Return the key under which graphs stay valid; None if the layers cannot be captured."""
     if torch_module._has_any_global_hook():
         return None
     tree = tree_of(DecoderView(model).stack.layers)
     for module in tree.modules:
-        own = module.__dict__  # found sooner there than by module.…, of four hundred modules
+        own = module.__dict__  # faster than attribute access, for four hundred modules
         if (
             own["_forward_hooks"]
             or own["_forward_pre_hooks"]
-            or own["_buffers"]  # a quantized layer's, as a rule
+            or own["_buffers"]  # usually a quantized layer
             or "forward" in own
             or own.get("_compiled_call_impl") is not None
         ):
@@ -196,5 +195,5 @@ def _what_graphs_hold(model: PreTrainedModel) -> Hashable:
 
 
 def _stream(device: torch.device) -> Hashable:
-    """What orders launches: graphs must not be replayed from two streams at once."""
+    """Return the current stream: two streams must not replay the same graph at once."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None

@@ -1,9 +1,9 @@
 """Run rows through a patched model's decoder layers under an attention pass.
 
-The loop calls the model's own layer modules with the keywords its own forward gives them; what a
-layer computes stays upstream's code. Owning the loop is what lets a pass stop after the deepest
-layer it needs, skip what nobody reads in the last layer, and build no masks. The canary tests
-watch the upstream forward it stands in for.
+The loop calls the model's own layer modules with the keywords that upstream's forward gives them,
+so upstream's code computes the layers. With its own loop a pass can stop after the deepest layer it
+needs, skip the unused part of the last layer, and build no masks. The hashes in the family files
+show when the upstream forward that it replaces has changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """Input embeddings of tokens.
+    """Compute the input embeddings of tokens.
 
     Args:
         model: A patched model.
@@ -51,16 +51,17 @@ def run_layers(
         model: A patched model.
         hidden: ``[1, rows, hidden]``.
         positions: Long ``[rows]``, or ``[axes, rows]``.
-        rotation: Cosines and sines the layers shall apply, ``[1, rows or 1, rotary_dim]``.
+        rotation: Cosines and sines that the layers apply, ``[1, rows or 1, rotary_dim]``.
         attention_pass: The pass.
         stop: The first layer not to run.
-        start: The first layer to run; ``hidden`` is what it is given.
+        start: The first layer to run; ``hidden`` is its input.
 
     Returns:
-        The hidden states that layer ``stop`` would be given, ``[1, rows, hidden]``.
+        The input of layer ``stop``, ``[1, rows, hidden]``.
 
     Raises:
-        UnsupportedModelError: A layer asks for what no pass knows, or leaves the pass out.
+        UnsupportedModelError: A layer asks for an attention that passes do not support, or does
+            not call the pass.
     """
     watched = WatchedPass(attention_pass)
     for layer_idx, layer in enumerate(DecoderView(model).layers[start:stop], start):
@@ -78,21 +79,21 @@ def run_attention(
     attention_pass: AttentionPass,
     layer_idx: int,
 ) -> None:
-    """Run only the attention block of one layer, for what it does to the pass.
+    """Run only the attention block of one layer, for its effect on the pass.
 
-    In the deepest layer a pass needs keys and values (or scores), but nobody reads the layer's
-    output: its MLP, the larger part, need not run.
+    In its deepest layer a pass needs keys and values, or scores, and not the layer's output. So the
+    MLP, which is the larger part, does not run.
 
     Args:
         model: A patched model.
-        hidden: What the layer would be given, ``[1, rows, hidden]``.
+        hidden: Input of the layer, ``[1, rows, hidden]``.
         positions: As in `run_layers`.
         rotation: As in `run_layers`.
         attention_pass: The pass.
         layer_idx: The layer.
 
     Raises:
-        UnsupportedModelError: As of `run_layers`.
+        UnsupportedModelError: As in `run_layers`.
     """
     layer = DecoderView(model).layers[layer_idx]
     watched = WatchedPass(attention_pass)
@@ -105,7 +106,7 @@ def run_attention(
 
 
 def row_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of every row.
+    """Compute the logits of every row.
 
     Args:
         model: A patched model.

@@ -1,9 +1,9 @@
-"""The protocol of ifkv's own passes: one run of rows through the decoder layers.
+"""Protocol of attention passes: one run of rows through the decoder layers.
 
-An *attention pass* decides where each layer's new keys and values go, and what every row attends
-to. It is handed to the layers as their cache (transformers asks it where keys and values go) and
-as the keyword ``ifkv_pass`` (which travels to the attention function). All its state is its own,
-so passes on different models or threads cannot meet.
+An *attention pass* decides where the new keys and values of each layer go, and what every row
+attends to. The layers get it as their cache, which takes keys and values, and as the keyword
+``ifkv_pass``, which reaches the attention function. A pass shares no state with other passes, so
+models and threads do not interfere.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class LayerCall(NamedTuple):
-    """What a layer hands to the attention of a pass.
+    """Arguments of a pass's attention in one layer.
 
     Attributes:
-        layer_idx: The layer.
-        query: ``[1, heads, rows, head_dim]``, rotated by whatever the run was given.
-        keys: What `AttentionPass.update` returned.
-        values: What `AttentionPass.update` returned.
-        spec: How the layer's rows attend.
+        layer_idx: Index of the layer.
+        query: ``[1, heads, rows, head_dim]``, rotated by the rotation of the run.
+        keys: Keys returned by `AttentionPass.update`.
+        values: Values returned by `AttentionPass.update`.
+        spec: Scaling and mask of the layer.
     """
 
     layer_idx: int
@@ -40,13 +40,13 @@ class AttentionPass(Protocol):
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values; return what `attend` shall be given.
+        """Take the new keys and values of a layer, and return those that `attend` is given.
 
         Args:
-            keys: ``[1, kv_heads, rows, head_dim]``, rotated by whatever the run was given.
+            keys: ``[1, kv_heads, rows, head_dim]``, rotated by the rotation of the run.
             values: ``[1, kv_heads, rows, head_dim]``.
-            layer_idx: The layer.
-            **unread: What releases of transformers hand over besides.
+            layer_idx: Index of the layer.
+            **unread: Further arguments of some releases of transformers.
         """
         ...
 

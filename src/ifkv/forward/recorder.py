@@ -1,4 +1,4 @@
-"""CUDA graphs that are cut out of a stretch of launches."""
+"""Recorders: capture a sequence of launches as several CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 
 class Graph(Protocol):
-    """Launches that can be repeated; the tests have another than CUDA's."""
+    """Launches that can be repeated: a CUDA graph, or a stand-in in the tests."""
 
     def replay(self) -> None:
-        """Launch them again, on the current stream."""
+        """Repeat the launches on the current stream."""
 
 
 class Recorder(Protocol):
-    """Cuts what is launched into graphs, which are replayed in the order they were made."""
+    """Captures launches in graphs, which are replayed in the order of their capture."""
 
     def recording(self) -> AbstractContextManager[None]:
-        """Where `begin` and `end` may be called."""
+        """Return a context in which `begin` and `end` may be called."""
         ...
 
     def begin(self) -> None:
-        """From here on, launches are noted and not made."""
+        """Begin a graph: from now on launches are recorded and not made."""
 
     def end(self) -> Graph:
-        """The launches since `begin`."""
+        """End the graph and return it: the launches since `begin`."""
         ...
 
 
@@ -38,7 +38,7 @@ class CudaRecorder:
     """Captures CUDA graphs that share one pool of memory.
 
     Args:
-        device: The card.
+        device: The GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -49,7 +49,7 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """See `Recorder.recording`; on a stream of its own, as captures have to be."""
+        """Open a context on a separate stream, which captures need; see `Recorder.recording`."""
         outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
         try:
@@ -64,18 +64,18 @@ class CudaRecorder:
             outside.wait_stream(self._stream)
 
     def begin(self) -> None:
-        """See `Recorder.begin`."""
+        """Begin a graph; see `Recorder.begin`."""
         self._open = torch.cuda.CUDAGraph()
-        # What other threads do on the card meanwhile is no concern of this capture.
+        # Launches of other threads must not break this capture.
         self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> Graph:
-        """See `Recorder.end`."""
+        """End the graph and return it; see `Recorder.end`."""
         graph, self._open = self._open, None
         assert graph is not None
         graph.capture_end()
         return graph
 
     def _abandon(self) -> None:
-        with contextlib.suppress(RuntimeError):  # broken by what is being raised
+        with contextlib.suppress(RuntimeError):  # the error in flight may have broken the capture
             self.end()

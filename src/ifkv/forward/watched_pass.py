@@ -1,4 +1,4 @@
-"""A pass under which every layer must do what ifkv rests on, or is refused."""
+"""Check that every layer calls the pass it is given, and refuse a layer that does not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class WatchedPass:
-    """Hands a pass what layers bring, and sees to it that each brings its own, and all of it.
+    """Wrapper of an attention pass that checks the calls of each layer.
 
-    A layer that keeps its keys and values to itself, attends by other means, or takes another's
-    place would compute something, and nobody would know.
+    A layer that keeps its keys and values, attends in another way, or has the index of another
+    layer would silently compute something wrong.
 
     Args:
         attention_pass: The pass.
@@ -30,7 +30,7 @@ class WatchedPass:
         self._done: list[str] = []
 
     def expect(self, layer_idx: int) -> None:
-        """Say which layer runs next."""
+        """Set the layer that runs next."""
         self._layer_idx = layer_idx
         self._done = []
 
@@ -38,13 +38,13 @@ class WatchedPass:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values, as `AttentionPass.update`."""
+        """Take a layer's new keys and values like `AttentionPass.update`."""
         self._take("update", layer_idx)
         return self._pass.update(keys, values, layer_idx, **unread)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(self, call: LayerCall) -> Tensor:
-        """Compute a layer's attention, as `AttentionPass.attend`."""
+        """Compute a layer's attention like `AttentionPass.attend`."""
         self._take("attend", call.layer_idx)
         return self._pass.attend(call)
 
@@ -58,10 +58,10 @@ class WatchedPass:
         self._done.append(what)
 
     def check(self, layer: nn.Module) -> None:
-        """Refuse a layer that has run without its part of the protocol.
+        """Raise if the layer did not follow the protocol of passes.
 
         Raises:
-            UnsupportedModelError: It did not update the cache and then attend, once.
+            UnsupportedModelError: It did not call `update` once and then `attend` once.
         """
         if self._done != ["update", "attend"]:
             steps = " and ".join(self._done) or "nothing"
