@@ -1,6 +1,6 @@
-"""Patching a model in place, and undoing it without a trace.
+"""Patch a model in place, and restore it completely.
 
-Belongs here: the handle, the config overlay, the functions registered with transformers.
+Belongs here: the handle, and the functions registered with transformers.
 Not here: facts about models (`ifkv.models`) and passes (`ifkv.forward`).
 """
 

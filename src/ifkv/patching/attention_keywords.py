@@ -1,8 +1,7 @@
-"""What a layer asks of an attention by keyword, read whole: none is left out without a word.
+"""Keywords that a layer passes to its attention function: all are checked, none is dropped.
 
-A keyword that changes what attention computes, such as ``softcap`` or ``s_aux``, and that a pass
-does not know would simply vanish. So every keyword is either understood, or known to change
-nothing, or refused.
+A keyword that changes what attention computes, such as ``softcap`` or ``s_aux``, must not be
+ignored. So every keyword is either understood, or known to change nothing, or refused.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ WITHOUT_EFFECT = {
     "use_cache": "layers hand it on; nobody below the model's own forward reads it",
     "output_hidden_states": "the model's own forward collects them around its layers",
 }
-# Of these, only what switches them off has no effect.
+# Keywords that have no effect only if they are switched off.
 SWITCHED_OFF = {
     "dropout": "0 in eval mode, which ifkv requires",
     "output_attentions": "asks for the weights, which neither passes nor decoding steps have",
@@ -33,10 +32,10 @@ SWITCHED_OFF = {
 
 
 def strange_keywords(keywords: Mapping[str, Any]) -> list[str]:
-    """Name the keywords that may change what attention computes in a way that is not understood.
+    """Return the names of keywords that may change the attention and that ifkv does not know.
 
     Args:
-        keywords: What an attention function was given by keyword, but for ``ifkv_pass``.
+        keywords: Keyword arguments of an attention function, without ``ifkv_pass``.
     """
     return [
         name
@@ -49,7 +48,7 @@ def strange_keywords(keywords: Mapping[str, Any]) -> list[str]:
 
 
 def spec_of(keywords: Mapping[str, Any]) -> AttentionSpec | None:
-    """Return how a layer attends, or None if its scaling or window is no such thing."""
+    """Return the spec that keywords ask for; None if the scaling or the window is invalid."""
     scaling, window = keywords.get("scaling"), keywords.get("sliding_window")
     if not isinstance(scaling, int | float) or not math.isfinite(scaling):
         return None
@@ -59,15 +58,15 @@ def spec_of(keywords: Mapping[str, Any]) -> AttentionSpec | None:
 
 
 def checked_spec(module: nn.Module, mask: object, keywords: Mapping[str, Any]) -> AttentionSpec:
-    """Return how a layer attends under one of ifkv's passes.
+    """Return the spec of a layer's attention under one of ifkv's passes.
 
     Args:
         module: The attention module.
-        mask: The mask it hands over; a pass makes its own, and its layers are given none.
-        keywords: What it asks for by keyword.
+        mask: Its mask; None, because a pass makes its own masks.
+        keywords: Its keyword arguments.
 
     Raises:
-        UnsupportedModelError: It asks for something that a pass would leave out.
+        UnsupportedModelError: The module asks for something that a pass would ignore.
     """
     found = {name: keywords[name] for name in strange_keywords(keywords)}
     if mask is not None:

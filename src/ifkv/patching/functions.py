@@ -1,7 +1,7 @@
-"""The attention and mask functions that are registered with transformers.
+"""Attention and mask functions that are registered with transformers.
 
-They serve ifkv's own passes (`ifkv.forward.passes`) and decoding steps over stitched caches. Every
-other call goes to the attention that the model used before.
+They run ifkv's own passes (`ifkv.forward.passes`) and decoding steps over stitched caches. Every
+other call goes to the attention that the model used before the patch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
 
     Args:
         name: The name to register them under.
-        config: The config that lies under the overlay: it names the attention to delegate to,
-            read at every call so that ``set_attn_implementation`` keeps working while patched.
-        backend: It is offered the decoding steps over stitched caches.
+        config: The config below the overlay. It names the attention to delegate to, and is read at
+            every call, so that ``set_attn_implementation`` works while the model is patched.
+        backend: Backend for decoding steps over stitched caches.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -59,7 +59,7 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
             decoded = backend.decode(query, key, value, decoding, scales=scales or UNSCALED)
             if decoded is not None:
                 return decoded, None
-        if scales is not None:  # the model's own attention knows nothing of 8 bits
+        if scales is not None:  # the model's own attention cannot read 8-bit keys
             key = dequantize(key, scales.keys, query.dtype)
             value = dequantize(value, scales.values, query.dtype)
         implementation = config._attn_implementation
@@ -76,22 +76,22 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
         return usual(module, query, key, value, attention_mask, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        # An attention registered without a mask function gets None from transformers, too.
+        # transformers too gives None to an attention without a registered mask function.
         usual = ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation)
         return None if usual is None else usual(*args, **kwargs)
 
     AttentionInterface.register(name, attention)
-    # Without this second registration every padding mask would silently be dropped.
+    # Without this second registration transformers would silently drop every padding mask.
     AttentionMaskInterface.register(name, mask)
 
 
 def _spec_of_decoding(
     query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> AttentionSpec | None:
-    """How the row attends if this is one row per sequence that sees all of a stitched cache.
+    """Return the spec if this is one row per sequence that sees all of a stitched cache.
 
-    Without a mask nothing is padded: transformers leaves masks out only where they hide nothing.
-    A keyword that is not understood is one for the model's own attention, which knows it.
+    Without a mask there is no padding: transformers omits a mask only if it hides nothing. With an
+    unknown keyword the call goes to the model's own attention, which knows it.
     """
     if mask is not None or query.shape[2] != 1 or not is_stitched(key):
         return None
@@ -102,7 +102,7 @@ def _spec_of_decoding(
 
 
 def unregister(name: str) -> None:
-    """Remove what `register` registered."""
+    """Remove the functions that `register` registered."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

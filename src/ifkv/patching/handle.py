@@ -1,14 +1,14 @@
-"""Patch a transformers model in place, and undo it without a trace.
+"""Patch a transformers model in place, and restore it completely.
 
-A patch does two things. It registers one attention function and one mask function under a name of
-its own through transformers' official interfaces, and it lays an *overlay* over the config of the
-decoder stack, so that this model alone looks its attention up under that name. Both functions hand
-every call that carries no ifkv pass to whatever attention the model used before, so ordinary
-``model(...)`` and ``model.generate(...)`` stay bit for bit the same.
+A patch does two things. It registers an attention function and a mask function with transformers,
+under a name that no other model has. And it puts an *overlay* over the config of the decoder stack,
+so that only this model uses the name. Both functions delegate every call without an ifkv pass to
+the attention that the model used before, so ordinary ``model(...)`` and ``model.generate(...)``
+give bit-equal results.
 
-An overlay (`ifkv.models.config_overlay`) sees changes of the config below, as that sees changes of
-the overlay. Another model built from either config object computes what it would without the patch.
-Copying and pickling see through it: a copy of a patched model is an ordinary, unpatched model.
+A change of the overlay (`ifkv.models.config_overlay`) is a change of the config below, and the
+reverse. Another model built from either config computes the same as without the patch. Copying and
+pickling ignore the overlay: a copy of a patched model is an ordinary, unpatched model.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _names = itertools.count()
 
 
 class PatchHandle:
-    """What `patch` returns: a view of the patch, and a context manager that undoes it.
+    """Handle of a patched model, returned by `patch`; a context manager that undoes the patch.
 
     Attributes:
-        family: The facts of the model's family.
-        backend: The attention backend that runs ifkv's own passes.
-        rope: The model's rotary geometry.
-        name: The name that this model's attention is registered under.
-        fingerprints: The model's fingerprint, kept until its weights change.
-        captures: On a CUDA card, the CUDA graphs that few rows run in (`ifkv.forward.graphs`);
-            set it to None to have every kernel launched by itself.
+        family: Facts of the model's family.
+        backend: Attention backend of ifkv's own passes.
+        rope: Rotary embedding of the model.
+        name: Name under which the model's attention is registered.
+        fingerprints: Fingerprint of the model, kept until its weights change.
+        captures: CUDA graphs for few rows (`ifkv.forward.graphs`) if the model is on a GPU. Set it
+            to None to launch every kernel instead.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, backend: Backend, rope: Rope):
@@ -66,8 +66,8 @@ class PatchHandle:
         self._model = weakref.ref(model)
         self._entered = 0
         self._covered: list[tuple[nn.Module, PreTrainedConfig]] = []
-        # A model that is dropped without unpatch() must not leave its functions registered, nor
-        # parts of it that live on looking for them.
+        # A model that is dropped without unpatch() must not leave its functions registered, and
+        # parts of it that live on must not look for them.
         self._restore = weakref.finalize(model, _restore, self.name, self._covered)
         self._restore.atexit = False
 
@@ -76,7 +76,7 @@ class PatchHandle:
 
         stack = DecoderView(model).stack
         config = cast("PreTrainedConfig", stack.config)
-        # A model built from a patched model's config holds that one's overlay.
+        # A model built from a patched model's config has the overlay of that model.
         underlying, covered = below(config), self._covered
         register(self.name, underlying, self.backend)
         laid = overlay(underlying, self.name, lambda: bool(covered))
@@ -86,7 +86,7 @@ class PatchHandle:
                 module.config = cast(Any, laid)
 
     def unpatch(self) -> None:
-        """Restore the model; does nothing if that has been done already."""
+        """Restore the model; do nothing if it is already restored."""
         with _lock:
             self._restore()
             self.captures = None
@@ -111,7 +111,7 @@ class PatchHandle:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Blocks may nest, in functions that know nothing of each other: the outermost undoes.
+        # Blocks may nest in independent functions; the outermost one undoes the patch.
         with _lock:
             self._entered -= 1
             if self._entered == 0:
@@ -123,7 +123,7 @@ class PatchHandle:
 
 
 def _restore(name: str, covered: list[tuple[nn.Module, PreTrainedConfig]]) -> None:
-    """Give the covered modules their config back and remove what is registered under the name."""
+    """Give the covered modules their config back, and unregister the functions."""
     from ifkv.patching.functions import unregister
 
     for module, config in covered:
@@ -133,10 +133,10 @@ def _restore(name: str, covered: list[tuple[nn.Module, PreTrainedConfig]]) -> No
 
 
 def check_model(model: PreTrainedModel) -> Family:
-    """Refuse a model that cannot be patched as it is, and return its family.
+    """Return the family of a model, and raise if the model cannot be patched.
 
     Raises:
-        UnsupportedModelError: As of `patch`.
+        UnsupportedModelError: As in `patch`.
     """
     family = resolve_family(model)
     check_structure(model, family)
@@ -148,29 +148,28 @@ def check_model(model: PreTrainedModel) -> Family:
 def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHandle:
     """Patch a causal language model in place.
 
-    Everything is checked before anything changes. Patching a patched model returns the handle it
-    already has, with its fingerprint taken anew, unless another backend is asked for: then the
-    patch is made anew. Copies of a patched model (``deepcopy``, pickle) are not patched.
+    Everything is checked before anything changes. If the model is already patched, its handle is
+    returned and the fingerprint is computed again; if another backend is asked for, the patch is
+    made again. Copies of a patched model (``deepcopy``, pickle) are not patched.
 
     Args:
         model: A Llama, Qwen, Mistral or Phi-3 model from transformers, in ``eval()`` mode.
-        backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA), or ``"auto"``;
-            or a backend made by hand, such as ``FlashInferBackend(mask="split")``.
+        backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA) or ``"auto"``; or a
+            backend object, such as ``FlashInferBackend(mask="split")``.
 
     Returns:
-        The handle; as a context manager it undoes the patch on exit (of nested blocks over one
-        model, the outermost does).
+        The handle. As a context manager it undoes the patch on exit; of nested blocks over one
+        model, the outermost one does.
 
     Raises:
-        UnsupportedModelError: No family covers the model, it contradicts a fact of its family, its
+        UnsupportedModelError: No family covers the model, a fact of its family does not hold, its
             weights are not all on one device, it carries adapters or hooks, or it is in training
             mode.
-        UnsupportedRopeError: Its rotary embedding cannot be moved exactly.
-        BackendUnavailableError: The backend asked for cannot run here.
+        UnsupportedRopeError: Its keys cannot be moved exactly to other positions.
+        BackendUnavailableError: The backend cannot run here.
 
     Warns:
-        UpstreamWarning: The model runs code that nobody has read; ``ifkv verify`` tells whether
-            ifkv fits it.
+        UpstreamWarning: The model runs code that nobody has read; check it with ``ifkv verify``.
 
     Examples:
         >>> import ifkv
@@ -204,10 +203,10 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Restore a patched model: configs, registered functions, everything.
+    """Restore a patched model: its configs and the registered functions.
 
     Args:
-        model: The model; one that is not patched is left alone.
+        model: The model; nothing happens if it is not patched.
     """
     with _lock:
         handle = _handles.get(model)
@@ -216,7 +215,7 @@ def unpatch(model: PreTrainedModel) -> None:
 
 
 def handle_of(model: PreTrainedModel) -> PatchHandle:
-    """The handle of a patched model that is ready to be used.
+    """Return the handle of a patched model, after a check that the model can be used.
 
     Raises:
         NotPatchedError: The model is not patched.
@@ -224,7 +223,7 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
             under ``torch.autocast``.
     """
     handle = None
-    with contextlib.suppress(TypeError):  # of what is no model and cannot be referred to weakly
+    with contextlib.suppress(TypeError):  # not a model, and without weak references
         handle = _handles.get(model)
     if handle is None:
         raise NotPatchedError(
