@@ -17,6 +17,7 @@ from speed_tables import BLOCK, TABLES, filled
 from speed_tables import PAGES as PAGES_WITH_SPEEDS
 
 import ifkv
+from ifkv import selectors
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -76,6 +77,14 @@ def test_the_reference_asks_for_nothing_that_is_not_there() -> None:
         except ModuleNotFoundError:
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_every_selector_has_a_row() -> None:
+    page = (DOCS / "selectors.md").read_text(encoding="utf-8")
+    ours = [
+        n for n in selectors.names() if selectors.selector_class(n).__module__.startswith("ifkv.")
+    ]
+    assert [name for name in ours if f"\n| `{name}` | " not in page] == []
 
 
 def test_the_command_lines_page_is_up_to_date() -> None:
