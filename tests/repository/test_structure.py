@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from figures.floors import FLOORS, GROUPS
+
+import ifkv
+from ifkv.store import DiskStore
+from ifkv.testing import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
@@ -45,3 +51,39 @@ def test_every_hop_of_a_walk_is_there(walk: str) -> None:
         for part in name.split("."):
             assert hasattr(thing, part), f"{file}.py has no {name}"
             thing = getattr(thing, part)
+
+
+def test_the_walks_name_what_is_called(tmp_path: Path) -> None:
+    source = ROOT / "src" / "ifkv"
+    called: set[tuple[str, str]] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(source):
+            file = path.relative_to(source).with_suffix("").as_posix()
+            called.add((file, frame.f_code.co_qualname))
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer))
+    missing = []
+    for title, hops in WALKS.items():
+        session = ifkv.Session(model, tokenizer, store=DiskStore(tmp_path))
+        sys.setprofile(note)
+        try:
+            session.add(["The lamp is red.", "The door is green.", "It rains."])
+            if "question" in title:
+                session.ask("Which colour is the door?", ratio=0.2, max_new_tokens=2)
+        finally:
+            sys.setprofile(None)
+        own = {name.rpartition(".")[2] for file, name in called if file.startswith("backends/")}
+        for file, name in hops:
+            if file == "backends/base":  # abstract: a backend has its own
+                found = name.rpartition(".")[2] in own
+            elif name in ("Answer", "DocumentCache"):  # made by a method that dataclasses wrote
+                found = True
+            else:
+                inner = f"{name}.<locals>."
+                found = any(file == f and (n == name or n.startswith(inner)) for f, n in called)
+            if not found:
+                missing.append(f"{file}.py: {name}")
+    assert not missing
