@@ -120,6 +120,20 @@ def test_a_model_that_is_none_is_named_without_transformers_words(command: list[
     assert isinstance(refused(*command, "lamp.txt", "--model", "other"), UnsupportedModelError)
 
 
+@pytest.mark.usefixtures("here")
+def test_settings_that_a_model_refuses_are_refused_before_documents_are_made(
+    model_folder: Path,
+) -> None:
+    folder = Path(shutil.copytree(model_folder, "model"))
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    command = ["ask", "Why?", "lamp.txt", "--model", "model", "--store", "kept"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, InvalidInputError)
+    assert "strictly positive float, but is 0" in str(result.exception)
+    assert "prefill" not in result.output
+    assert not list(Path().glob("kept/documents/*"))
+
+
 @pytest.mark.usefixtures("here", "unloaded")
 @pytest.mark.parametrize("command", [["ask", "Why?"], ["encode"]])
 def test_a_file_that_is_too_long_is_named_with_the_way_out(

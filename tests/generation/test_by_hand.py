@@ -76,6 +76,12 @@ BAD: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, c: by_hand(m, c, PROMPT, attention_mask=torch.ones(1, 20).long()),
         r"3 tokens and an attention mask of 20.* has to cover all 18.*ifkv\.generate",
     ),
+    "a mask with holes": (
+        lambda m, c: by_hand(
+            m, c, PROMPT, attention_mask=torch.tensor([[0] * 2 + [1] * 16], dtype=torch.long)
+        ),
+        r"mask hides some of the 15 rows.*ifkv\.generate",
+    ),
     "two prompts": (
         lambda m, c: m.generate(torch.tensor([LONG, LONG]), **cache_keyword(m, c), **GREEDY),
         r"40 tokens that do not continue.*ifkv\.generate",

@@ -297,6 +297,10 @@ def _words(place: str) -> list[str]:
         (dict(max_time="x"), "max_time is 'x'"),
         (dict(guidance_scale="x"), "guidance_scale is 'x'"),
         (dict(eos_token_id="x"), "cannot be told"),
+        (
+            dict(exponential_decay_length_penalty=(1, 1.5), eos_token_id=None),
+            r"fails over these settings: .*'exponential_decay_length_penalty'",
+        ),
     ],
 )
 def test_bad_settings_are_refused(

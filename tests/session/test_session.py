@@ -136,6 +136,23 @@ def test_documents_by_key_and_in_the_order_asked(session: ifkv.Session) -> None:
         session.ask(QUESTION, documents=["0" * 64])
 
 
+def test_keys_may_come_from_a_generator(session: ifkv.Session) -> None:
+    keys = session.keys[::-1]
+    expected = session.ask(QUESTION, documents=keys, max_new_tokens=2)
+    stream = session.stream(QUESTION, documents=iter(keys), max_new_tokens=2)
+    assert list(stream)
+    answers = [
+        stream.answer,
+        session.ask(QUESTION, documents=(key for key in keys), max_new_tokens=2),
+        session.ask(QUESTION, documents=iter(keys), max_length=100),
+        session.conversation(iter(keys)).ask(QUESTION, max_new_tokens=2),
+        *session.ask_many([QUESTION], documents=[iter(keys)], max_new_tokens=2),
+    ]
+    for answer in answers:
+        assert answer.sources == expected.sources
+        assert torch.equal(answer.token_ids[:2], expected.token_ids)
+
+
 def test_what_the_store_holds_is_not_computed_again(
     session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,12 @@ def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
             f"generate() was given {length} tokens and an attention mask of {seen} beside a "
             f"stitched cache of {rows} rows; the mask has to cover all {rows + length}. {_WAY_OUT}."
         )
+    if mask is not None and not bool(mask[:, :rows].all()):
+        raise InvalidInputError(
+            f"the attention mask hides some of the {rows} rows of the stitched cache, whose "
+            f"positions generate() would count without them. {_WAY_OUT}, or stitch the documents "
+            "that are meant."
+        )
     _check_positions(cache, kwargs.get("position_ids"))
 
 

@@ -146,6 +146,7 @@ def ask(
     from ifkv.cli.split_option import check_request, cut
     from ifkv.planning.support import check_plannable
     from ifkv.selectors import resolve
+    from ifkv.session.options import AskOptions
     from ifkv.session.prompt_format import PromptFormat, check_question
     from ifkv.session.retrieval import load_bm25s
     from ifkv.session.session import Session
@@ -195,6 +196,7 @@ def ask(
         session = Session(
             loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
         )
+        session.engine.settings(AskOptions(max_new_tokens=max_new_tokens))  # a model refuses more
         if not files:
             kept.sentence = lambda: "The store is as it was."
         elif store == "memory":

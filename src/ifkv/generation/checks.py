@@ -247,3 +247,10 @@ def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
         ) from None
     except (ValueError, TypeError) as error:
         raise refused_upstream(error) from error
+    except Exception as error:  # of a value that upstream does not look at, but stumbles over
+        said = {name: v for name, v in config.to_diff_dict().items() if name[0] != "_"}
+        said.pop("transformers_version", None)
+        raise InvalidInputError(
+            f"generate() fails over these settings: {said} ({error}); correct what is wrong among "
+            "them."
+        ) from error

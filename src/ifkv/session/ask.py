@@ -107,10 +107,11 @@ class _Questions:
         self._engine, self._questions, self._numbered = engine, questions, numbered
         rule = engine.rule(options)
         chosen_layers(DecoderView(engine.model).num_layers, options.layers)
+        chosen: list[list[str]] = []  # a generator gives its keys once
         for index, (question, keys) in enumerate(zip(questions, documents, strict=True)):
             with self._naming(index):
                 check_question(question)
-                engine.library.named(keys)
+                chosen.append(engine.library.named(keys))
         # Measures the machine where it has to be, before the questions' clock starts.
         self._choose = engine.ratios.chooser(options.ratio, rule, reorder=options.reorder)
         self._watch = Stopwatch(engine.model)
@@ -120,7 +121,7 @@ class _Questions:
         self._prompts = [engine.format.prompt_ids(question) for question in questions]
         self._bare = [engine.format.encode(question) for question in questions]
         with self._watch("load"):
-            self._keys, self._found = engine.library.get_many(documents, naming=self._naming)
+            self._keys, self._found = engine.library.get_many(chosen, naming=self._naming)
         self.sizes = self._checked_sizes(settings)
 
     def _naming(self, index: int) -> contextlib.AbstractContextManager[None]:
