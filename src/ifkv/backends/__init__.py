@@ -25,12 +25,12 @@ NAMES = ("reference", "flashinfer")
 
 
 def resolve_backend(backend: str | Backend, model: PreTrainedModel) -> Backend:
-    """The backend to use for a model.
+    """Return the backend for a model.
 
     Args:
-        backend: One of ``NAMES``; ``"auto"``, which takes FlashInfer wherever it can run and says
-            once what it took and why; or a backend made by hand, which is used as it is.
-        model: The model it shall serve.
+        backend: One of ``NAMES``; ``"auto"``, which takes FlashInfer if it can run and logs the
+            choice once; or a backend object, which is returned unchanged.
+        model: The model.
 
     Raises:
         BackendUnavailableError: There is no such backend, or it cannot run here.
@@ -77,7 +77,7 @@ def _flashinfer(model: PreTrainedModel) -> Backend:
 
 @cache
 def _shared_flashinfer() -> Backend:
-    """One for the process: its wrappers and workspaces are worth keeping."""
+    """Return the backend that the process shares, because wrappers and workspaces are costly."""
     from ifkv.backends.flashinfer import FlashInferBackend
 
     return FlashInferBackend()

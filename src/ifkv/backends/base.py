@@ -1,14 +1,14 @@
-"""The attention contract that every backend fulfils.
+"""Attention contract: the interface of all backends.
 
-Four operations carry the whole method: documents behind a shared prefix (ragged, block-diagonal),
-rows scattered over stitched caches (position-causal; decoding is the one-row case), query tokens
-that see whole contexts, and attention norms. Rows and queries come as those of a list of requests,
-each over a cache of its own; a single request is a list of one. What can be planned is planned
-once per forward on index arrays and run once per layer. Log-sum-exps are natural logarithms.
+The method needs four operations: documents behind a shared prefix (ragged, block-diagonal), rows
+scattered over stitched caches (position-causal; decoding is the case of one row), query tokens that
+see whole contexts, and attention norms. Rows and queries belong to a list of requests, each with
+its own cache; a single request is a list of one. A forward is planned once, on index arrays, and
+the plan is run in every layer. Log-sum-exps are natural logarithms.
 
-Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups; both are read from the
-tensors, never from a config. A stitched cache may hold FP8 rows (`ifkv.cache.fp8_layer`): keys and
-values are then float8, whatever the query is, and stand for themselves times their scales.
+Shapes: ``heads`` query heads share ``kv_heads`` key heads in equal groups. Both are read from the
+tensors and never from a config. A stitched cache may hold FP8 rows (`ifkv.cache.fp8_layer`): its
+keys and values are then float8, whatever the query's dtype, and must be multiplied by their scales.
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ __all__ = ["AttentionSpec", "Backend", "DocumentPlan", "QueryPlan", "Reduction",
 
 
 class Backend(ABC):
-    """One implementation of the contract.
+    """Base class of attention backends.
 
     Attributes:
-        name: What ``ifkv.patch(model, backend=...)`` calls it.
-        features: Names of the fields of `AttentionSpec` that it can do beyond ``scaling``
-            and ``window``.
+        name: Name of the backend for ``ifkv.patch(model, backend=...)``.
+        features: Fields of `AttentionSpec` that it supports beyond ``scaling`` and ``window``.
     """
 
     name: str
     features: ClassVar[frozenset[str]] = frozenset()
 
     def check_spec(self, spec: AttentionSpec) -> None:
-        """Raise if a layer attends in a way that this backend has not been taught.
+        """Raise if this backend does not support the attention of a layer.
 
         Raises:
-            UnsupportedModelError: The spec asks for a field that is not among the features.
+            UnsupportedModelError: The spec has a field that is not among the features.
         """
         for name, value in spec.extras.items():
             if name not in self.features:
@@ -66,7 +65,13 @@ class Backend(ABC):
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
     ) -> DocumentPlan:
-        """Plan a ragged batch of documents."""
+        """Plan a ragged batch of documents.
+
+        Args:
+            lengths: Rows of each document.
+            prefix_length: Rows of the prefix.
+            device: Device of the attention.
+        """
 
     @abstractmethod
     def attend_documents(
@@ -79,7 +84,7 @@ class Backend(ABC):
         plan: DocumentPlan,
         spec: AttentionSpec,
     ) -> Tensor:
-        """Compute attention of documents that see the prefix and, causally, themselves.
+        """Compute the attention of documents; rows see the prefix and, causally, their document.
 
         Args:
             query: ``[1, heads, rows, head_dim]``, rotated to local positions.
@@ -88,7 +93,7 @@ class Backend(ABC):
             prefix_keys: ``[1, kv_heads, prefix_length, head_dim]``, rotated.
             prefix_values: ``[1, kv_heads, prefix_length, head_dim]``.
             plan: From `plan_documents`.
-            spec: How the layer attends.
+            spec: Scaling and mask of the layer.
 
         Returns:
             ``[1, rows, heads, head_dim]``.
@@ -98,18 +103,17 @@ class Backend(ABC):
     def plan_requests(
         self, slots: Sequence[Tensor], kv_lengths: Sequence[int], device: torch.device
     ) -> RowPlan:
-        """Plan position-causal rows of requests, each over a cache of its own.
+        """Plan position-causal rows of requests, each over its own cache.
 
         Args:
-            slots: For each request its rows' slots, long ``[rows]`` on the CPU, ascending and
-                unique; none is allowed.
-            kv_lengths: For each request its slots in use once the rows' keys are written; above
-                the last slot.
-            device: Where attention will run.
+            slots: Slots of each request's rows, long ``[rows]`` on the CPU, ascending and unique;
+                may be empty.
+            kv_lengths: Slots in use of each request after the rows' keys are written; greater than
+                its last slot.
+            device: Device of the attention.
 
         Returns:
-            A plan for `attend_requests`; its ``slots`` are those of all requests, one
-            request after the other.
+            A plan for `attend_requests`. Its ``slots`` are those of all requests, concatenated.
         """
 
     @abstractmethod
@@ -125,16 +129,16 @@ class Backend(ABC):
     ) -> Tensor:
         """Compute position-causal attention of scattered rows: each sees the slots up to its own.
 
-        Slots behind a request's last row are never read.
+        Slots behind the last row of a request are never read.
 
         Args:
-            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
-            keys: For each request ``[1, kv_heads, >= its kv_length, head_dim]``, the rows' own
-                keys written.
-            values: Of the same shapes.
+            query: ``[1, heads, rows, head_dim]``, the rows of all requests concatenated.
+            keys: Keys of each request, ``[1, kv_heads, >= its kv_length, head_dim]``, with those of
+                the rows already written.
+            values: Values of each request, of the same shapes.
             plan: From `plan_requests`.
-            spec: How the layer attends.
-            scales: For each request those of its keys and values; 1 if None.
+            spec: Scaling and mask of the layer.
+            scales: Scales of each request's keys and values; 1 if None.
 
         Returns:
             ``[1, rows, heads, head_dim]``.
@@ -151,18 +155,18 @@ class Backend(ABC):
     ) -> Tensor | None:
         """Compute one new row per sequence over all of a stitched cache, in an ordinary model call.
 
-        That is a step of ``model.generate()``. Called in every layer, without a plan.
+        This is a step of ``model.generate()``. It is called in every layer, without a plan.
 
         Args:
             query: ``[sequences, heads, 1, head_dim]``.
-            keys: ``[sequences, kv_heads, n, head_dim]``, the rows' own last.
-            values: Of the same shape.
-            spec: How the layer attends; its window hides nothing here.
-            scales: Of keys and values.
+            keys: ``[sequences, kv_heads, n, head_dim]``; the last are those of the new rows.
+            values: Values of the same shape.
+            spec: Scaling and mask of the layer; the window hides nothing here.
+            scales: Scales of keys and values.
 
         Returns:
-            ``[sequences, 1, heads, head_dim]``; None leaves the row to the attention that the
-            model would have used without ifkv (over 8-bit rows: widened for it).
+            ``[sequences, 1, heads, head_dim]``; None to use the attention that the model had
+            before the patch, with FP8 keys and values dequantized for it.
         """
         return None
 
@@ -170,12 +174,13 @@ class Backend(ABC):
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
-        """Plan query tokens of requests, each over a context of its own.
+        """Plan query tokens of requests, each over its own context.
 
         Args:
-            query_positions: For each request long ``[Q]``, on the compute device; only windows
-                read positions.
-            context_positions: For each request long ``[T]``, on the compute device.
+            query_positions: Positions of each request's query tokens, long ``[Q]``, on the compute
+                device. Only windows read positions.
+            context_positions: Positions of each request's context, long ``[T]``, on the compute
+                device.
         """
 
     @abstractmethod
@@ -191,17 +196,17 @@ class Backend(ABC):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute attention of query tokens that see their context and, causally, themselves.
+        """Compute the attention of query tokens over their context and, causally, themselves.
 
         Args:
-            query: ``[1, heads, Q, head_dim]``, the requests' tokens one after the other.
-            keys: The query tokens' own, ``[1, kv_heads, Q, head_dim]``.
-            values: Of the same shape.
-            context_keys: For each request ``[1, kv_heads, T, head_dim]``.
-            context_values: Of the same shapes.
+            query: ``[1, heads, Q, head_dim]``, the tokens of all requests concatenated.
+            keys: Keys of the query tokens, ``[1, kv_heads, Q, head_dim]``.
+            values: Values of the query tokens, of the same shape.
+            context_keys: Keys of each request's context, ``[1, kv_heads, T, head_dim]``.
+            context_values: Values of each request's context, of the same shapes.
             plan: From `plan_queries`.
-            spec: How the layer attends; distances are between positions.
-            scales: For each request those of its context's keys and values; 1 if None.
+            spec: Scaling and mask of the layer; distances are between positions.
+            scales: Scales of each context's keys and values; 1 if None.
 
         Returns:
             The output ``[1, Q, heads, head_dim]`` and the log-sum-exp ``[1, heads, Q]`` over
@@ -220,20 +225,20 @@ class Backend(ABC):
         reduction: Reduction,
         values: Tensor | None = None,
     ) -> Tensor:
-        """Norm over query tokens of the head-mean attention to each context slot (2603.05353).
+        """Compute each context slot's norm of the head-mean attention over queries (2603.05353).
 
-        With ``a[i, j]`` the mean over heads of ``exp(q_i k_j scaling - logsumexp_i)``, it is
+        With ``a[i, j]`` the mean over heads of ``exp(q_i k_j scaling - logsumexp_i)``, the norm is
         ``sqrt(sum_i a[i, j]^2)`` for ``"l2"`` and ``sum_i a[i, j]`` for ``"sum"``.
 
         Args:
-            query: ``[1, heads, Q, head_dim]``, of one request.
+            query: Query tokens of one request, ``[1, heads, Q, head_dim]``.
             context_keys: ``[1, kv_heads, T, head_dim]``.
             logsumexp: ``[1, heads, Q]``, from `attend_queries`.
             plan: The request's part of a plan from `plan_queries`.
-            spec: How the layer attends; its scaling includes the scale of 8-bit context keys.
+            spec: Scaling and mask of the layer; the scaling includes the scale of FP8 keys.
             reduction: ``"l2"`` or ``"sum"``.
-            values: Of the context, ``[1, kv_heads, T, head_dim]``: each slot's norm is multiplied
-                by the L1 norm of its values, averaged over heads (2406.12335). Not if None.
+            values: Values of the context, ``[1, kv_heads, T, head_dim]``. If given, each slot's
+                norm is multiplied by the mean over heads of the L1 norm of its values (2406.12335).
 
         Returns:
             ``[T]``, float32, or float64 if the query is.

@@ -1,7 +1,7 @@
-"""The 8-bit floating point that a stitched cache may hold: e4m3, rounded to and widened from.
+"""FP8 (e4m3) rows of a stitched cache: quantize and dequantize.
 
-``torch.float8_e4m3fn`` (2209.05433) has 4 bits of exponent and 3 of mantissa: 448 down to 2^-6 with
-an error of at most 1/16, and down to 2^-9 with a larger one.
+``torch.float8_e4m3fn`` (2209.05433) has 4 bits of exponent and 3 of mantissa. From 448 down to 2^-6
+the relative error is at most 1/16; down to 2^-9 it is larger.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ LARGEST = 448.0
 
 
 def check_kv_dtype(kv_dtype: torch.dtype | None, device: torch.device) -> None:
-    """Refuse a dtype that a stitched cache cannot have on this device.
+    """Raise if a stitched cache cannot have this dtype on this device.
 
     Raises:
-        InvalidInputError: It is neither None nor float8_e4m3fn, or the device cannot convert it.
+        InvalidInputError: The dtype is neither None nor float8_e4m3fn, or the device cannot convert
+            it.
     """
     if kv_dtype is None:
         return
@@ -40,40 +41,43 @@ def check_kv_dtype(kv_dtype: torch.dtype | None, device: torch.device) -> None:
 
 @functools.cache
 def _refusal_of_device(device: torch.device) -> str:
-    """What goes wrong when this device rounds to 8 bits and back; empty if nothing does."""
+    """Return why this device cannot convert to FP8 and back; empty if it can."""
     try:
         found = torch.tensor([1.0, 300.0], device=device).to(FLOAT8).float().tolist()
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # each device its own
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # differs by device
         return str(error).splitlines()[0]
     return "" if found == [1.0, 288.0] else f"1 and 300 became {found}"
 
 
 def quantize(x: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """Divide by the scale and round to 8 bits, saturating; rows of 8 bits are taken as they are.
+    """Divide by a scale and round to FP8, saturating; FP8 input is returned unchanged.
 
     Args:
-        x: Any floating dtype.
+        x: Tensor of any floating-point dtype.
         scale: A power of two.
-        out: Where to write, of x's shape; made if None.
+        out: Tensor to write to, of x's shape; allocated if None.
+
+    Returns:
+        ``x / scale`` in FP8.
     """
     if x.dtype != FLOAT8:
         wide = torch.promote_types(x.dtype, torch.float32)
-        # What lies beyond the range becomes NaN in some releases of torch.
+        # In some releases of torch, values beyond the range become NaN.
         x = x.to(wide).mul(1 / scale).clamp_(-LARGEST, LARGEST).to(FLOAT8)
     return x if out is None else out.copy_(x)
 
 
 def upcast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in a wider dtype; those of 8 bits are not yet multiplied by their scale."""
+    """Convert to a wider dtype; FP8 numbers are not multiplied by their scale."""
     if x.dtype != FLOAT8 or x.device.type != "cpu":
         return x.to(dtype)
-    # torch converts one number at a time on a CPU. Shifted into place, the bits are a float16 of
-    # 1/256 the size; only NaN, all ones, becomes 480.
+    # On a CPU torch converts one number at a time. The shifted bits are a float16 of 1/256 the
+    # value. Only NaN, which is all ones, becomes 480.
     bits = x.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
     wide = bits.view(torch.float16).to(torch.promote_types(dtype, torch.float32)).mul_(256)
     return wide.masked_fill_(wide.abs() > LARGEST, math.nan).to(dtype)
 
 
 def dequantize(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What 8-bit numbers stand for, in a wider dtype."""
+    """Convert FP8 numbers to a wider dtype and multiply them by their scale."""
     return upcast(x, dtype).mul_(scale)

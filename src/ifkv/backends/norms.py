@@ -1,8 +1,8 @@
 """Attention norms from queries, keys and log-sum-exps, in blocks (2603.05353, equation 7).
 
-Attention kernels return outputs and log-sum-exps but not the attention itself, so it is made once
-more: ``exp(q k scaling - logsumexp)``. The mean over heads comes before the square, so one block
-must hold all heads of a row; blocks are cut along the keys.
+Attention kernels return outputs and log-sum-exps but not the attention weights, so these are
+computed again: ``exp(q k scaling - logsumexp)``. The mean over heads is taken before the square, so
+a block holds all heads of a row; blocks are cut along the keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ifkv.backends.base import QueryPlan, Reduction
 from ifkv.backends.partial import explicit_logits
 from ifkv.backends.spec import AttentionSpec
 
-# Keys whose attention is held at once.
+# Keys of a block.
 NORM_BLOCK = 1024
 
 
@@ -30,7 +30,7 @@ def blocked_attention_norm(
     reduction: Reduction,
     values: Tensor | None = None,
 ) -> Tensor:
-    """See `Backend.attention_norm`."""
+    """Compute `Backend.attention_norm` in plain torch, a block of keys at a time."""
     norms = []
     for start in range(0, context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)
@@ -43,7 +43,7 @@ def blocked_attention_norm(
 
 
 def value_sizes(values: Tensor) -> Tensor:
-    """The L1 norm of each slot's values, averaged over heads.
+    """Compute the L1 norm of each slot's values, averaged over heads.
 
     Args:
         values: ``[1, kv_heads, T, head_dim]``.
@@ -51,7 +51,7 @@ def value_sizes(values: Tensor) -> Tensor:
     Returns:
         ``[T]``, float32, or float64 if the values are.
     """
-    # Conversions of whole tensors cost most, and 16-bit absolute values are exact as they are.
+    # Converting whole tensors costs most, and 16-bit absolute values need no conversion.
     own = values[0].float() if values.itemsize == 1 else values[0]
     return own.abs().sum(dim=-1, dtype=torch.promote_types(own.dtype, torch.float32)).mean(dim=0)
 
@@ -66,26 +66,27 @@ def attention_norm(
     reduction: Reduction,
     values: Tensor | None = None,
 ) -> Tensor:
-    """The same, by the Triton kernel on CUDA wherever Triton is installed (torch brings it)."""
+    """Compute `Backend.attention_norm` by the Triton kernel on CUDA, otherwise in plain torch."""
     compute = blocked_attention_norm
-    # Triton has no conversion of 8-bit keys for cards before Ada Lovelace.
-    alike = context_keys.dtype == query.dtype
-    if query.device.type == "cuda" and alike and query.dtype in (torch.float16, torch.bfloat16):
+    # Triton cannot convert FP8 keys on GPUs before Ada Lovelace.
+    same_dtype = context_keys.dtype == query.dtype
+    half = same_dtype and query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cuda" and half:
         with contextlib.suppress(ImportError):
             from ifkv.backends.norms_triton import triton_attention_norm as compute
     return compute(query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values)
 
 
 def hidden_by_window(plan: QueryPlan, block: slice, spec: AttentionSpec) -> Tensor | None:
-    """Build the mask of a block of context slots: True where a query token must not look.
+    """Build the mask of a block of context slots: True where a query token must not attend.
 
     Args:
-        plan: Where query and context stand.
+        plan: Positions of the query tokens and the context.
         block: Slots of the context.
-        spec: How the layer attends.
+        spec: Scaling and mask of the layer.
 
     Returns:
-        Bool ``[Q, slots]``; None without a window, since the whole context lies before the query.
+        Bool ``[Q, slots]``; None without a window, because the whole context precedes the query.
     """
     if spec.window is None:
         return None

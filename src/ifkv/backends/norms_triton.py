@@ -1,11 +1,11 @@
-"""Attention norms in one Triton kernel, for CUDA; equal to `ifkv.backends.norms`.
+"""Attention norms in one Triton kernel for CUDA; the results equal those of `ifkv.backends.norms`.
 
-A program owns a block of keys and walks over rows and heads, so that the mean over all heads of a
-row is there before it is squared, and nothing of the attention is ever stored. Up to 64 rows every
-key is read once, and so are its values where their size counts.
+A program owns a block of keys and loops over rows and heads. So the mean over all heads of a row is
+complete before it is squared, and no attention weight is stored. For up to 64 rows every key is
+read once, and so are its values if their size counts.
 
-Loops count by ``while``: Triton's interpreter, which runs the kernel on the CPU in the tests, has
-no ``range`` over run-time numbers with numpy 2.4 and newer.
+Loops use ``while``, because Triton's interpreter, which runs the kernel on the CPU in the tests,
+does not support ``range`` over run-time numbers with numpy 2.4 and newer.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def triton_attention_norm(
     reduction: Reduction,
     values: Tensor | None = None,
 ) -> Tensor:
-    """See `Backend.attention_norm`; float16, bfloat16 or float32."""
+    """Compute `Backend.attention_norm` for float16, bfloat16 or float32."""
     _, heads, rows, head_dim = query.shape
     length = context_keys.shape[2]
     out = torch.empty(length, dtype=torch.float32, device=query.device)
@@ -140,7 +140,7 @@ def triton_attention_norm(
         context_keys = context_keys.contiguous()
     weighed = values is not None
     if values is None:
-        values = context_keys  # which is not read
+        values = context_keys  # not read
     elif values.stride(-1) != 1:
         values = values.contiguous()
     _compiled[(triton.cdiv(length, KEYS),)](

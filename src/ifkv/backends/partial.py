@@ -1,4 +1,4 @@
-"""Attention over part of the keys, with its log-sum-exp, and the merging of such parts."""
+"""Attention over part of the keys with its log-sum-exp, and the merging of two parts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _EXPLICIT_ELEMENTS = 1 << 24
 
 
 class RowMask:
-    """Where rows must not look, and what follows from it, made once and used in every layer.
+    """Mask of rows and the tensors derived from it, computed once and used in every layer.
 
     Attributes:
-        hidden: Bool ``[rows, n]``, True where a row must not look.
+        hidden: Bool ``[rows, n]``, True where a row must not attend.
 
     Args:
         hidden: As the attribute.
@@ -28,7 +28,7 @@ class RowMask:
         self._blind_known = False
 
     def bias(self, dtype: torch.dtype, group: int) -> Tensor:
-        """What is added to the logits of ``group`` heads laid behind one another as rows.
+        """Return the bias on the logits of ``group`` heads whose rows are concatenated.
 
         Returns:
             ``[1, 1, group * rows, n]``: 0, or -inf where hidden.
@@ -42,7 +42,10 @@ class RowMask:
 
     @property
     def blind(self) -> Tensor | None:
-        """Bool ``[rows]``, True for rows that see nothing; None if there is none (looks at it)."""
+        """Return bool ``[rows]``, True for rows that see nothing; None if all rows see something.
+
+        The first call reads the mask, so on a GPU it waits for it.
+        """
         if not self._blind_known:
             blind = self.hidden.all(dim=-1)
             self._blind = blind if bool(blind.any()) else None
@@ -59,16 +62,16 @@ def attend_partial(
     mask: Tensor | RowMask | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention and log-sum-exp over the given keys; key heads are shared, never repeated.
+    """Compute attention and log-sum-exp over the given keys; key heads are not copied.
 
     Args:
         query: ``[1, heads, rows, head_dim]``.
         keys: ``[1, kv_heads, n, head_dim]``.
-        values: Of the same shape.
+        values: Values of the same shape.
         scaling: Factor on the logits.
-        mask: Bool ``[rows, n]``, True where a row must not look, or the same as a mask that is
-            used in many layers. A row may be all True: its output is 0, its log-sum-exp -inf.
-        causal: Row i sees keys 0 to i; only with ``rows == n`` and no mask.
+        mask: Bool ``[rows, n]``, True where a row must not attend, or such a mask as a `RowMask`
+            for many layers. If a row is all True, its output is 0 and its log-sum-exp -inf.
+        causal: Let row i see keys 0 to i; only with ``rows == n`` and no mask.
 
     Returns:
         Output ``[1, heads, rows, head_dim]`` in the query's dtype and natural log-sum-exp
@@ -92,11 +95,11 @@ def _attend_flash(
     mask: RowMask | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What ``scaled_dot_product_attention`` runs on a CPU, called by its own name.
+    """Compute attention by the CPU kernel of ``scaled_dot_product_attention``, called directly.
 
-    That gives its log-sum-exp, and shares key heads without a copy. But for the causal form, the
-    heads that share a key head are laid behind one another as rows: the kernel then cuts fewer,
-    larger blocks, and reads each key block once per group.
+    The direct call also gives the log-sum-exp, and shares key heads without a copy. Except in the
+    causal form, the rows of all heads that share a key head are concatenated: the kernel then uses
+    fewer, larger blocks, and reads each key block once per group.
     """
     shape = query.shape
     bias = None
@@ -110,7 +113,7 @@ def _attend_flash(
     )
     out, logsumexp = out.reshape(shape), logsumexp.reshape(shape[:3])
     if mask is not None and mask.blind is not None:
-        # The kernel says 0, not -inf, of a row that sees nothing.
+        # The kernel gives 0 instead of -inf for a row that sees nothing.
         logsumexp.masked_fill_(mask.blind, float("-inf"))
     return out, logsumexp
 
@@ -118,7 +121,7 @@ def _attend_flash(
 def _attend_explicit(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The same by explicit softmax, a block of rows at a time."""
+    """Compute attention by an explicit softmax, a block of rows at a time."""
     heads, rows, n = query.shape[1], query.shape[2], keys.shape[2]
     step = max(1, _EXPLICIT_ELEMENTS // max(1, heads * n))
     outs, logsumexps = [], []
@@ -136,9 +139,16 @@ def _attend_explicit(
 
 
 def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """Scaled logits ``[heads, rows, n]``, float32 (float64 if the query is), -inf where masked.
+    """Compute scaled logits, -inf where masked.
 
-    Keys may be float8, whatever the query is.
+    Args:
+        query: ``[1, heads, rows, head_dim]``.
+        keys: ``[1, kv_heads, n, head_dim]``; they may be FP8, whatever the query's dtype.
+        scaling: Factor on the logits.
+        mask: Bool ``[rows, n]``, True where a row must not attend; None hides nothing.
+
+    Returns:
+        ``[heads, rows, n]``, float32 (float64 if the query is).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     kv_heads, rows = keys.shape[1], query.shape[2]
@@ -155,9 +165,9 @@ def merge_partial(
 
     Args:
         out_a: ``[1, heads, rows, head_dim]``.
-        logsumexp_a: ``[1, heads, rows]``; -inf where part a has no key for the row.
+        logsumexp_a: ``[1, heads, rows]``; -inf if part a has no key for the row.
         out_b: The other part's output.
-        logsumexp_b: The other part's log-sum-exp; finite wherever ``logsumexp_a`` is not.
+        logsumexp_b: The other part's log-sum-exp; finite where ``logsumexp_a`` is not.
 
     Returns:
         Output and log-sum-exp over the union.

@@ -1,4 +1,4 @@
-"""What a backend is told besides tensors: plans, and the scales of 8-bit rows."""
+"""Plans of a forward, and the tags and scales that a stitched cache puts on its keys."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Reduction = Literal["l2", "sum"]
 
 
 class KVScales(NamedTuple):
-    """What a layer's keys and values have been divided by to fit their dtype: powers of two.
+    """Scales of a layer's FP8 keys and values: powers of two by which they were divided.
 
     Attributes:
-        keys: Of the keys.
-        values: Of the values.
+        keys: Scale of the keys.
+        values: Scale of the values.
     """
 
     keys: float = 1.0
@@ -53,13 +53,13 @@ def scales_of(keys: Tensor) -> KVScales | None:
 
 @dataclasses.dataclass(frozen=True)
 class RowPlan:
-    """Rows of one forward over a stitched cache, planned once and used in every layer.
+    """Plan of the rows of one forward over stitched caches, used in every layer.
 
     Attributes:
-        slots: Cache slot of each row, long ``[rows]``, ascending, on the compute device. In the
-            GLOBAL geometry a slot is its position: row i sees slots 0 to ``slots[i]``.
-        kv_length: Slots in use once the rows' own keys have been written.
-        detail: What the backend has prepared.
+        slots: Cache slot of each row, long ``[rows]``, ascending within a request, on the compute
+            device. Row i sees slots 0 to ``slots[i]`` of its request.
+        kv_length: Largest number of slots in use of a request, after the rows' keys are written.
+        detail: Data of the backend.
     """
 
     slots: Tensor
@@ -69,12 +69,12 @@ class RowPlan:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentPlan:
-    """Documents of one ragged forward.
+    """Plan of the documents of one ragged forward.
 
     Attributes:
-        lengths: Rows of each document; they follow one another in the batch.
+        lengths: Rows of each document; documents are concatenated.
         prefix_length: Tokens of the prefix that every document sees.
-        detail: What the backend has prepared.
+        detail: Data of the backend.
     """
 
     lengths: tuple[int, ...]
@@ -84,12 +84,12 @@ class DocumentPlan:
 
 @dataclasses.dataclass(frozen=True)
 class QueryPlan:
-    """Query tokens over a whole context.
+    """Plan of one request's query tokens over its context.
 
     Attributes:
         query_positions: Long ``[Q]``, on the compute device.
         context_positions: Long ``[T]``, on the compute device.
-        detail: What the backend has prepared.
+        detail: Data of the backend.
     """
 
     query_positions: Tensor
@@ -99,11 +99,11 @@ class QueryPlan:
 
 @dataclasses.dataclass(frozen=True)
 class QueriesPlan:
-    """Query tokens of several requests, each over a context of its own.
+    """Plan of the query tokens of several requests, each over its own context.
 
     Attributes:
-        parts: Of each request; their query tokens follow one another.
-        detail: What the backend has prepared for all of them together.
+        parts: Plan of each request; their query tokens are concatenated.
+        detail: Data of the backend for all requests together.
     """
 
     parts: tuple[QueryPlan, ...]
@@ -111,5 +111,5 @@ class QueriesPlan:
 
     @property
     def counts(self) -> list[int]:
-        """Query tokens of each request."""
+        """Return the number of query tokens of each request."""
         return [len(part.query_positions) for part in self.parts]

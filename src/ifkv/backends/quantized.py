@@ -1,4 +1,4 @@
-"""Attention over 8-bit keys and values in plain torch: a block of them is widened at a time."""
+"""Attention over FP8 keys and values in plain torch, which upcasts a block of them at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ifkv.backends.fp8 import upcast
 from ifkv.backends.partial import RowMask, attend_partial
 
-# Slots that are widened at once.
+# Slots of a block.
 BLOCK_SLOTS = 4096
 
 
@@ -21,9 +21,9 @@ def attend_quantized(
     mask: Tensor | RowMask | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `attend_partial`; keys and values may be float8.
+    """Compute `attend_partial` over keys and values that may be FP8; scales are the caller's.
 
-    The causal form widens all keys: they are the rows' own, no larger than the queries.
+    The causal form upcasts all keys at once, because they are no more than the queries.
     """
     if keys.dtype == query.dtype:
         return attend_partial(query, keys, values, scaling, mask=mask, causal=causal)
@@ -49,7 +49,7 @@ def attend_quantized(
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As ``merge_partial``, where a row may see nothing of both."""
+    """Merge two states like `merge_partial`; a row may see nothing of both."""
     total = torch.logaddexp(a[1], b[1])
     base = total.masked_fill(total.isneginf(), 0.0)
     weights = [(own - base).exp()[..., None] for own in (a[1], b[1])]

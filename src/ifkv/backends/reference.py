@@ -1,9 +1,9 @@
-"""The reference backend: plain torch, on any device, float64 to bfloat16.
+"""Reference backend: plain torch on any device, float64 to bfloat16.
 
-Sorted rows are cut into tiles. A tile reads keys only up to its last row; the part that all its
-rows see needs no mask, and only the fringe between its first and last row is masked, so that no
-mask grows with the context. The two parts are merged by their log-sum-exps. Long runs of adjacent
-rows are tiles of their own, whose fringe is plainly causal.
+Sorted rows are cut into tiles (`ifkv.backends.tiles`). A tile reads its keys in two parts, which
+are merged by their log-sum-exps: those that all its rows see, without a mask, and the fringe
+between its first and its last row. So no mask grows with the context. A tile of adjacent rows has a
+causal fringe, which needs no mask either.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ifkv.backends.quantized import attend_quantized
 from ifkv.backends.spec import AttentionSpec
 from ifkv.backends.tiles import Tile, TiledRows, cut_into_tiles
 
-# A prefix this many times shorter than its document is attended to along with it: the rows computed
-# in vain cost less than a call for the prefix and a merge (a quarter of the time at 24 and 120
-# tokens; at 100 and 305 they cost more).
+# A prefix this many times shorter than its document joins the document's causal call. The unused
+# rows then cost less than a second call and a merge: a quarter of the time at 24 and 120 tokens. At
+# 100 and 305 tokens they cost more.
 SHORT_PREFIX = 4
 
 
@@ -44,7 +44,7 @@ class ReferenceBackend(Backend):
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
     ) -> DocumentPlan:
-        """Nothing to prepare: every document is a run behind the prefix."""
+        """Return a plan without data; see `Backend.plan_documents`."""
         return DocumentPlan(lengths, prefix_length, None)
 
     def attend_documents(
@@ -57,21 +57,21 @@ class ReferenceBackend(Backend):
         plan: DocumentPlan,
         spec: AttentionSpec,
     ) -> Tensor:
-        """See `Backend.attend_documents`."""
+        """Compute the attention of documents; see `Backend.attend_documents`."""
         window = spec.window
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         start, prefix = 0, plan.prefix_length
         for length in plan.lengths:
             rows = slice(start, start + length)
             start += length
-            # Behind one another, prefix and document are a little cache whose last rows we want.
+            # Prefix and document together are a small cache whose last rows are computed.
             seen_keys = torch.cat((prefix_keys, keys[:, :, rows]), dim=2)
             seen_values = torch.cat((prefix_values, values[:, :, rows]), dim=2)
             own = query[:, :, rows]
             if 0 < prefix * SHORT_PREFIX <= length and (
                 window is None or prefix + length <= window
             ):
-                # Blank rows in the prefix's place make it one plainly causal call.
+                # Blank rows in place of the prefix make this one causal call.
                 blank = query.new_zeros(1, query.shape[1], prefix, query.shape[3])
                 padded = torch.cat((blank, own), dim=2)
                 seen = attend_partial(padded, seen_keys, seen_values, spec.scaling, causal=True)[0]
@@ -88,7 +88,7 @@ class ReferenceBackend(Backend):
     def plan_requests(
         self, slots: Sequence[Tensor], kv_lengths: Sequence[int], device: torch.device
     ) -> RowPlan:
-        """See `Backend.plan_requests`."""
+        """Cut the rows of each request into tiles; see `Backend.plan_requests`."""
         together = torch.cat(list(slots)).to(device)
         parts = tuple(
             TiledRows(rows, cut_into_tiles(own.tolist()))
@@ -106,7 +106,7 @@ class ReferenceBackend(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
-        """See `Backend.attend_requests`."""
+        """Compute attention tile by tile; see `Backend.attend_requests`."""
         out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
         parts: tuple[TiledRows, ...] = plan.detail
         scales = [UNSCALED] * len(parts) if scales is None else scales
@@ -132,7 +132,7 @@ class ReferenceBackend(Backend):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
-        """See `Backend.decode`; rows of the model's own dtype are left to its attention."""
+        """Compute rows over FP8 keys; None for others, see `Backend.decode`."""
         if keys.dtype == query.dtype:
             return None
         outs = [
@@ -144,7 +144,7 @@ class ReferenceBackend(Backend):
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
-        """See `Backend.plan_queries`."""
+        """Return a plan without data; see `Backend.plan_queries`."""
         pairs = zip(query_positions, context_positions, strict=True)
         return QueriesPlan(tuple(QueryPlan(*pair, None) for pair in pairs), None)
 
@@ -160,7 +160,7 @@ class ReferenceBackend(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Backend.attend_queries`."""
+        """Compute attention request by request; see `Backend.attend_queries`."""
         scales = [UNSCALED] * len(plan.parts) if scales is None else scales
         split = (x.split(plan.counts, dim=2) for x in (query, keys, values))
         requests = zip(*split, context_keys, context_values, plan.parts, scales, strict=True)
@@ -182,7 +182,7 @@ class ReferenceBackend(Backend):
         reduction: Reduction,
         values: Tensor | None = None,
     ) -> Tensor:
-        """See `Backend.attention_norm`."""
+        """Compute norms in blocks of keys; see `Backend.attention_norm`."""
         return blocked_attention_norm(
             query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )
@@ -198,7 +198,7 @@ def _attend_query(
     plan: QueryPlan,
     scales: KVScales,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one request's query tokens over its context and themselves."""
+    """Compute the attention of one request's query tokens over its context and themselves."""
     rows = plan.query_positions
     own_mask = mask = None
     if spec.window is not None:  # the whole context lies before the query
@@ -222,14 +222,14 @@ def _attend_tile(
     planned: TiledRows,
     spec: AttentionSpec,
 ) -> Tensor:
-    """Attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
+    """Compute the attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
     first, end = tile.first, tile.last + 1
     scaling, window = spec.scaling, spec.window
-    if tile.stop - tile.start == 1:  # sees all up to itself, without a mask: a step of decoding
+    if tile.stop - tile.start == 1:  # no mask: it sees all slots up to its own
         begin = 0 if window is None else max(0, end - window)
         return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
     if window is not None and tile.last >= window:
-        # The window's own edge needs a mask too: one masked call over all that any row sees.
+        # The edge of the window needs a mask too: one masked call over all that the rows see.
         begin = max(0, first - window + 1)
         mask = planned.mask(tile, begin, spec)
         return attend_quantized(

@@ -1,8 +1,8 @@
-"""How rows attend, in one object: the factor on the logits, the mask, and what else a layer does.
+"""Attention spec: the scaling, the mask rule and further settings of a layer, in one object.
 
-A layer's spec travels from the registered attention function to the kernels as it is. The rule of
-the mask stands here and nowhere else: the reference backend, the masks for FlashInfer and the tests
-of the kernels all take it from `AttentionSpec.near`.
+The registered attention function makes a layer's spec, and it reaches the kernels unchanged. Only
+this file defines the mask rule: the reference backend, the masks for FlashInfer and the tests of
+the kernels all use `AttentionSpec.near`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSpec:
-    """How the rows of one layer attend.
+    """Settings of the attention in one layer.
 
     Attributes:
         scaling: Factor on the products of queries and keys.
-        window: A row sees keys fewer than this many positions behind it; None sees all.
-        softcap: The logits x are replaced by ``softcap * tanh(x / softcap)``; None leaves them.
-        sinks: A logit per head, ``[heads]``, that takes part in the softmax without a value; None
+        window: Sliding window: a row sees keys fewer than this many positions behind it; None has
+            no window.
+        softcap: Logits x become ``softcap * tanh(x / softcap)``; None leaves them unchanged.
+        sinks: A logit per head, ``[heads]``, that takes part in the softmax and has no value; None
             has none.
     """
 
@@ -30,10 +31,10 @@ class AttentionSpec:
     sinks: Tensor | None = None
 
     def visible(self, row: Tensor, key: Tensor) -> Tensor:
-        """True where a row sees a key.
+        """Return True where a row sees a key.
 
         Args:
-            row: Positions of rows, long, of a shape that broadcasts with ``key``.
+            row: Positions of rows, long, in a shape that broadcasts with ``key``.
             key: Positions of keys, long.
 
         Returns:
@@ -42,10 +43,10 @@ class AttentionSpec:
         return self.near(row - key)
 
     def near(self, distance: Tensor) -> Tensor:
-        """True where a key is this many positions behind a row and the row sees it.
+        """Return True where a row sees a key at this distance.
 
         Args:
-            distance: The row's position minus the key's, any whole numbers.
+            distance: The row's position minus the key's, any integer dtype.
 
         Returns:
             Bool, of the same shape.
@@ -54,7 +55,7 @@ class AttentionSpec:
         return seen if self.window is None else seen & (distance < self.window)
 
     def hidden(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """Build a mask: True where a row must not look.
+        """Build a mask: True where a row must not attend.
 
         Args:
             rows: Positions, long ``[rows]``.
@@ -66,11 +67,11 @@ class AttentionSpec:
         return self.visible(rows[:, None], keys).logical_not_()
 
     def scaled(self, factor: float) -> AttentionSpec:
-        """Return the spec for keys that stand for themselves times a factor, as 8-bit ones do."""
+        """Return the spec for keys that must be multiplied by a factor, such as FP8 keys."""
         return self if factor == 1 else dataclasses.replace(self, scaling=self.scaling * factor)
 
     @property
     def extras(self) -> dict[str, object]:
-        """What is asked for beyond a scaling and a window, by name."""
+        """Return the settings other than scaling and window, by name."""
         asked = {"softcap": self.softcap, "sinks": self.sinks}
         return {name: value for name, value in asked.items() if value is not None}

@@ -14,16 +14,23 @@ from torch import Tensor
 from ifkv.backends.partial import RowMask
 from ifkv.backends.spec import AttentionSpec
 
-# Rows of a scattered tile, and slots between its first and last row: they bound a tile's mask.
+# Rows of a scattered tile, and slots between its first and last row. They limit a tile's mask.
 TILE_ROWS = 128
 TILE_SPAN = 2048
-# Adjacent rows from this many on are worth a causal tile of their own.
+# A run of at least this many adjacent rows becomes a causal tile.
 RUN_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Rows ``start`` to ``stop`` of a plan, at slots ``first`` to ``last``."""
+    """Rows that are computed together.
+
+    Attributes:
+        start: First row.
+        stop: End of the rows.
+        first: Slot of the first row.
+        last: Slot of the last row.
+    """
 
     start: int
     stop: int
@@ -32,12 +39,16 @@ class Tile:
 
     @property
     def adjacent(self) -> bool:
-        """Whether the rows' slots follow one another without a gap."""
+        """True if there is no gap between the rows' slots."""
         return self.last - self.first == self.stop - self.start - 1
 
 
 def cut_into_tiles(slots: list[int]) -> tuple[Tile, ...]:
-    """Cut ascending slots into tiles: long runs of adjacent rows alone, the rest by size."""
+    """Cut rows into tiles: a long run of adjacent rows is one tile, the others are cut by size.
+
+    Args:
+        slots: Slots of the rows, ascending.
+    """
     runs: list[tuple[int, int]] = []
     start = 0
     for row in range(1, len(slots) + 1):
@@ -70,14 +81,13 @@ def cut_into_tiles(slots: list[int]) -> tuple[Tile, ...]:
 
 
 class TiledRows:
-    """Tiles of one forward, and the masks of their fringes, which every layer shares.
+    """Tiles of one forward, and the masks of their fringes, which all layers share.
 
-    A mask is as wide as its tile, at most ``TILE_SPAN``; together they hold rows times the tiles'
-    mean width, however long the context is.
+    A mask is as wide as its tile, at most ``TILE_SPAN``. So the masks do not grow with the context.
 
     Args:
-        slots: Long ``[rows]``, ascending, on the compute device.
-        tiles: Their tiles.
+        slots: Slots of the rows, long ``[rows]``, ascending, on the compute device.
+        tiles: Tiles of the rows.
     """
 
     def __init__(self, slots: Tensor, tiles: tuple[Tile, ...]):
@@ -86,7 +96,7 @@ class TiledRows:
         self._masks: dict[tuple[Tile, int, int | None], RowMask] = {}
 
     def mask(self, tile: Tile, begin: int, spec: AttentionSpec) -> RowMask:
-        """Return what a tile's rows must not see of the slots from ``begin`` to its last."""
+        """Return the mask of a tile's rows over the slots from ``begin`` to its last."""
         key = (tile, begin, spec.window)
         if key not in self._masks:
             rows = self.slots[tile.start : tile.stop]
