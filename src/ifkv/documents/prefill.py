@@ -208,7 +208,7 @@ class _PrefillPass:
     def attend(self, call: LayerCall) -> Tensor:
         query, keys, values = call.query, call.keys, call.values
         if call.layer_idx == self._depth - 1:
-            return query.transpose(1, 2)  # run for its keys and values; nobody reads this
+            return query.transpose(1, 2)  # not read: the layer runs for its keys and values
         if self._prefix is None:
             prefix_keys, prefix_values = keys[:, :, :0], values[:, :, :0]
         else:

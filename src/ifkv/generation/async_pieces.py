@@ -1,4 +1,4 @@
-"""Pieces of an answer for an event loop, which goes on with other work while they are made."""
+"""Streaming into an event loop, which goes on with other work meanwhile."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ifkv.generation.streaming import Closing
 async def async_pieces(run: Callable[..., object], stopping: Closing) -> AsyncIterator[str]:
     """Yield pieces as `pieces_of` does, for ``async for``.
 
-    To close the iterator asks the run to stop, and waits until it has, without holding up the loop.
+    Closing the iterator asks the run to stop, and waits until it has, without blocking the loop.
 
     Args:
         run: Called as ``run(emit, stopping)`` in a thread once the first piece is asked for.
-        stopping: What ends it.
+        stopping: The stopping criterion that ends it.
 
     Yields:
         The pieces.
 
     Raises:
-        BaseException: What the run raised, unless the task that reads was cancelled.
+        BaseException: The error of the run, unless the reading task was cancelled.
     """
     loop, inference = asyncio.get_running_loop(), torch.is_inference_mode_enabled()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -34,7 +34,7 @@ async def async_pieces(run: Callable[..., object], stopping: Closing) -> AsyncIt
     failures: list[BaseException] = []
 
     def hand_over(piece: str | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and nobody waits
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     def emit(piece: str) -> None:
@@ -44,7 +44,7 @@ async def async_pieces(run: Callable[..., object], stopping: Closing) -> AsyncIt
 
     def work() -> None:
         try:
-            with torch.inference_mode(inference):  # a thread starts without its maker's
+            with torch.inference_mode(inference):  # the mode is per thread
                 run(emit, stopping)
         except BaseException as failure:
             failures.append(failure)
@@ -66,6 +66,6 @@ async def async_pieces(run: Callable[..., object], stopping: Closing) -> AsyncIt
         stopping.close()
         while not ended:
             ended = await pieces.get() is None
-        worker.join()  # which has nothing left to do
+        worker.join()  # it has nothing left to do
         if failures and not cancelled:
             raise failures[0]

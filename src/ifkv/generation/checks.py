@@ -1,4 +1,4 @@
-"""Refuse, before any work, settings of ``generate()`` that a stitched cache has no place for."""
+"""Checks of ``generate()`` settings that a stitched cache cannot follow, before any work."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _ASSISTED = (
 )
 # Ways of decoding that transformers fetches as code from its hub.
 _FETCHED = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids")
-# Settings that count something, and the least that each may be.
+# Settings that are counts, and the least value of each.
 _COUNTS = {"num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "min_length": 0}
 _NUMBERS = ("max_time", "temperature", "guidance_scale", "repetition_penalty", "length_penalty")
-# What comes beside the tokens, and has no place in an Answer.
+# Outputs beside the tokens, which an Answer cannot hold.
 _BESIDE = (
     "streamer",
     "return_dict_in_generate",
@@ -55,11 +55,11 @@ _BESIDE = (
 
 
 def check_settings(model: PreTrainedModel, settings: GenerationSettings) -> None:
-    """Refuse what [ifkv.generate][] has no place for.
+    """Refuse settings that [ifkv.generate][] cannot follow.
 
     Raises:
-        InvalidInputError: A keyword that the cache leaves no choice about or that generate() does
-            not know, or a setting that cannot be followed, naming where it was said.
+        InvalidInputError: A keyword that ifkv sets itself or that generate() does not know, or a
+            setting that cannot be followed, naming the place where it was set.
     """
     _check_keywords(model, settings)
     check_configs(settings)
@@ -67,7 +67,7 @@ def check_settings(model: PreTrainedModel, settings: GenerationSettings) -> None
 
 
 def check_answer_settings(model: PreTrainedModel, settings: GenerationSettings) -> None:
-    """Refuse, of one answer, what `check_settings` does and what an answer has no place for.
+    """Refuse settings of one answer: as `check_settings`, and outputs that it cannot hold.
 
     Raises:
         InvalidInputError: As of `check_settings`.
@@ -86,7 +86,7 @@ def check_one_answer(settings: GenerationSettings) -> None:
     """Refuse settings that ask for several answers to one question.
 
     Raises:
-        InvalidInputError: They do.
+        InvalidInputError: They ask for several.
     """
     many, place = settings.said("num_return_sequences")
     if many is not None and many != 1:
@@ -97,7 +97,7 @@ def check_one_answer(settings: GenerationSettings) -> None:
 
 
 def check_configs(settings: GenerationSettings) -> None:
-    """Refuse what can be refused without a model.
+    """Refuse settings that can be refused without a model.
 
     Raises:
         InvalidInputError: As of `check_settings`.
@@ -137,7 +137,7 @@ def check_configs(settings: GenerationSettings) -> None:
 
 
 def _check_numbers(settings: GenerationSettings) -> None:
-    """Refuse what is no number, or no count, where one is wanted."""
+    """Refuse counts that are no whole numbers, and numbers that are none."""
     for name, least in _COUNTS.items():
         value, place = settings.said(name)
         whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -152,7 +152,7 @@ def _check_numbers(settings: GenerationSettings) -> None:
 
 
 def _check_keywords(model: PreTrainedModel, settings: GenerationSettings) -> None:
-    """Refuse keywords that generate() does not know, that are ours, or of the wrong kind."""
+    """Refuse keywords that generate() does not know, that ifkv sets, or of the wrong type."""
     from transformers import GenerationConfig
 
     known = _known_keywords(model)
@@ -177,11 +177,11 @@ def _check_keywords(model: PreTrainedModel, settings: GenerationSettings) -> Non
 
 
 def functions(name: str, given: Any) -> list[Any]:
-    """Return what was given as a list of functions; none for None.
+    """Return the functions of a keyword as a list; none for None.
 
     Args:
-        name: Of the keyword.
-        given: What was given.
+        name: The keyword.
+        given: Its value.
 
     Raises:
         InvalidInputError: It is no list of functions.
@@ -195,7 +195,7 @@ def functions(name: str, given: Any) -> list[Any]:
 
 
 def _known_keywords(model: PreTrainedModel) -> set[str]:
-    """List what ``model.generate()`` takes: its own arguments, a config's fields, the forward's."""
+    """Return the keywords of ``model.generate()``: its own, a config's fields, the forward's."""
     from transformers import GenerationConfig
 
     methods: list[Any] = [model.generate, model.forward]
@@ -205,7 +205,7 @@ def _known_keywords(model: PreTrainedModel) -> set[str]:
 
 
 def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
-    """Refuse values that transformers would refuse only once it has been handed the work."""
+    """Refuse values that transformers would refuse only after the recompute."""
     strings, place = settings.said("stop_strings")
     if strings is not None:
         listed = [strings] if isinstance(strings, str) else strings
@@ -236,7 +236,7 @@ def _check_values(model: PreTrainedModel, settings: GenerationSettings) -> None:
     make = getattr(upstream, "_get_logits_processor", None)
     prepare = getattr(upstream, "_prepare_special_tokens", None)
     if make is None or prepare is None:
-        return  # generate() will say it, later
+        return  # generate() checks it later
     try:
         prepare(config, True, device=model.device)
         make(**arguments)

@@ -1,8 +1,7 @@
 """Greedy decoding of several requests side by side: one row each, one pass a step.
 
-A step's rows read the weights once for all requests. Their caches keep their own lengths, so there
-is no padding and nothing that one request could see of another. A request that has ended leaves the
-batch.
+A step's rows read the weights once for all requests. Each cache keeps its length, so there is no
+padding, and no request sees another. A request that has ended leaves the batch.
 """
 
 from __future__ import annotations
@@ -52,15 +51,15 @@ def generate_many(
 
     Args:
         model: A patched model.
-        caches: For each request a cache of its own, in the global geometry; afterwards they end
-            with their contexts again.
+        caches: For each request a separate cache in the global geometry; afterwards they end with
+            their contexts again.
         prompts: For each request the tokens to be answered. Those that a fused
             [ifkv.recompute_many][] has run already are not run again, but for the last.
-        max_new_tokens: Length of each answer at most; if None, what the generation config says of
-            lengths, or 64.
+        max_new_tokens: Length of each answer at most; if None, the generation config's limit, or
+            64.
         eos_token_id: Tokens that end an answer; the generation config's if None.
         repetition_penalty: As in ``model.generate()``; the generation config's if None.
-        emit: Called with a request's number and each token as it comes.
+        emit: Called with a request's number and each new token.
 
     Returns:
         For each request the new tokens, long ``[new]``, on the CPU.
@@ -137,7 +136,7 @@ def _check_request(
     prompt_ids: Sequence[int] | Tensor,
     settings: GenerationSettings,
 ) -> tuple[Tensor, int]:
-    """The prompt's tokens, on the model's device, and how many the answer may have.
+    """Return the prompt's tokens, on the model's device, and the answer's length at most.
 
     Raises the errors of `generate_many`.
     """
@@ -171,7 +170,7 @@ def decode(
         caches: For each request its cache, which ends with its prompt; rows are appended.
         prompts: For each request its prompt's tokens, on the model's device.
         logits: For each request those of its first new token, ``[vocabulary]``.
-        settings: What decides the answers.
+        settings: Settings of the answers.
         limits: Length of each answer at most, at least 1.
         emit: As in `generate_many`.
 
@@ -190,7 +189,7 @@ def decode(
         if settings.repetition_penalty != 1:
             rows = penalised(rows, [seen[index] for index in active], settings.repetition_penalty)
         chosen = rows.argmax(dim=-1)
-        tokens: list[int] = chosen.tolist()  # the one wait of a step, for all requests
+        tokens: list[int] = chosen.tolist()  # the only wait for the device in a step
         for index, token in zip(active, tokens, strict=True):
             answers[index].append(token)
             if settings.repetition_penalty != 1:
@@ -209,7 +208,7 @@ def decode(
 
 
 def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Sequence[int]) -> Tensor:
-    """Append one token to each cache; logits ``[requests, vocabulary]`` of what follows."""
+    """Append one token to each cache; return the next logits, ``[requests, vocabulary]``."""
     handle = handle_of(model)
     lengths = [cache.get_seq_length() + 1 for cache in caches]
     for cache, length in zip(caches, lengths, strict=True):
@@ -225,7 +224,7 @@ def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Seque
     rotation = handle.rope.rotation(positions, hidden.dtype)
     depth, start = DecoderView(model).num_layers, 0
     if handle.captures is not None:
-        # Graphs end at the last attention: the last layer runs once more, from what it was given.
+        # Graphs end at the last attention: the last layer runs once more from its input.
         start = depth - 1
         writing = RowsPass(handle, caches, counts, plan, skip_attention_in=start)
         rows = positions, rotation, writing, start

@@ -1,3 +1,3 @@
-"""How long an answer is where nobody says, in one place that needs no torch."""
+"""Default length of an answer, in a module that imports no torch."""
 
 DEFAULT_MAX_NEW_TOKENS = 64

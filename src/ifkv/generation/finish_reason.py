@@ -1,4 +1,4 @@
-"""Why an answer ended where it did."""
+"""Reasons why generation ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "stop_string", "length", "time", "criteria", "closed"]
 
-# In words, of an answer that the model had not ended itself.
+# In words, for answers that the model did not end itself.
 CUT = {
     "length": "cut off at {tokens} tokens",
     "time": "cut off at its max_time",
@@ -28,20 +28,20 @@ def finish_reason(
     limit: int,
     seconds: float = 0.0,
 ) -> FinishReason:
-    """Tell why generation ended.
+    """Return why generation ended.
 
     Args:
-        settings: What the answer was decoded with.
+        settings: Settings of the answer.
         tokenizer: The session's tokenizer.
         token_ids: The answer's tokens, long ``[new]``, on the CPU.
         limit: Tokens that it could have at most.
-        seconds: How long it took.
+        seconds: Seconds that it took.
 
     Returns:
         ``"stop"`` for a stop token, ``"stop_string"``, ``"length"``, ``"time"`` for ``max_time``,
         ``"closed"`` for a stream that was closed, or ``"criteria"`` for the caller's own.
     """
-    from ifkv.generation.checks import functions  # which need torch; reports do without
+    from ifkv.generation.checks import functions  # they need torch, which reports do not import
     from ifkv.generation.streaming import Closing
 
     full = len(token_ids) >= limit
@@ -69,10 +69,10 @@ def finish_reason(
 
 
 def cut_sign(reason: FinishReason, tokens: int) -> str:
-    """Say in words that an answer ended before the model ended it; empty if the model did.
+    """Say in words that an answer was cut off; empty if the model ended it.
 
     Args:
         reason: Why it ended.
-        tokens: How many tokens it has.
+        tokens: The number of its tokens.
     """
     return CUT.get(reason, "").format(tokens=tokens)

@@ -30,8 +30,8 @@ def generate(
 ) -> Any:
     """Continue a prompt behind the cache's context with ``model.generate()``.
 
-    The model is given the context's tokens as well as the prompt's, so whatever looks at tokens
-    (repetition penalties, stopping criteria) sees what it would see after a full prefill. If
+    The model is given the context's tokens as well as the prompt's, so repetition
+    penalties and stopping criteria see the same tokens as after a full prefill. If
     [ifkv.recompute][] has run this prompt already, only its last token runs again.
 
     Args:
@@ -39,8 +39,8 @@ def generate(
         cache: A stitched cache in the global geometry; afterwards it ends with its context again.
         prompt_ids: Tokens to be answered, ``[Q]`` or ``[1, Q]``.
         **generate_kwargs: For ``model.generate()``: sampling, beams, ``streamer``,
-            ``stop_strings`` with its ``tokenizer``, and so on; what they leave out, the model's
-            generation config says. Lengths count from the prompt's start (in the model's own
+            ``stop_strings`` with its ``tokenizer``, and so on. The model's generation config
+            decides what they leave out. Lengths count from the prompt's start (in the model's own
             config from the context's). ``max_new_tokens`` is 64 if nothing limits the answer.
 
     Returns:
@@ -50,11 +50,11 @@ def generate(
     Raises:
         NotPatchedError: The model is not patched.
         InvalidInputError: Bad ids, other rows appended behind the context, too many tokens, a
-            keyword that the cache leaves no choice about, or one that generate() does not know.
+            keyword that ifkv sets itself, or one that generate() does not know.
         GeometryError: The cache's geometry is not global.
         FingerprintMismatchError: The cache belongs to another model.
     """
-    check_cache(model, cache)  # what is no patched model has no settings
+    check_cache(model, cache)  # first: only a patched model has settings
     settings = GenerationSettings.of(model, generate_kwargs)
     check_settings(model, settings)
     return run_generate(model, cache, prompt_ids, settings, keep=False)
@@ -71,13 +71,12 @@ def run_generate(
     overrides: Mapping[str, Any] = MappingProxyType({}),
     pad_token_id: int | None = None,
 ) -> Any:
-    """See `generate`; with ``keep`` the rows that were run stay behind the context.
+    """Run `generate` with checked settings; with ``keep`` its rows stay behind the context.
 
-    Those are the prompt's and the answer's but for its last token, which has not been run; of
-    beams and of several sequences, whose rows lie in copies, the prompt's but for its last.
+    Those are the rows of the prompt and of the answer without its last token, which was never run.
+    Beams and several sequences run in copies, so only the prompt's rows without the last one stay.
 
-    The settings have been checked; ``overrides`` count before them, and ``pad_token_id`` where they
-    have none.
+    ``overrides`` come before the settings; ``pad_token_id`` is used if they have none.
     """
     handle = check_cache(model, cache)
     prompt = token_tensor(model, prompt_ids, "the prompt").to(model.device)
@@ -97,7 +96,7 @@ def run_generate(
         kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], context)
     input_ids = torch.cat((cache.token_ids, prompt))[None]
     if ready:
-        cache.crop(-1)  # generate() needs one row to run; the rest of the prompt is there
+        cache.crop(-1)  # generate() needs one row to run
     sequences = settings.sequences
     used = cache
     if sequences > 1:
@@ -122,7 +121,7 @@ def run_generate(
 
 
 def has_prompt(cache: StitchedCache, prompt: Tensor) -> bool:
-    """Whether the cache's context is followed by this prompt's rows and nothing else.
+    """True if the cache's context is followed by this prompt's rows and nothing else.
 
     Args:
         cache: A stitched cache.
@@ -137,7 +136,7 @@ def has_prompt(cache: StitchedCache, prompt: Tensor) -> bool:
 
 
 class _PromptStreamer:
-    """Hides the context from a streamer: the first thing it is given is the prompt."""
+    """Streamer that hides the context from another one, which gets the prompt first."""
 
     def __init__(self, streamer: Any, context: int):
         self._streamer = streamer

@@ -1,4 +1,4 @@
-"""What decides a greedy answer, and which settings leave nothing else to decide."""
+"""Settings of a greedy answer, and the check that no other setting matters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ifkv.generation.streaming import Closing
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-# Settings that a greedy decoding of one sequence never looks at, or that ifkv takes care of.
+# Settings that do not affect the greedy decoding of one sequence, or that ifkv handles.
 _IDLE = frozenset(
     {
         "_commit_hash",
@@ -56,7 +56,7 @@ _IDLE = frozenset(
         "use_cache",
     }
 )
-# Values of other settings that ask for nothing.
+# Values of other settings that have no effect.
 _NEUTRAL: dict[str, Any] = {
     "diversity_penalty": 0.0,
     "encoder_no_repeat_ngram_size": 0,
@@ -71,11 +71,11 @@ _NEUTRAL: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GreedySettings:
-    """What decides a greedy answer.
+    """Settings of a greedy answer.
 
     Attributes:
         eos_token_ids: Tokens that end it.
-        repetition_penalty: Of tokens that are there already, context and prompt included; 1 is
+        repetition_penalty: Penalty of tokens that occur before, also in context and prompt; 1 is
             none.
         closings: What may end all answers early, as their streams are closed.
     """
@@ -91,22 +91,22 @@ class GreedySettings:
 
 
 def greedy_settings(model: PreTrainedModel, given: dict[str, Any]) -> GreedySettings | str:
-    """Settings for `generate_many`, or the one setting that it has no part for.
+    """Return settings for `generate_many`, or the setting that it does not support.
 
     Args:
         model: The model, whose generation config counts.
-        given: Keywords for ``model.generate()`` that come before it.
+        given: Keywords for ``model.generate()``, which come before it.
 
     Returns:
-        The settings, or in words what asks for ``model.generate()`` itself.
+        The settings, or ``name=value`` of the setting that needs ``model.generate()``.
     """
     return greedy_part(GenerationSettings.of(model, given))
 
 
 def greedy_part(settings: GenerationSettings) -> GreedySettings | str:
-    """As `greedy_settings`, from settings that are known."""
+    """Return `greedy_settings` of given `GenerationSettings`."""
     fields = dict(vars(settings.effective))
-    declared = set(vars(_empty()))  # what else a file says, generate() does not look at
+    declared = set(vars(_empty()))  # generate() ignores other entries of a file
     known = {name: value for name, value in fields.items() if name in declared}
     known |= {name: value for name, value in settings.given.items() if name not in fields}
     criteria = functions("stopping_criteria", known.pop("stopping_criteria", None))
@@ -133,7 +133,7 @@ def _empty() -> GenerationConfig:
 
 
 def penalised(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
-    """Logits as transformers' own processor of this name leaves them, row by row."""
+    """Apply transformers' repetition penalty to logits, row by row."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     processor = RepetitionPenaltyLogitsProcessor(penalty=penalty)

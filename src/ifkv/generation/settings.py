@@ -1,8 +1,8 @@
-"""What decides an answer: the settings that ``generate()`` would find, wherever they were said.
+"""Settings of ``generate()``, found in every place where they may be given.
 
-A setting may be said by a keyword, in a ``generation_config`` given with the question, and in the
-model's own ``generation_config``, which ``generation_config.json`` fills. What is said nearer to
-the question comes first; what nobody says is decided here. Every way of asking goes by this.
+A setting may be given as a keyword, in a ``generation_config`` given with the question, and in the
+model's own ``generation_config``, which ``generation_config.json`` fills. They come in this order;
+a default here decides what none of them sets. Every way of asking uses these rules.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, model: PreTrainedModel, given: Mapping[str, Any]) -> GenerationSettings:
-        """Make them of a model and of keywords that come before its own config."""
+        """Make settings of a model and of keywords, which come before the model's config."""
         return cls(dict(given), model.generation_config)
 
     @property
@@ -55,10 +55,10 @@ class GenerationSettings:
         return GenerationSettings({**self.given, "stopping_criteria": criteria}, self.own)
 
     def said(self, name: str) -> tuple[Any, str]:
-        """Find a setting as ``generate()`` does, and where it was said.
+        """Find a setting as ``generate()`` does, and the place where it was set.
 
         Returns:
-            Its value, None if nobody says it, and the place in words.
+            Its value, None if it is not set, and the place in words.
         """
         if name in self.given:
             return self.given[name], _KEYWORD
@@ -68,12 +68,12 @@ class GenerationSettings:
         return getattr(self.own, name, None), _OWN
 
     def get(self, name: str) -> Any:
-        """Return a setting as ``generate()`` finds it; None if nobody says it."""
+        """Return a setting as ``generate()`` finds it; None if it is not set."""
         return self.said(name)[0]
 
     @functools.cached_property
     def effective(self) -> GenerationConfig:
-        """Put all places into one config, as ``generate()`` does; lengths apart.
+        """Merge all places into one config, as ``generate()`` does; lengths are left out.
 
         Raises:
             InvalidInputError: transformers refuses their combination.
@@ -95,12 +95,12 @@ class GenerationSettings:
 
     @property
     def beams(self) -> int:
-        """Return how many beams the answer is searched with."""
+        """Return the number of beams."""
         return int(self.get("num_beams") or 1)
 
     @property
     def sequences(self) -> int:
-        """Return how many rows ``generate()`` makes of a sequence, and the cache must have."""
+        """Return the number of sequences that ``generate()`` runs, and the cache must hold."""
         return max(self.beams, int(self.get("num_return_sequences") or 1))
 
     @property
@@ -122,14 +122,14 @@ class GenerationSettings:
         """Refuse a length that is no whole number of at least 1.
 
         Raises:
-            InvalidInputError: The one that counts is none.
+            InvalidInputError: The length that counts is none.
         """
         self._most()
 
     def new_tokens(self, context: int, prompt: int) -> int:
-        """Count how many tokens the answer may have.
+        """Return the number of tokens that the answer may have.
 
-        ``max_length`` counts from the prompt's start, but in the model's own config from the
+        ``max_length`` counts from the prompt's start. In the model's own config it counts from the
         context's, as after a full prefill.
 
         Args:
@@ -154,7 +154,7 @@ class GenerationSettings:
         return value - before
 
     def least_new_tokens(self, context: int, prompt: int) -> int | None:
-        """Count the tokens before a stop token may come; None if nobody says."""
+        """Return the least number of tokens before a stop token; None if it is not set."""
         for _, says, before in self._places(context, prompt):
             if says.get("min_new_tokens") is not None:
                 return int(says["min_new_tokens"])
@@ -170,11 +170,11 @@ class GenerationSettings:
         Args:
             context: Tokens before the prompt.
             prompt: Tokens of the prompt.
-            overrides: Settings that count whatever anybody says.
-            **defaults: Settings that count where nobody says anything else; None for none.
+            overrides: Settings that come before all others.
+            **defaults: Settings that are used if no place sets them; None for none.
 
         Returns:
-            The keywords that were given, lengths counted as ``generate()`` counts them.
+            The given keywords, with lengths as ``generate()`` counts them.
 
         Raises:
             InvalidInputError: As of `new_tokens`.
@@ -192,7 +192,7 @@ class GenerationSettings:
         if self.get("use_cache") is False:  # as fine-tuned checkpoints often have it
             decided["use_cache"] = True
         config = copy.deepcopy(self.config)
-        if config is not None:  # generate() would rather not have keywords beside one
+        if config is not None:  # generate() warns of keywords beside a config
             kwargs["generation_config"] = config
             for name in _LENGTHS:
                 setattr(config, name, None)
@@ -205,7 +205,7 @@ class GenerationSettings:
         return kwargs
 
     def _places(self, context: int, prompt: int) -> list[tuple[str, Mapping[str, Any], int]]:
-        """List each place, what it says, and the tokens that its lengths count beside an answer."""
+        """Return each place, its settings, and the tokens its lengths count beside an answer."""
         configs = [{} if each is None else vars(each) for each in (self.config, self.own)]
         return [
             (_KEYWORD, self.given, prompt),
@@ -225,6 +225,6 @@ class GenerationSettings:
 
 
 def refused_upstream(error: Exception) -> InvalidInputError:
-    """Turn what transformers says against settings into a refusal of ours."""
+    """Return an error of ifkv that holds transformers' message about settings."""
     found = " ".join(str(error).split())
     return InvalidInputError(f"generate() cannot be told this: {found}")

@@ -1,4 +1,4 @@
-"""Text as it is generated."""
+"""Streaming of text while it is generated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
-    """A streamer for ``model.generate()``.
+    """Return a streamer for ``model.generate()``.
 
     Args:
         tokenizer: The tokenizer.
@@ -39,7 +39,7 @@ def text_streamer(tokenizer: Any, stream: bool | Callable[[str], None]) -> Any:
 
 
 class Closing:
-    """A stopping criterion for ``model.generate()`` that ends an answer whose stream was closed."""
+    """Stopping criterion for ``model.generate()`` that ends an answer whose stream was closed."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -51,26 +51,26 @@ class Closing:
         return self._event.is_set()
 
     def on_close(self, wake: Callable[[], object]) -> None:
-        """Call a function when the stream is closed, to wake what waits for its reader."""
+        """Register a function to be called when the stream is closed, to wake waiting threads."""
         self._wake.append(wake)
 
     def close(self) -> None:
-        """End the answer with its next token."""
+        """Close the stream, so that the answer ends with its next token."""
         self._event.set()
         for wake in self._wake:
             wake()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Tell whether each sequence shall end here, bool ``[sequences]``."""
+        """Return whether each sequence shall end here, bool ``[sequences]``."""
         import torch
 
         return input_ids.new_full((len(input_ids),), self.closed, dtype=torch.bool)
 
 
 def pieces_of(run: Callable[..., object]) -> Iterator[str]:
-    """What a run emits, piece by piece; the run goes on in a thread as pieces are taken.
+    """Yield the pieces that a run emits; the run goes on in a thread as pieces are taken.
 
-    To close the iterator asks the run to stop, and waits until it has.
+    Closing the iterator asks the run to stop, and waits until it has.
 
     Args:
         run: Called as ``run(emit, stopping)`` once the first piece is asked for: a function that
@@ -80,7 +80,7 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
         The pieces.
 
     Raises:
-        BaseException: What the run raised.
+        BaseException: The error of the run.
     """
     import torch
 
@@ -94,7 +94,7 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
 
     def work() -> None:
         try:
-            with torch.inference_mode(inference):  # a thread starts without its maker's
+            with torch.inference_mode(inference):  # the mode is per thread
                 run(emit, stopping)
         except BaseException as failure:
             failures.append(failure)
@@ -110,7 +110,7 @@ def pieces_of(run: Callable[..., object]) -> Iterator[str]:
     finally:
         stopping.close()
         while worker.is_alive():
-            with contextlib.suppress(queue.Empty):  # a piece that it is about to hand over
+            with contextlib.suppress(queue.Empty):  # drop a piece that it still puts
                 pieces.get(timeout=0.01)
         worker.join()
         if failures:

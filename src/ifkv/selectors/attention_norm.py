@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class AttentionNorm(QueryRanked):
-    """Slots by the attention they get from the query, as [ifkv.score][] has it.
+    """Selector of the slots that get most attention from the query, as in [ifkv.score][].
 
     InfoFlow KV (2603.05353). The paper's text sums over query tokens, its released code takes the
     L2 norm; it scores in layers 22 to 25 with the bare question.
 
-    Costs the query's way to the deepest scoring layer: with Q query tokens, T slots, P elements of
+    Costs the query's pass to the deepest scoring layer: with Q query tokens, T slots, P elements of
     a layer's matrices, W = heads times head_dim and Ls scoring layers up to number d, about
     ``2 Q P d + 4 Q T W (d + 1) + 2 Q T W Ls`` operations.
 
@@ -52,11 +52,11 @@ class AttentionNorm(QueryRanked):
     geometry: Geometry = "global"
 
     def measure(self) -> Measure:
-        """The norm of [ifkv.score][]."""
+        """Return the norm of [ifkv.score][]."""
         return attention_norm(self.reduction)
 
     def scored(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[StitchedCache, Cost]:
-        """The documents in the geometry that they are scored in."""
+        """Return the documents stitched in the geometry that they are scored in."""
         return in_geometry(model, cache, request, self.geometry)

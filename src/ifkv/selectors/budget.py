@@ -1,4 +1,4 @@
-"""How many slots a selector may take, and how scores are smoothed before the highest win."""
+"""Budgets: the number of slots that a selector may take, and the smoothing of its scores."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How many slots to take: exactly one of ratio, number and mass.
+    """Number of slots to take: exactly one of ratio, number and mass.
 
     Attributes:
         ratio: Share of the context: ``max(1, floor(ratio T))`` slots, none if it is 0.
-        number: So many slots.
-        mass: Share of the scores' sum over all slots that may be selected: as few slots as cover
-            it. Scores must not be negative; if they are column sums of attention
+        number: Number of slots.
+        mass: Share of the scores' sum over all slots that may be selected: the fewest slots that
+            cover it. Scores must not be negative; if they are column sums of attention
             (``reduction="sum"``), it is the share of the query's attention to these slots.
-        cap: With ``mass``: at most as many slots as this ratio pays for.
-        window: Smooth the scores first: the mean over so many slots of a document, an odd number,
-            centred; at a document's ends over those that are there.
+        cap: With ``mass``: the most slots, as a recompute ratio.
+        window: Smooth the scores first: replace each by the mean over this odd number of slots of
+            its document, centred; fewer at a document's ends.
         sentences: Smooth the scores first: every slot gets the mean of its sentence. So whole
-            sentences are taken, richest first, and only the last may be cut.
+            sentences are taken, highest mean first, and only the last may be cut.
 
     >>> Budget.of(0.15) == Budget(ratio=0.15)
     True
@@ -90,19 +90,19 @@ class Budget:
 
     @classmethod
     def of(cls, value: Budget | float) -> Budget:
-        """A budget as it is; a number as a recompute ratio."""
+        """Return a budget; a number is a recompute ratio."""
         return value if isinstance(value, Budget) else cls(ratio=value)
 
     @classmethod
     def each(cls, value: Budget | float | Sequence[Budget | float], count: int) -> list[Budget]:
-        """Return one budget for each of so many requests.
+        """Return one budget for each of ``count`` requests.
 
         Args:
             value: The budget of all of them, or a list with one for each.
-            count: How many requests there are.
+            count: The number of requests.
 
         Raises:
-            InvalidInputError: The list is of another length, or a bad budget.
+            InvalidInputError: The list has another length, or holds a bad budget.
         """
         if not isinstance(value, Budget) and isinstance(value, Sequence):
             if len(value) != count:
@@ -115,16 +115,16 @@ class Budget:
 
     @property
     def nothing(self) -> bool:
-        """Whether it pays for no slot."""
+        """True if the budget is for no slot."""
         return 0 in (self.ratio, self.number, self.mass) or self.cap == 0
 
     @property
     def everything(self) -> bool:
-        """Whether it pays for every slot of any context."""
+        """True if the budget is for every slot of any context."""
         return self.ratio == 1 or (self.mass == 1 and self.cap == 1)
 
     def pick(self, cache: StitchedCache, scores: Tensor, groups: Tensor | None = None) -> Tensor:
-        """The slots with the highest scores within the budget.
+        """Pick the slots with the highest scores within the budget.
 
         Args:
             cache: The stitched cache that was scored.
@@ -136,8 +136,8 @@ class Budget:
             slot wins; with the same scores and kind of budget a larger one contains a smaller.
 
         Raises:
-            InvalidInputError: Scores that are not finite or not ``[T]``, negative ones under a
-                budget by mass, or no sentences where they are needed.
+            InvalidInputError: Scores are not finite or not ``[T]``, negative under a budget by
+                mass, or ``groups`` is missing.
         """
         check_stitched(cache)
         check_scores(cache, scores)
@@ -163,12 +163,12 @@ class Budget:
         if self.mass == 1 or limit == 0:
             return limit
         covered = candidates.sort(descending=True, stable=True).values.cumsum(0)
-        # One more than those that together stay below the share; a first slot in any case.
+        # One slot more than those whose sum stays below the share, so at least one.
         short = int((covered < self.mass * covered[-1]).sum())
         return min(short + 1, limit)
 
     def smoothed(self, cache: StitchedCache, scores: Tensor, groups: Tensor | None) -> Tensor:
-        """Scores as `pick` ranks them; takes its arguments."""
+        """Smooth scores as `pick` does; arguments of `pick`."""
         if self.window is None and not self.sentences:
             return scores
         smooth = scores.double()
@@ -200,7 +200,7 @@ def _checked_groups(groups: Tensor | None, length: int) -> Tensor:
 
 
 def _mean_of_groups(scores: Tensor, groups: Tensor) -> Tensor:
-    """Every slot's group mean; both ``[T]``."""
+    """Replace each score by its group's mean, ``[T]``."""
     _, index = groups.to(scores.device).unique(return_inverse=True)
     sums = scores.new_zeros(int(index.max()) + 1).index_add_(0, index, scores)
     means: Tensor = sums / index.bincount()
@@ -208,7 +208,7 @@ def _mean_of_groups(scores: Tensor, groups: Tensor) -> Tensor:
 
 
 def sentence_groups(tokenizer: Any, cache: StitchedCache) -> Tensor:
-    """The sentence each slot belongs to, from the tokens' texts.
+    """Find the sentence that each slot belongs to, from the tokens' texts.
 
     A sentence ends with a token whose text, without spaces and closing quotes or brackets, ends in
     ``.``, ``!`` or ``?``, or that has a line break; a document ends one, too. A rule for prose: a

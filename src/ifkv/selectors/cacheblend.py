@@ -32,12 +32,12 @@ BLOCK_ROWS = 4096
 @register
 @dataclasses.dataclass(frozen=True)
 class CacheBlend(Ranked):
-    """Slots by the mean squared deviation of their second layer's values from the stitched ones.
+    """Selector of the slots whose second layer's values deviate most from the stitched ones.
 
-    CacheBlend (2405.16444), "high KV deviation" tokens: the first layer is run for all rows, which
-    makes the second layer's keys and values exact; those that moved most are recomputed. The
-    question plays no part. The paper filters once more in every layer, its released code selects
-    once, as is done here. Released code compares values; LMCache's compares rotated keys.
+    CacheBlend (2405.16444), "high KV deviation" tokens: the first layer runs for all rows, which
+    makes the second layer's keys and values exact. The slots whose mean squared deviation is
+    largest are recomputed; the question plays no part. The paper filters again in every layer; its
+    released code selects once, as this does. That code compares values, LMCache's rotated keys.
 
     Costs one whole layer, with its causal attention, and the projections of the next, for all rows
     but prefix and first document, which are exact: for n such rows ``2 n (P + P_a) + 4 W p``
@@ -56,7 +56,7 @@ class CacheBlend(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`; prefix and first document deviate by 0."""
+        """Score the slots; see `Ranked.rank`. Prefix and first document deviate by 0."""
         handle = check_cache(model, cache)
         if len(cache.layers) < 2:
             raise InvalidInputError(
@@ -74,7 +74,7 @@ class CacheBlend(Ranked):
     def _deviations(
         self, model: PreTrainedModel, handle: PatchHandle, cache: StitchedCache, rows: Tensor
     ) -> Tensor:
-        """Deviations of adjacent rows, ``[rows]``."""
+        """Compute the deviations of adjacent rows, ``[rows]``."""
         plan = handle.backend.plan_requests([rows], [cache.context_length], model.device)
         hidden = embed(model, cache.token_ids[plan.slots])
         positions = cache.positions_at(plan.slots)
@@ -94,7 +94,7 @@ class CacheBlend(Ranked):
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    """Mean over heads and dimensions, ``[1, kv_heads, rows, head_dim]`` to float32 ``[rows]``."""
+    """Average ``[1, kv_heads, rows, head_dim]`` over heads and dimensions, float32 ``[rows]``."""
     return difference.float().square().mean(dim=(0, 1, 3))
 
 
@@ -108,9 +108,9 @@ def _cost(shape: ModelShape, start: int, total: int) -> Cost:
 
 
 class _SecondLayer:
-    """Rows through the first layer over a cache that is only read, and the second's keys, values.
+    """Attention pass of rows through the first layer, which keeps the second's keys and values.
 
-    The first layer's keys and values are exact in a stitched cache, so nothing need be written.
+    The first layer's keys and values are exact in a stitched cache, so nothing is written.
 
     Attributes:
         fresh: The second layer's keys and values of the rows, ``[1, kv_heads, rows, head_dim]``.
@@ -133,7 +133,7 @@ class _SecondLayer:
 
     def attend(self, call: LayerCall) -> Tensor:
         if call.layer_idx == 1:
-            return call.query.transpose(1, 2)  # run for its keys and values; nobody reads this
+            return call.query.transpose(1, 2)  # not read: the layer runs for its keys and values
         scales = [self._cache.layers[call.layer_idx].scales]
         return self._backend.attend_requests(
             call.query, [call.keys], [call.values], self._plan, call.spec, scales=scales

@@ -1,4 +1,4 @@
-"""``random``: what any selector must beat."""
+"""``random``: the control that any selector must beat."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class Random(Ranked):
-    """Slots at random, each as likely as any other: the control. Costs nothing.
+    """Selector of random slots, each as likely as any other: the control. Costs nothing.
 
     No paper; every comparison needs it.
 
     Attributes:
-        seed: Of the draw, which depends on it and on the context's length alone.
+        seed: Seed of the draw, which depends only on it and on the context's length.
     """
 
     name: ClassVar[str] = "random"
@@ -38,7 +38,7 @@ class Random(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`."""
+        """Score the slots; see `Ranked.rank`."""
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.rand(cache.context_length, generator=generator, dtype=torch.float64)
         return scores.to(model.device), Cost()

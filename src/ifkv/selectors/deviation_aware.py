@@ -1,4 +1,4 @@
-"""``deviation-aware``: what the query looks at, weighed by how far it moves in context."""
+"""``deviation-aware``: the query's attention, times how far the slot moves in context."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class DeviationAware(Ranked):
-    """``value-aware`` over all layers, times a power of how far the second layer's values move.
+    """Selector ``value-aware`` over all layers, times a power of the second layer's deviation.
 
-    What a stale slot costs is how much is read from it times how wrong it is. The first factor is
-    the value-aware norm (VATP, 2406.12335); of the second CacheBlend (2405.16444) has a cheap
-    estimate: the root mean square by which the slot's values in the second layer deviate, for
-    which the first layer is run in context. With ``a`` the norm and ``d`` the deviation,
+    The error of a stale slot is how much is read from it times how wrong it is. The first factor is
+    the value-aware norm (VATP, 2406.12335). For the second, CacheBlend (2405.16444) has a cheap
+    estimate: the root mean square deviation of the slot's values in the second layer, after the
+    first layer has run in context. With ``a`` the norm and ``d`` the deviation,
 
         s[j] = a[j] d[j]^power
 
-    A power below 1 says that the estimate, one layer's, is a rough one.
+    A power below 1 allows for the roughness of an estimate from one layer.
 
-    Costs what ``value-aware`` and ``cacheblend`` do together.
+    Costs the sum of ``value-aware`` and ``cacheblend``.
 
     Attributes:
         power: Of the deviation, above 0.
@@ -67,7 +67,7 @@ class DeviationAware(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`."""
+        """Score the slots; see `Ranked.rank`."""
         reading = ValueAware(layers=self.layers, query=self.query, reduction=self.reduction)
         moving = CacheBlend(deviation=self.deviation)
         norms, cost = reading.rank(model, cache, request)

@@ -1,4 +1,4 @@
-"""``entropy``: attention, the more counted the more it is focused."""
+"""``entropy``: attention, weighted by how focused it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class Entropy(QueryRanked):
-    """Attention summed over heads and query tokens, each weighted by how focused it is.
+    """Selector by attention summed over heads and query tokens, each weighted by its focus.
 
     With ``A_h[i, j]`` the attention of query token i to slot j in head h, ``p_h[i]`` its
     distribution over the T slots (the attention to other query tokens left out, the rest scaled to
@@ -39,7 +39,7 @@ class Entropy(QueryRanked):
     looks at a single slot weighs 1. The released code of 2603.05353 lists an entropy rule without
     publishing it; this definition is our own.
 
-    Costs what ``attention-norm`` does and the query's products with the keys once more, since the
+    Costs the same as ``attention-norm``, and the query's products with the keys once more: the
     weights must be known before the sum.
 
     Attributes:
@@ -55,19 +55,19 @@ class Entropy(QueryRanked):
     query: Query = "prompt"
 
     def measure(self) -> Measure:
-        """Attention, weighted by focus."""
+        """Return the attention weighted by focus."""
         return focused_attention
 
     def further_cost(
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
-        """The query's products with the keys once more."""
+        """Return the cost of the query's second products with the keys."""
         products = 2.0 * shape.attention_width * query_length * context_length
         return len(layers) * Cost(products, bytes=float(context_length * shape.row_bytes))
 
 
 def focused_attention(view: QueryView) -> Tensor:
-    """Attention to each slot in one layer, weighted by focus, ``[T]``; see `Entropy`."""
+    """Compute attention to each slot in one layer, weighted by focus, ``[T]``; see `Entropy`."""
     mass = torch.zeros_like(view.logsumexp[0])  # [heads, Q]: attention to the context
     weighted = torch.zeros_like(mass)  # sum of A log A
     for attention, logarithm in _attention_blocks(view):
@@ -85,7 +85,7 @@ def focused_attention(view: QueryView) -> Tensor:
 
 
 def _attention_blocks(view: QueryView) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention and its logarithm, block by block of the keys, ``[heads, Q, block]``."""
+    """Yield attention and its logarithm, block by block of the keys, ``[heads, Q, block]``."""
     for start in range(0, view.context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)
         mask = hidden_by_window(view.plan, block, view.spec)

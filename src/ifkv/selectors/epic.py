@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class Epic(Ranked):
-    """The first tokens of every document but the first. Costs nothing.
+    """Selector of the first tokens of every document but the first. Costs nothing.
 
-    EPIC's LegoLink (2410.15332): a document encoded alone makes sinks of its first tokens; seen in
-    context they are none. The paper takes the same number of tokens, 2 to 32, of each document.
+    EPIC's LegoLink (2410.15332): the first tokens of a document encoded alone become attention
+    sinks, which they are not in context. The paper takes the same number of tokens, 2 to 32, of
+    each document.
 
     Attributes:
-        by: How a budget is divided: ``share`` takes the same share of every document, ``tokens``
-            the same number, as far as there are so many.
-        tokens: At most so many of each document, even if the budget pays for more; 0 is no limit.
+        by: Division of a budget: ``share`` takes the same share of every document, ``tokens`` the
+            same number, or all tokens of a shorter document.
+        tokens: The most tokens of each document, even if the budget allows more; 0 is no limit.
             With a limit, a budget for everything does not select everything.
     """
 
@@ -52,7 +53,7 @@ class Epic(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`; 1 at the start of a document, 0 or more at its end."""
+        """Score the slots; see `Ranked.rank`. A document's scores fall from 1 to 0 or more."""
         scores = torch.zeros(cache.context_length, dtype=torch.float64)
         longest = max(rows.stop - rows.start for rows in cache.document_slices)
         for rows in cache.document_slices:
@@ -68,7 +69,7 @@ class Epic(Ranked):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See `Ranked.select`."""
+        """Choose slots; see `Ranked.select`."""
         chosen = super().select(model, cache, request, budget)
         if not self.tokens:
             return chosen

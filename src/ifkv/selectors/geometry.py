@@ -1,4 +1,4 @@
-"""Scoring under other positions than the cache's own."""
+"""Scoring under positions of another geometry than the cache's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def in_geometry(
     model: PreTrainedModel, cache: StitchedCache, request: Request, geometry: Geometry
 ) -> tuple[StitchedCache, Cost]:
-    """The cache itself, or its documents stitched once more in another geometry.
+    """Return the cache, or its documents stitched once more in another geometry.
 
-    A stitched cache has no keys from before the rotation, and rotating keys a second time would
-    round them twice; so another geometry is made from the documents.
+    A stitched cache has no keys from before the rotation, and a second rotation would round them
+    twice. So another geometry is made from the documents.
 
     Args:
         model: A patched model.
@@ -33,7 +33,7 @@ def in_geometry(
         geometry: The geometry wanted.
 
     Returns:
-        A cache with the same slots, and the bytes that were read and written for it.
+        A cache with the same slots, and its cost: the bytes that were read and written.
 
     Raises:
         InvalidInputError: The request has no documents, or not those of the cache.

@@ -1,4 +1,4 @@
-"""Options of selectors: typed fields of a dataclass, checked, and read from and written as text."""
+"""Options of selectors: typed fields of a dataclass, checked, read from text and written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ifkv.utils.checks import whole_numbers
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Which layers score: a range of the model's depth, or layers by number.
+    """Layers that score: a range of the model's depth, or layers by number.
 
     Attributes:
         depth: Start and end as shares of the depth, between 0 and 1.
@@ -40,7 +40,7 @@ class Layers:
 
     @classmethod
     def of(cls, value: Any) -> Layers:
-        """From a string (``"0.55-0.70"``, ``"22+23"``), numbers of layers, or as it is."""
+        """Read layers from a string (``"0.55-0.70"``, ``"22+23"``), numbers, or a `Layers`."""
         if isinstance(value, Layers):
             return value
         if not isinstance(value, str):
@@ -56,10 +56,10 @@ class Layers:
         )
 
     def within(self, depth: int) -> list[int]:
-        """The layers of a model with so many, ascending.
+        """Return the layers of a model with ``depth`` layers, ascending.
 
         Raises:
-            InvalidInputError: A number that the model does not have.
+            InvalidInputError: The model does not have a layer of this number.
         """
         if self.numbers is not None:
             return chosen_layers(depth, self.numbers)
@@ -77,10 +77,10 @@ ALL_LAYERS = Layers(depth=(0.0, 1.0))
 
 
 def check_options(selector: Any) -> None:
-    """Bring a dataclass's fields to their types, in place; text is read.
+    """Convert a dataclass's fields to their types, in place; text is parsed.
 
     Raises:
-        InvalidInputError: A value its field cannot have.
+        InvalidInputError: A field cannot have its value.
     """
     if not dataclasses.is_dataclass(selector):
         return
@@ -91,10 +91,11 @@ def check_options(selector: Any) -> None:
 
 
 def options_from_text(cls: type[Any], text: str) -> dict[str, str]:
-    """The options ``a=1,b=2`` of a selector class, not converted yet.
+    """Split the options ``a=1,b=2`` of a selector class, without converting values.
 
     Raises:
-        InvalidInputError: An option it does not have, twice the same, or no ``=``.
+        InvalidInputError: The class has no such option, an option is given twice, or ``=`` is
+            missing.
     """
     known = _hints(cls) if dataclasses.is_dataclass(cls) else {}
     options: dict[str, str] = {}
@@ -116,7 +117,7 @@ def options_from_text(cls: type[Any], text: str) -> dict[str, str]:
 
 
 def spec_of(selector: Any) -> str:
-    """The shortest string that makes this selector: its name and the options not at default."""
+    """Return the shortest string that makes this selector: its name and changed options."""
     name: str = selector.name
     if not dataclasses.is_dataclass(selector):
         return name
@@ -131,7 +132,7 @@ def spec_of(selector: Any) -> str:
 
 
 def describe(cls: type[Any]) -> dict[str, str]:
-    """Options of a selector class and what each may be, for people.
+    """Describe the options of a selector class in words: the values each may have.
 
     >>> from ifkv.selectors import Random
     >>> describe(Random)
@@ -177,7 +178,7 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
             if math.isfinite(number):
                 return number
     else:
-        return value  # a user's own type, which checks itself
+        return value  # another type, which checks itself
     raise InvalidInputError(f"{what} is {value!r}, but must be {_kind(hint)}.")
 
 

@@ -1,4 +1,4 @@
-"""``oracle``: what a selector could know after a full prefill; for evaluation only."""
+"""``oracle``: the true error of each slot, from a full prefill; for evaluation only."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ Deviation = Literal["kv", "k", "v", "none"]
 @register
 @dataclasses.dataclass(frozen=True)
 class Oracle(Ranked):
-    """The true error of each slot's keys and values, times the attention it truly gets.
+    """Selector by the true error of each slot's keys and values, times its true attention.
 
     For evaluation only: the whole context is recomputed on a copy, which is a full prefill. With
-    ``a_l[j]`` the attention norm of slot j in layer l of that copy, and ``dK``, ``dV`` what the
-    stitched keys (rotated) and values miss,
+    ``a_l[j]`` the attention norm of slot j in layer l of that copy, and ``dK``, ``dV`` the errors
+    of the stitched keys (rotated) and values,
 
         s[j] = mean over l of a_l[j] (|dK_l[j]| / rms |K_l| + |dV_l[j]| / rms |V_l|)
 
     with Euclidean norms over all key heads and root mean squares over the true context's slots, so
-    that keys and values, and layers, weigh alike. It knows each slot's own error, not what
-    repairing a set of slots does to the others; no ceiling in the strict sense.
+    that keys and values, and layers, weigh alike. It knows the error of each slot, but not how
+    repairing some slots changes the others. So it is no strict upper bound.
 
     Costs a prefill of all but prefix and first document (without the last layer's MLP), and the
     query's pass.
 
     Attributes:
         deviation: Which errors count; ``none`` leaves the true attention alone.
-        attention: Of the ``true`` cache, or of the ``stitched`` one.
+        attention: Whose attention counts: the ``true`` cache's, or the ``stitched`` one's.
         layers: Layers that count.
         query: Which tokens score, as in ``attention-norm``.
         reduction: Over query tokens.
@@ -66,7 +66,7 @@ class Oracle(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`."""
+        """Score the slots; see `Ranked.rank`."""
         check_answerable(cache, "the oracle")
         start, total = cache.first_candidate, cache.context_length
         truth = cache.clone()
@@ -87,7 +87,7 @@ class Oracle(Ranked):
         return scores, cost
 
     def _error(self, cache: StitchedCache, truth: StitchedCache, layer: int) -> Tensor:
-        """Relative error of each slot in one layer, ``[T]``."""
+        """Compute the relative error of each slot in one layer, ``[T]``."""
         context = slice(0, cache.context_length)
         stale, true = (each.layers[layer].rows(context) for each in (cache, truth))
         total = torch.zeros(cache.context_length, device=cache.token_ids.device)
@@ -98,7 +98,7 @@ class Oracle(Ranked):
 
 
 def _relative(stale: Tensor, true: Tensor) -> Tensor:
-    """``|stale - true| / rms |true|`` by slot; both ``[kv_heads, T, head_dim]``."""
+    """Compute ``|stale - true| / rms |true|`` by slot; both ``[kv_heads, T, head_dim]``."""
     dtype = torch.promote_types(true.dtype, torch.float32)
     error = (stale.to(dtype) - true.to(dtype)).square().sum(dim=(0, 2)).sqrt()
     return error / true.to(dtype).square().sum(dim=(0, 2)).mean().sqrt()

@@ -23,19 +23,20 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class ProphetKV(QueryRanked):
-    """ProphetKV-like: each layer proposes what the question attends to, the proposals are fused.
+    """Selector like ProphetKV: each layer proposes attended slots, and proposals are fused.
 
-    ProphetKV (2602.02579) says that it ranks tokens by the user's query and fuses attention
-    measured layer by layer into one set, in two stages. No code is published and its formulas are
-    not reproduced here: this is a rule of that kind, not the authors'.
+    ProphetKV (2602.02579) ranks tokens by the user's query and fuses attention measured layer by
+    layer into one set, in two stages. No code is published, and its formulas are not reproduced
+    here: this is a rule of that kind, not the authors'.
 
-    First stage: in every layer the attention summed over query tokens and averaged over heads, as
-    a share of all that goes to the slots that may be selected, so that layers that look at the
-    prefix or at the query itself weigh no less. Each layer proposes its highest ``shortlist`` of
-    these slots. Second stage: a slot's score is the mean over layers of its shares where it was
-    proposed; a thousandth of the mean of all its shares orders those that no layer proposed.
+    First stage: in every layer, attention is summed over query tokens, averaged over heads, and
+    divided by its sum over the slots that may be selected. So layers that attend mostly to the
+    prefix or to the query weigh no less. Each layer proposes its highest ``shortlist`` of these
+    slots. Second stage: a slot's score is the mean over layers of its shares, counting only layers
+    that proposed it. A thousandth of the mean of all its shares orders slots that no layer
+    proposed.
 
-    Costs what ``attention-norm`` does with all layers scoring.
+    Costs the same as ``attention-norm`` with all layers scoring.
 
     Attributes:
         shortlist: Share of the slots that each layer proposes, above 0 and at most 1.
@@ -60,17 +61,17 @@ class ProphetKV(QueryRanked):
             )
 
     def measure(self) -> Measure:
-        """Attention summed over query tokens."""
+        """Return the attention summed over query tokens."""
         return attention_norm("sum")
 
     def fuse(self, cache: StitchedCache, per_layer: Tensor) -> Tensor:
-        """The two stages; prefix and first document score 0."""
+        """Apply the two stages; prefix and first document score 0."""
         start, total = cache.first_candidate, cache.context_length
         proposed = math.ceil(self.shortlist * (total - start))
         shares = torch.zeros_like(per_layer, dtype=torch.float64)
         candidates = per_layer[:, start:].double()
         mass = candidates.sum(dim=1, keepdim=True)
-        # A layer that slides may see none of them.
+        # In a layer with a sliding window they may get no attention at all.
         shares[:, start:] = torch.where(mass > 0, candidates / mass, 0)
         best = shares[:, start:].argsort(dim=1, descending=True, stable=True)[:, :proposed]
         kept = torch.zeros_like(shares).scatter_(1, best + start, 1.0)

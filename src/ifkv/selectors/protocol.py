@@ -1,4 +1,4 @@
-"""What a selector is: it looks at a stitched cache and a request, and names slots to recompute."""
+"""The protocol of selectors: given a stitched cache and a request, name slots to recompute."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked over a stitched cache.
+    """Prompt and question over a stitched cache, as a selector is given them.
 
     Attributes:
         prompt_ids: Token ids of the whole prompt that follows the documents.
@@ -44,15 +44,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """What a selector chose.
+    """Slots that a selector chose, and their scores.
 
     Attributes:
         slots: Long ``[k]``, ascending, none of them in prefix or first document.
-        scores: What it was chosen by, float ``[T]``; None if nothing had to be scored.
-        cost: What choosing cost, the recomputation of the chosen slots not included.
-        attention: What the query looks at, float ``[T]``, for people and pictures: of the scoring
-            layers, those at 55 to 70 % of the depth, if there are some. None from a rule that does
-            not ask it, and if nothing had to be scored.
+        scores: The scores that decided, float ``[T]``; None if nothing had to be scored.
+        cost: Cost of the choice, without the recomputation of the chosen slots.
+        attention: The query's attention, float ``[T]``, for heat maps: over those scoring layers
+            that lie at 55 to 70 % of the depth, or all if there are none. None if the selector
+            does not run the query, and if nothing had to be scored.
     """
 
     slots: Tensor
@@ -62,21 +62,22 @@ class Selection:
 
 
 class Selector(ABC):
-    """Chooses the slots to recompute, within a budget.
+    """Selector of the slots to recompute, within a budget.
 
     A selector is a frozen dataclass; its fields are its options, which have defaults and can be
     given in a string (`ifkv.selectors.resolve`). ``str(selector)`` is that string.
 
     Attributes:
-        name: What it is called in the registry.
-        paper: Where it was published.
-        evaluation_only: Whether it needs what a request does not have, such as a full prefill.
-        only_scores: Whether it reads the cache's rows through the pass of [ifkv.score][] and
-            [ifkv.recompute][] alone, or not at all. Tokens that stand before further documents
-            of a conversation then run along with its first pass instead of in one of their own.
-            Said by each class for itself; it is not inherited.
-        sensitivities: Whether it uses what [ifkv.documents.sensitivity][] measures, so that a
-            session that chooses by it has it measured when documents are added.
+        name: Its name in the registry.
+        paper: Its publication.
+        evaluation_only: Whether it needs something that a request does not have, such as a full
+            prefill.
+        only_scores: Whether it reads the cache's rows only in the passes of [ifkv.score][] and
+            [ifkv.recompute][], or not at all. Pending tokens of a conversation then join its first
+            pass; otherwise they run in a separate pass before it. Each class must set it: it is
+            not inherited.
+        sensitivities: Whether it uses the sensitivities of [ifkv.documents.sensitivity][]. A
+            session with such a selector measures them when documents are added.
     """
 
     name: ClassVar[str]
@@ -100,12 +101,12 @@ class Selector(ABC):
 
         Args:
             model: A patched model.
-            cache: A stitched cache in the global geometry, which is left as it was, bit for bit.
-            request: What is asked.
-            budget: How many slots; a number is a recompute ratio.
+            cache: A stitched cache in the global geometry; afterwards it is the same, bit for bit.
+            request: Prompt and question.
+            budget: The number of slots; a plain number is a recompute ratio.
 
         Returns:
-            The selection; the same whenever the arguments are.
+            The selection; equal arguments give equal selections.
 
         Raises:
             NotPatchedError: The model is not patched.
@@ -120,14 +121,15 @@ class Selector(ABC):
         requests: Sequence[Request],
         budget: Budget | float | Sequence[Budget | float],
     ) -> list[Selection]:
-        """Choose slots of several requests; takes what `select` takes, for each.
+        """Choose slots of several requests.
 
-        A selector that can look at all of them in one pass does; this one takes them one by one.
+        This method runs `select` for each; a selector that can score all requests in one pass
+        overrides it.
 
         Args:
             model: A patched model.
             caches: For each request its cache.
-            requests: What is asked.
+            requests: For each request its prompt and question.
             budget: Of all requests, or one for each.
         """
         budgets = Budget.each(budget, len(caches))
@@ -138,17 +140,17 @@ class Selector(ABC):
 
 
 class Ranked(Selector):
-    """A selector that gives every slot a score and takes the highest."""
+    """Selector that gives every slot a score and takes the highest."""
 
     @abstractmethod
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """Score the slots; takes what `select` takes.
+        """Score the slots; arguments of `select`.
 
         Returns:
             Finite float scores ``[T]`` (those of prefix and first document do not matter), and
-            what scoring cost.
+            the cost of scoring.
         """
 
     def select(
@@ -158,7 +160,7 @@ class Ranked(Selector):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See `Selector.select`; nothing is scored if the budget is for all or no slots."""
+        """Choose slots; see `Selector.select`. A budget for all or no slots needs no scoring."""
         check_cache(model, cache)
         allowed = Budget.of(budget)
         decided = without_scores(cache, allowed)
@@ -169,7 +171,7 @@ class Ranked(Selector):
 
 
 def without_scores(cache: StitchedCache, budget: Budget) -> Selection | None:
-    """The selection of a budget that is for all slots or none; None for any other."""
+    """Return the selection of a budget for all slots or none; None for any other budget."""
     if budget.everything:
         slots = cache.candidate_slots
     elif budget.nothing:

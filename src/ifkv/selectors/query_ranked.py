@@ -1,4 +1,4 @@
-"""Rules that rank slots by what one pass of the query over the stitched cache measures."""
+"""Selectors that rank slots by measures of one pass of the query over the stitched cache."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Query = Literal["prompt", "question", "both"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Look:
-    """What one request's query sees.
+    """Scores and attention of one request's query.
 
     Attributes:
         scores: Float32 ``[T]``, not yet settled.
         attention: Float ``[T]``, as in `Selection`.
-        cost: What looking cost.
+        cost: Cost of the passes.
     """
 
     scores: Tensor
@@ -43,11 +43,11 @@ class _Look:
 
 
 class QueryRanked(Ranked):
-    """Runs the query as far as the deepest scoring layer and scores slots by what it sees there.
+    """Selector that scores slots by measures of the query in its scoring layers.
 
-    Requests of a batch share one pass. A class says what is measured in a layer, and may say how
-    layers are put together, how the scores are settled, what to score instead of the request's own
-    cache, and what a pass costs beyond running the query and taking its attention norms.
+    The query runs up to the deepest scoring layer. Requests of a batch share one pass. A subclass
+    defines the measure of a layer. It may also define how layers are fused, how scores are settled,
+    which cache is scored, and what a pass costs beyond the query's pass and attention norms.
 
     Attributes:
         layers: Scoring layers.
@@ -59,32 +59,32 @@ class QueryRanked(Ranked):
 
     @abstractmethod
     def measure(self) -> Measure:
-        """What gives ``[T]`` in a scoring layer."""
+        """Return the measure that gives ``[T]`` in a scoring layer."""
 
     def fuse(self, cache: StitchedCache, per_layer: Tensor) -> Tensor:
-        """Makes ``[T]`` of one pass's ``[layers, T]``; the mean by default."""
+        """Reduce one pass's ``[layers, T]`` to ``[T]``; by default the mean."""
         return per_layer.mean(dim=0)
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
-        """The final scores of the sum over passes, float32 ``[T]``; the same by default."""
+        """Return final scores from the sum over passes, float32 ``[T]``; unchanged by default."""
         return scores
 
     def scored(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[StitchedCache, Cost]:
-        """What the query runs over, with the same slots, and what making it cost."""
+        """Return the cache that the query runs over, with the same slots, and its cost."""
         return cache, Cost()
 
     def further_cost(
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
-        """What a pass costs beyond `ifkv.cost.scoring_cost`."""
+        """Return the cost of a pass beyond `ifkv.cost.scoring_cost`."""
         return Cost()
 
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`."""
+        """Score the slots; see `Ranked.rank`."""
         look = self._look(model, [cache], [request])[0]
         return self.settle(model, cache, look.scores), look.cost
 
@@ -94,7 +94,7 @@ class QueryRanked(Ranked):
         caches: Sequence[StitchedCache],
         requests: Sequence[Request],
     ) -> list[_Look]:
-        """What the queries of one or several requests see, in one pass."""
+        """Run the queries of one or several requests in one pass."""
         shape = ModelShape.of(model)
         layers = self.layers.within(shape.num_layers)
         jobs, costs = [], []
@@ -107,7 +107,7 @@ class QueryRanked(Ranked):
             costs.append(cost)
         measured = run_scorings(model, jobs, layers, self.measure())
         passes = len(jobs) // len(caches)
-        # People are shown the layers that tell most, where they score: others look near and far.
+        # For heat maps, use the default scoring layers, if these score: they tell most.
         telling = set(default_layers(shape.num_layers))
         shown = [at for at, layer in enumerate(layers) if layer in telling] or range(len(layers))
         looks = []
@@ -125,7 +125,7 @@ class QueryRanked(Ranked):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See `Ranked.select`."""
+        """Choose slots; see `Ranked.select`."""
         return self.select_many(model, [cache], [request], budget)[0]
 
     def select_many(
@@ -135,12 +135,12 @@ class QueryRanked(Ranked):
         requests: Sequence[Request],
         budget: Budget | float | Sequence[Budget | float],
     ) -> list[Selection]:
-        """See `Selector.select_many`; the queries of all requests run in one pass."""
+        """Choose slots; see `Selector.select_many`. All queries run in one pass."""
         budgets = Budget.each(budget, len(caches))
         if type(self).select is not QueryRanked.select:
             return super().select_many(model, caches, requests, budgets)
         for cache in caches:
-            check_stitched(cache)  # and whether it is the model's before it is run over
+            check_stitched(cache)  # Scoring.checked compares it with the model
         asked = list(zip(caches, requests, budgets, strict=True))
         scored = [at for at, own in enumerate(asked) if without_scores(own[0], own[2]) is None]
         looks: dict[int, _Look] = {}
@@ -169,7 +169,7 @@ class QueryRanked(Ranked):
 
 
 def queries_of(request: Request, query: Query) -> list[Sequence[int]]:
-    """Token ids of the scoring passes a query asks for."""
+    """Return the token ids of each scoring pass."""
     both: dict[Query, Sequence[int]] = {
         "prompt": request.prompt_ids,
         "question": request.question_ids,

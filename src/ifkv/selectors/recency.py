@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class Recency(Ranked):
-    """The last slots of the context, next to the question. Costs nothing.
+    """Selector of the last slots of the context, next to the question. Costs nothing.
 
-    The recent window of StreamingLLM (2309.17453), here as a control: what nearness alone buys.
+    The recent window of StreamingLLM (2309.17453), as a control for the effect of nearness alone.
     """
 
     name: ClassVar[str] = "recency"
@@ -33,6 +33,6 @@ class Recency(Ranked):
     def rank(
         self, model: PreTrainedModel, cache: StitchedCache, request: Request
     ) -> tuple[Tensor, Cost]:
-        """See `Ranked.rank`; a slot's place in the context, between 0 and 1."""
+        """Score the slots by their place in the context, between 0 and 1; see `Ranked.rank`."""
         total = cache.context_length
         return torch.arange(total, device=model.device, dtype=torch.float64) / total, Cost()

@@ -1,4 +1,4 @@
-"""Selectors by name."""
+"""The registry of selectors by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ifkv.errors import InvalidInputError
 from ifkv.selectors.options import options_from_text
 from ifkv.selectors.protocol import Selector
 
-# What chooses slots where the caller does not say.
+# The selector that is used if the caller names none.
 DEFAULT_SELECTOR = "sink-aware"
 
 _REGISTRY: dict[str, type[Selector]] = {}
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=type[Selector])
 
 
 def register(cls: S) -> S:
-    """Make a selector known by its name; a decorator for your own.
+    """Register a selector by its name; a decorator for your own classes.
 
     Raises:
         InvalidInputError: It is no selector class, its name is missing, malformed or taken, or an
@@ -53,7 +53,7 @@ def register(cls: S) -> S:
 
 
 def names() -> list[str]:
-    """Names of all selectors, in alphabetical order.
+    """Return the names of all selectors, in alphabetical order.
 
     >>> "attention-norm" in names()
     True
@@ -62,7 +62,7 @@ def names() -> list[str]:
 
 
 def selector_class(name: str) -> type[Selector]:
-    """The class of a name.
+    """Return the selector class of a name.
 
     Raises:
         InvalidInputError: There is none.
@@ -75,7 +75,7 @@ def selector_class(name: str) -> type[Selector]:
 
 
 def resolve(spec: str | Selector) -> Selector:
-    """The selector that a string names, with its options; a selector as it is.
+    """Return the selector that a string names, with its options; a selector is returned as given.
 
     Args:
         spec: ``"name"`` or ``"name:option=value,option=value"``.

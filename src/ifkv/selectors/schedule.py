@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def layer_depths(cache: StitchedCache, selection: Selection, ratios: Sequence[float]) -> Tensor:
-    """How deep each selected slot is recomputed so that every layer keeps to a ratio of its own.
+    """Compute the depth of each selected slot from one recompute ratio per layer.
 
-    The slots are ranked by score; in a layer as many of the highest are recomputed as its ratio
-    pays for. Select under the first layer's ratio, and give the result to
+    The slots are ranked by score. Each layer recomputes the highest ones, as many as its ratio
+    allows. Select under the first layer's ratio, and give the result to
     ``ifkv.recompute(..., depths=...)``.
 
     Args:
@@ -53,5 +53,5 @@ def layer_depths(cache: StitchedCache, selection: Selection, ratios: Sequence[fl
     order = selection.scores[selection.slots].argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    paid = torch.tensor(counts, device=order.device)
-    return (rank[:, None] < paid).sum(dim=1)
+    allowed = torch.tensor(counts, device=order.device)
+    return (rank[:, None] < allowed).sum(dim=1)

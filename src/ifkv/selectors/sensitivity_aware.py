@@ -1,4 +1,4 @@
-"""``sensitivity-aware``: what the query looks at, weighed by how much it depends on context."""
+"""``sensitivity-aware``: the query's attention, times the slot's sensitivity to context."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _SENSITIVITIES = Sensitivities()
 @register
 @dataclasses.dataclass(frozen=True)
 class SensitivityAware(SinkAware):
-    """``sink-aware`` with scores times a power of each token's sensitivity to context.
+    """Selector ``sink-aware`` with scores times a power of each token's sensitivity.
 
-    What a stale slot costs is how much is read from it times how wrong it is. How wrong it will be
-    behind other documents can be told before there is a question: tokens that move far behind one
-    foreign text move far behind others. So the second factor, for which ``deviation-aware`` runs a
-    layer at every request and CacheBlend (2405.16444) does, too, is measured here once a document,
-    in all layers (`measure_sensitivities`).
+    The error of a stale slot is how much is read from it times how wrong it is. The second factor
+    is known before there is a question: tokens that move far behind one foreign text move far
+    behind others. ``deviation-aware`` and CacheBlend (2405.16444) run a layer at every request to
+    estimate it. Here it is measured once for each document, in all layers
+    (`measure_sensitivities`).
 
-    A session that chooses by this rule measures sensitivities when documents are added, for one
-    more prefill of each, and its store keeps them. Of documents that reach a request without they
-    are measured when the process first meets them, for two prefills, and remembered while it
-    lasts. Neither is counted as a request's; beside it this costs what ``sink-aware`` does.
+    A session with this selector measures sensitivities when documents are added, for one more
+    prefill of each, and its store keeps them. If a request has documents without sensitivities,
+    they are measured once per process, for two prefills of each. Neither is counted as a request's
+    cost, which is that of ``sink-aware``.
 
     Attributes:
         power: Of the sensitivity, above 0.
@@ -62,7 +62,7 @@ class SensitivityAware(SinkAware):
             )
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
-        """Scores times sensitivities, then as ``sink-aware``; outside of documents they stay."""
+        """Multiply the documents' scores by sensitivities, then settle as ``sink-aware``."""
         parts, known = cache.document_slices, list(cache.sensitivities)
         lacking = [number for number in range(1, len(parts)) if known[number] is None]
         if lacking:
@@ -71,7 +71,7 @@ class SensitivityAware(SinkAware):
             measured = _SENSITIVITIES.of(model, prefix_ids, documents)
             for number, found in zip(lacking, measured, strict=True):
                 known[number] = found
-        factors = torch.ones(len(scores))  # put together here: one copy to the device, not many
+        factors = torch.ones(len(scores))  # on the CPU: one copy to the device, not many
         for part, sensitivity in list(zip(parts, known, strict=True))[1:]:
             assert sensitivity is not None
             factors[part] = sensitivity

@@ -25,21 +25,22 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class SinkAware(ValueAware):
-    """``value-aware`` over all layers, with a share for the sinks at the documents' beginnings.
+    """Selector ``value-aware`` over all layers, with a share for sinks at documents' beginnings.
 
-    A document that was encoded alone makes attention sinks of its first tokens, which in context
-    are none (EPIC, 2410.15332): they draw attention that full prefill would not give them, however
-    little the query looks at them. Repairing a few of every document takes that wrong pull away;
-    the rest of the budget goes to what the query attends to, weighed by values (VATP, 2406.12335).
+    The first tokens of a document encoded alone become attention sinks, which they are not in
+    context (EPIC, 2410.15332): they draw attention that full prefill would not give them, however
+    little the query attends to them. Repairing a few of every document removes that error. The rest
+    of the budget goes to the slots that the query attends to, weighted by values (VATP,
+    2406.12335).
 
-    Beginnings queue up, all documents' first tokens before their second ones, and get their share
-    of any budget until there are none left.
+    Beginnings queue up, all documents' first tokens before their second ones. They get their share
+    of any budget until the queue is empty.
 
-    Costs what ``value-aware`` does.
+    Costs the same as ``value-aware``.
 
     Attributes:
         sinks: Tokens at the beginning of each document but the first that queue up.
-        share: What they get of a budget: above 0, at most 0.5.
+        share: Their share of a budget: above 0, at most 0.5.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
         reduction: As in ``value-aware``.
@@ -69,21 +70,21 @@ class SinkAware(ValueAware):
             )
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
-        """Beginnings raised until they get their share."""
+        """Raise the documents' beginnings until they get their share."""
         if len(cache.document_slices) == 1 or self.sinks == 0:
             return scores
         return _raised(scores, cache, self.sinks, self.share)
 
 
-# Everything here is queued on the card without waiting for it: no result decides a shape.
+# All of it is queued on the GPU without waiting: no shape depends on a result.
 def _raised(scores: Tensor, cache: StitchedCache, sinks: int, share: float) -> Tensor:
-    """Scores in which documents' beginnings are raised until they get a share of any budget.
+    """Raise the scores of documents' beginnings until they get a share of any budget.
 
     The first tokens of all documents but the first queue up, all first ones before all second ones.
     Number i of the queue (from 0) is scored just above number ``floor(i / share) - i`` of all slots
-    by their own scores, unless it stands higher already. As i of the queue come before it, it is
-    then among the first ``floor(i / share) + 1``. A share of at most one half gives each a place of
-    its own.
+    by their unraised scores, unless it is higher already. As i of the queue come before it, it is
+    then among the first ``floor(i / share) + 1``. A share of at most one half gives each a distinct
+    place.
     """
     device = scores.device
     bounds = torch.tensor([(rows.start, rows.stop) for rows in cache.document_slices[1:]])

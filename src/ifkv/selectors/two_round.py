@@ -1,4 +1,4 @@
-"""``two-round``: recompute some, look again, then choose the rest."""
+"""``two-round``: recompute some slots, score again, then choose the rest."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class TwoRound(Selector):
-    """Attention norm twice: between the rounds, what the first has chosen is recomputed.
+    """Selector by attention norm in two rounds; the first round's slots are recomputed between.
 
     Our own. A stitched cache has sinks that a full prefill has not, and they draw attention from
-    what matters; once the worst of them are repaired, the query looks at other slots. The first
-    round chooses ``share`` of the slots that the budget pays for, the second, scoring the repaired
-    cache, the rest. The repaired rows are put back as they were, and the
-    request's own recompute repairs them again: recomputing a subset first changes nothing.
+    other slots. Once the worst of them are repaired, the query attends to other slots. The first
+    round chooses ``share`` of the budget's slots; the second scores the repaired cache and chooses
+    the rest. Then the repaired rows are restored, and the request's recompute repairs them again:
+    recomputing a subset first changes nothing.
 
     Costs ``attention-norm`` twice and the recomputation of the first round's slots.
 
@@ -73,7 +73,7 @@ class TwoRound(Selector):
         request: Request,
         budget: Budget | float,
     ) -> Selection:
-        """See `Selector.select`; the scores are the second round's."""
+        """Choose slots; see `Selector.select`. The scores are the second round's."""
         check_cache(model, cache)
         check_answerable(cache, "two-round")
         allowed = Budget.of(budget)
@@ -91,7 +91,7 @@ class TwoRound(Selector):
             scores, spent = rule.rank(model, cache, request)
         shape = ModelShape.of(model)
         cost += spent + recompute_cost(shape, first, cache.context_length)
-        # Rows saved and put back, in every layer.
+        # Rows saved and restored, in every layer.
         cost += Cost(bytes=8.0 * len(first) * len(cache.layers) * shape.row_bytes)
         left = allowed.smoothed(cache, scores, request.groups).double()
         left[first] = left.min() - 1
@@ -101,7 +101,7 @@ class TwoRound(Selector):
 
 @contextmanager
 def repaired(model: PreTrainedModel, cache: StitchedCache, slots: Tensor) -> Iterator[None]:
-    """Within the block the cache has these slots recomputed; behind it, it is what it was.
+    """Recompute slots for the block; restore their rows after it.
 
     Args:
         model: A patched model.

@@ -1,4 +1,4 @@
-"""``value-aware``: attention times the size of what is attended to (2406.12335)."""
+"""``value-aware``: attention times the size of the values (2406.12335)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 @register
 @dataclasses.dataclass(frozen=True)
 class ValueAware(QueryRanked):
-    """Attention norm times the L1 norm of the slot's values, layer by layer.
+    """Selector by attention norm times the L1 norm of the slot's values, layer by layer.
 
-    VATP (2406.12335), there for dropping slots: one that is attended to but whose values are close
+    VATP (2406.12335) drops slots by this product: a slot that gets attention but has values close
     to zero, a sink above all, contributes little to the output. The L1 norm is the mean over the
-    key heads'; the product is made in each scoring layer, then averaged.
+    key heads'; the product is computed in each scoring layer, then averaged.
 
-    Costs what ``attention-norm`` does, and reads the scoring layers' values once more.
+    Costs the same as ``attention-norm``, and reads the scoring layers' values once more.
 
     Attributes:
         layers: Scoring layers.
@@ -43,11 +43,11 @@ class ValueAware(QueryRanked):
     reduction: Reduction = "l2"
 
     def measure(self) -> Measure:
-        """Attention norm times the size of the values."""
+        """Return the attention norm times the size of the values."""
         return attention_norm(self.reduction, by_values=True)
 
     def further_cost(
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
-        """The values, read once more."""
+        """Return the cost of reading the values once more."""
         return Cost(bytes=float(context_length * len(layers) * shape.row_bytes))

@@ -1,4 +1,4 @@
-"""Recomputing rows in the first layers only: sets of slots that shrink as depth grows."""
+"""Recompute of rows in the first layers only: sets of slots that shrink as depth grows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def checked_depths(
     depths: Sequence[int] | Tensor, slots: Sequence[int] | Tensor, layers: int
 ) -> Tensor:
-    """Depths of slots that have been checked, in the ascending order of the slots.
+    """Check the depths of checked slots, and return them in the ascending order of the slots.
 
     Returns:
         Long ``[k]``, on the CPU.
@@ -57,20 +57,20 @@ def run_by_depth(
     depths: Sequence[Tensor],
     begins: Sequence[Tensor],
 ) -> Tensor:
-    """Run rows through the layers, each as deep as it goes, up to the last layer's keys and values.
+    """Run each row through its layers, up to the last layer's keys and values.
 
     Args:
         model: A patched model.
         handle: Its handle.
         caches: The cache of each request.
-        hidden: What each row's first layer is given, request after request, ``[1, rows, hidden]``.
+        hidden: Input of each row's first layer, request after request, ``[1, rows, hidden]``.
         slots: Each request's, long, ascending, on the CPU.
         lengths: Each request's slots in use once the rows have run.
         depths: Each request's, long, on the CPU, one per row.
         begins: Each row's first layer, as the depths; below the depth.
 
     Returns:
-        ``[1, rows, hidden]``: what the last layer was given, at the rows that reach it.
+        ``[1, rows, hidden]``: the last layer's input, at the rows that reach it.
     """
     layers = DecoderView(model).num_layers
     cuts = sorted({0, *torch.cat([*depths, *begins]).tolist()})

@@ -1,4 +1,4 @@
-"""The attention pass of query tokens over stitched caches, and what a measure sees of it."""
+"""The attention pass of query tokens over stitched caches, and a measure's view of it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ifkv.patching.handle import PatchHandle
 
 @dataclasses.dataclass(frozen=True)
 class QueryView:
-    """What one layer of a scoring pass has to look at.
+    """View of one layer of a scoring pass, for a measure.
 
-    Its tensors are as they are until the measure returns: what is to be kept has to be a copy.
+    Valid only during the call: clone any tensor you keep.
 
     Attributes:
         backend: The model's attention backend.
         layer_idx: The layer.
         query: Rotated, ``[1, heads, Q, head_dim]``.
         context_keys: Rotated, ``[1, kv_heads, T, head_dim]``; views of the cache, not to be
-            written, and perhaps float8, whatever the query is.
+            written. They are float8 in an FP8 cache, whatever the query's dtype.
         context_values: As the keys, up to a factor.
         logsumexp: Of the attention over context and query tokens, ``[1, heads, Q]``.
         plan: The pass's plan, which holds the positions.
-        spec: How the layer attends; its scaling is for these context keys as they are.
+        spec: How the layer attends; its scaling includes the scale of FP8 keys.
         value_scale: Factor on the context values.
     """
 
@@ -47,17 +47,17 @@ Measure = Callable[[QueryView], Tensor]
 
 
 class ScoringPass:
-    """Query tokens over stitched caches that are only read; scores are taken on the way.
+    """Attention pass of query tokens over stitched caches, which are only read.
 
     Attributes:
-        measured: For each request what was measured in each scoring layer passed so far.
+        measured: For each request, the measure's results in the scoring layers passed so far.
 
     Args:
         handle: The model's handle.
         caches: The cache of each request.
-        layers: Where to measure.
+        layers: The scoring layers.
         positions: Of each request's query tokens, which follow one another.
-        measure: What to measure.
+        measure: Called once for each request in each scoring layer.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class ScoringPass:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Keep nothing: the query's keys and values live for one layer."""
+        """Return keys and values unchanged; nothing is written to a cache."""
         return keys, values
 
     def attend(self, call: LayerCall) -> Tensor:
-        """The queries' attention; in a scoring layer, the contexts' norms too."""
+        """Compute the queries' attention; in a scoring layer, also call the measure."""
         layers = [cache.layers[call.layer_idx] for cache in self._caches]
         lengths = [cache.context_length for cache in self._caches]
         context_keys = [

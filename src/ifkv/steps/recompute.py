@@ -45,11 +45,11 @@ def recompute(
         cache: A stitched cache in the global geometry that ends with its context.
         slots: Slots to recompute, in any order, each once.
         prompt_ids: Tokens to be answered; their rows are appended to the cache.
-        block_tokens: Run at most this many rows at once, in ascending blocks, which changes
-            nothing but the memory needed.
-        depths: For each slot, in the order given, in how many layers from the first it is
-            recomputed; in deeper ones its keys and values stay as they were, and it is not run. So
-            the sets of the layers are nested. In all layers if None; the prompt's rows always are.
+        block_tokens: Run at most this many rows at once, in ascending blocks. Only the memory
+            needed changes.
+        depths: For each slot, in the order given, the number of layers from the first in which it
+            is recomputed. Deeper layers keep its keys and values and do not run it, so the sets of
+            the layers are nested. All layers if None. The prompt's rows run through all layers.
 
     Returns:
         Logits of the prompt's last row, ``[vocabulary]``, or None without a prompt.
@@ -78,11 +78,11 @@ def recompute_many(
 
     Args:
         model: A patched model.
-        caches: For each request a cache of its own.
+        caches: For each request a separate cache.
         slots: For each request the slots to recompute.
         prompts: For each request the tokens to be answered, or None; None if there are none.
-        block_tokens: Run at most this many rows at once, over all requests; changes nothing but
-            the memory needed.
+        block_tokens: Run at most this many rows at once, over all requests. Only the memory
+            needed changes.
 
     Returns:
         For each request what [ifkv.recompute][] returns.
@@ -123,7 +123,7 @@ def run_recomputations(
 
     Args:
         model: A patched model.
-        jobs: The requests, each over a cache of its own.
+        jobs: The requests, each over a separate cache.
         block_tokens: Rows to run at once; None runs all.
 
     Returns:
@@ -147,7 +147,7 @@ def run_recomputations(
         for index, rows in block:
             end += rows.stop - rows.start
             if rows.stop == counts[index] and jobs[index].prompt is not None:
-                lasts[index] = hidden[:, end - 1 : end].clone()  # the rest need not be kept
+                lasts[index] = hidden[:, end - 1 : end].clone()  # a view would keep all rows
     for job in jobs:
         if job.pending is not None:
             job.pending.mark_done()
@@ -201,7 +201,7 @@ def _run_block(
     """Run rows through the layers, up to the last layer's keys and values.
 
     Returns:
-        What the last layer was given, ``[1, rows, hidden]``.
+        The last layer's input, ``[1, rows, hidden]``.
     """
     hidden = torch.cat([job.entering(model, rows) for job, rows in block], dim=1)
     own = [job.slots[rows] for job, rows in block]
@@ -221,20 +221,20 @@ def _run_block(
     run = RowsPass(handle, caches, counts, plan, skip_attention_in=last)
     positions = run.positions
     rotation = handle.rope.rotation(positions, hidden.dtype)
-    # Nobody reads the last layer's output at these rows, only its keys and values.
+    # Only the last layer's keys and values are needed at these rows, not its output.
     return run_to_attention(model, handle.captures, hidden, positions, rotation, run, last)
 
 
 def _answer_rows(
     model: PreTrainedModel, handle: PatchHandle, jobs: Sequence[Recomputation], hidden: Tensor
 ) -> Tensor:
-    """The last layer for each request's last row, whose keys and values have been written.
+    """Run the last layer for each request's last row, whose keys and values have been written.
 
     Args:
         model: A patched model.
         handle: Its handle.
         jobs: The requests.
-        hidden: What the last layer was given at these rows, ``[1, requests, hidden]``.
+        hidden: The last layer's input at these rows, ``[1, requests, hidden]``.
 
     Returns:
         Logits ``[requests, vocabulary]``.

@@ -1,4 +1,4 @@
-"""One request of a recompute: its rows, checked, before any of them runs."""
+"""One request of a recompute: its rows, checked before any of them runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recomputation:
-    """One request's rows, checked and ready to run.
+    """Rows of one request, checked and ready to run.
 
     Attributes:
         cache: Its cache.
@@ -33,7 +33,7 @@ class Recomputation:
         token_ids: Long ``[rows]``, on the model's device.
         prompt: The prompt's tokens, on the model's device, or None.
         length: Slots in use once the rows have run.
-        depths: Long ``[rows]``, on the CPU: in how many layers each row runs; None runs all.
+        depths: Long ``[rows]``, on the CPU: the number of layers of each row; None runs all.
         pending: The cache's pending tokens, which are among the slots and may begin in a later
             layer; None if there are none.
     """
@@ -55,7 +55,7 @@ class Recomputation:
         prompt_ids: Sequence[int] | Tensor | None,
         depths: Sequence[int] | Tensor | None = None,
     ) -> Recomputation:
-        """From the arguments of `recompute`; raises its errors, and changes nothing."""
+        """Check the arguments of `recompute`; raises its errors, and changes nothing."""
         handle = check_cache(model, cache)
         check_answerable(cache, "recompute")
         handle.rope.check_frequencies()
@@ -85,13 +85,13 @@ class Recomputation:
 
     @property
     def begins(self) -> Tensor | None:
-        """The first layer of each row, long ``[rows]``, on the CPU; None if that is 0 for all."""
+        """Return each row's first layer, long ``[rows]``, on the CPU; None if that is 0 for all."""
         if self.pending is None or self.pending.layer == 0:
             return None
         return torch.isin(self.slots, self.pending.slots) * self.pending.layer
 
     def entering(self, model: PreTrainedModel, rows: slice) -> Tensor:
-        """What the first layer of each of some rows is given, ``[1, rows, hidden]``."""
+        """Return the input of each row's first layer, ``[1, rows, hidden]``."""
         hidden = embed(model, self.token_ids[rows])
         if self.pending is not None and self.pending.layer > 0:
             at, own = self.slots[rows], self.pending.slots
@@ -100,7 +100,7 @@ class Recomputation:
 
 
 def _checked_slots(slots: Sequence[int] | Tensor, length: int) -> Tensor:
-    """Slots as an ascending long tensor on the CPU."""
+    """Check slots and return them as an ascending long tensor on the CPU."""
     try:
         given = torch.as_tensor(slots).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

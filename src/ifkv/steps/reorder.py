@@ -1,4 +1,4 @@
-"""Order documents by what the query finds in them, richest last (2603.05353, sec. 4.3)."""
+"""Order documents by their share of selected tokens, highest last (2603.05353, sec. 4.3)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def reorder(
     layers: Sequence[int] | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> list[int]:
-    """Order for ``stitch(..., order=...)``: documents by the share of their tokens selected.
+    """Order documents by the share of their tokens selected, for ``stitch(..., order=...)``.
 
-    Documents are scored in the ``hl-tp`` geometry, where none is nearer to the query than another.
-    For independent passages; a narrative loses its thread.
+    Documents are scored in the ``hl-tp`` geometry, where all are equally near to the query. Use it
+    for independent passages; a narrative loses its thread.
 
     Args:
         model: A patched model.
-        documents: Documents that it made behind one prefix.
+        documents: Documents that the model made behind one prefix.
         query_ids: The scoring tokens.
         ratio: Share of the context that counts as selected.
         layers: As in [ifkv.score][].
@@ -55,14 +55,14 @@ def reorder(
 
 
 def order_by_hits(cache: StitchedCache, scores: Tensor, ratio: float) -> list[int]:
-    """The order of `reorder` from scores that have been taken.
+    """Return the order of `reorder` from scores.
 
     Args:
         cache: The cache that was scored, stitched in the documents' given order.
         scores: ``[T]``; those of the prefix are overwritten.
         ratio: As in `reorder`.
     """
-    # No document is first yet, so none is protected; the prefix stays in front and has no order.
+    # No document is first yet, so none is protected. The prefix always stays in front.
     scores[: cache.prefix_length] = scores.min() - 1
     selected = select(cache, scores, ratio=ratio, protect_first=False).cpu()
     hits = [

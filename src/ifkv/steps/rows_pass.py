@@ -14,15 +14,15 @@ from ifkv.patching.handle import PatchHandle
 
 
 class RowsPass:
-    """Rows scattered over stitched caches: written at their slots, then position-causal.
+    """Attention pass of rows scattered over stitched caches: written, then position-causal.
 
     Args:
         handle: The model's handle.
         caches: The cache of each request.
         counts: Rows of each request, which follow one another.
         plan: From `Backend.plan_requests`, of the same requests.
-        write: Whether the rows' keys and values are to be written; they have been otherwise.
-        skip_attention_in: A layer that is run for its keys and values alone.
+        write: Write the rows' keys and values; False if they have been written.
+        skip_attention_in: Layer that is run for its keys and values alone.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RowsPass:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object
     ) -> tuple[Tensor, Tensor]:
-        """Overwrite the rows' slots; the whole buffers are what they attend to."""
+        """Write the rows at their slots; `attend` reads the whole buffers."""
         if self._write:
             parts = zip(
                 self._caches,
@@ -68,9 +68,9 @@ class RowsPass:
         return keys, values
 
     def attend(self, call: LayerCall) -> Tensor:
-        """Position-causal attention of the rows."""
+        """Compute the position-causal attention of the rows."""
         if call.layer_idx == self._skip:
-            return call.query.transpose(1, 2)  # run for its keys and values; nobody reads this
+            return call.query.transpose(1, 2)  # not read: the layer runs for its keys and values
         layers = [cache.layers[call.layer_idx] for cache in self._caches]
         return self._backend.attend_requests(
             call.query,

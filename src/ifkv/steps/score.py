@@ -38,17 +38,18 @@ def score(
     layers: Sequence[int] | None = None,
     reduction: Reduction = "l2",
 ) -> Tensor:
-    """Attention norm of every context slot under the query, in the cache's own geometry.
+    """Compute the attention norm of every context slot under the query.
 
-    The query runs over the stitched cache, causally behind the context, as far as the deepest
-    scoring layer. With ``a[i, j]`` the attention of query token i to slot j, averaged over heads,
-    a layer's norm is ``||a[:, j]||_2`` (``"l2"``, as in the paper's released code) or
-    ``sum_i a[i, j]`` (``"sum"``, as in its equation); the result is the mean over scoring layers.
+    The query runs over the stitched cache in the cache's geometry, causally behind the context, up
+    to the deepest scoring layer. With ``a[i, j]`` the attention of query token i to slot j,
+    averaged over heads, a layer's norm is ``||a[:, j]||_2`` (``"l2"``, as in the paper's released
+    code) or ``sum_i a[i, j]`` (``"sum"``, as in its equation). The result is the mean over scoring
+    layers.
 
     Args:
         model: A patched model.
-        cache: A stitched cache in any geometry; it is not changed, and rows appended behind its
-            context are not looked at.
+        cache: A stitched cache in any geometry. It is not changed; rows appended behind its
+            context are ignored.
         query_ids: The scoring tokens: the question, or the whole prompt.
         layers: Scoring layers, negative ones counted from the end; by default those at 55 to 70 %
             of the depth.
@@ -74,7 +75,7 @@ def score_many(
     layers: Sequence[int] | None = None,
     reduction: Reduction = "l2",
 ) -> list[Tensor]:
-    """Attention norms of several requests, their queries in one pass.
+    """Compute the attention norms of several requests, their queries in one pass.
 
     Args:
         model: A patched model.
@@ -127,12 +128,12 @@ def _norms(
 
 
 def mean_over_layers(norms: Sequence[Tensor]) -> Tensor:
-    """A request's scores from its layers' norms, float32 ``[T]``."""
+    """Compute a request's scores from its layers' norms, float32 ``[T]``."""
     return torch.stack(list(norms)).mean(dim=0).to(torch.float32)
 
 
 def attention_norm(reduction: Reduction, *, by_values: bool = False) -> Measure:
-    """The measure of `score`: the attention norm of each slot in one layer, ``[T]``.
+    """Return the measure of `score`: the attention norm of each slot in one layer, ``[T]``.
 
     Args:
         reduction: Over query tokens.
@@ -177,11 +178,11 @@ def measure_query(
         model: A patched model.
         cache: A stitched cache in any geometry; it is not changed.
         query_ids: The scoring tokens.
-        layers: Where to measure, ascending, counted from 0.
+        layers: The layers to measure in, ascending, counted from 0.
         measure: Called once in each of these layers.
 
     Returns:
-        What it returned, layer by layer.
+        The measure's results, layer by layer.
 
     Raises:
         InvalidInputError: Bad ids, or more tokens than the model has positions.
@@ -191,7 +192,7 @@ def measure_query(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scoring:
-    """One request's query, checked and ready to run.
+    """Query of one request, checked and ready to run.
 
     Attributes:
         cache: Its cache.
@@ -205,7 +206,7 @@ class Scoring:
     def checked(
         cls, model: PreTrainedModel, cache: StitchedCache, query_ids: Sequence[int] | Tensor
     ) -> Scoring:
-        """From the arguments of `measure_query`; raises its errors."""
+        """Check the arguments of `measure_query`; raises its errors."""
         handle = check_cache(model, cache)
         query = token_tensor(model, query_ids, "the query")
         handle.rope.check_length(cache.query_position + len(query), "context and query")
@@ -221,11 +222,11 @@ def run_scorings(
     Args:
         model: A patched model.
         jobs: The requests, at least one.
-        layers: Where to measure, ascending, counted from 0.
+        layers: The layers to measure in, ascending, counted from 0.
         measure: Called once for each request in each of these layers.
 
     Returns:
-        For each request what the measure returned, layer by layer.
+        For each request the measure's results, layer by layer.
     """
     handle, device = handle_of(model), model.device
     starts = [job.cache.query_position for job in jobs]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from ifkv.errors import InvalidInputError
 from ifkv.utils.checks import whole_numbers
 
-# Share of the depth whose layers score when the caller does not say: the paper's layers 22 to 25
-# of 40 (Qwen3-14B) and their neighbours in shallower models.
+# Range of the depth whose layers score by default: the paper's layers 22 to 25 of 40 (Qwen3-14B)
+# and their neighbours in shallower models.
 DEFAULT_DEPTH = (0.55, 0.70)
 
 
 def default_layers(depth: int) -> list[int]:
-    """The scoring layers of a model with ``depth`` layers.
+    """Return the default scoring layers of a model with ``depth`` layers.
 
     >>> default_layers(40), default_layers(3)
     ([22, 23, 24, 25, 26, 27], [1, 2])
@@ -25,7 +25,7 @@ def default_layers(depth: int) -> list[int]:
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
-    """Scoring layers, checked, ascending and counted from 0; the default ones for None."""
+    """Check scoring layers; return them ascending and counted from 0, or the default ones."""
     if layers is None:
         return default_layers(depth)
     given = whole_numbers(layers, "layers")

@@ -15,10 +15,10 @@ from ifkv.errors import InvalidInputError
 
 
 def budget(length: int, ratio: float) -> int:
-    """How many of ``length`` slots a recompute ratio pays for: ``max(1, floor(ratio * length))``.
+    """Return the number of slots of a recompute ratio: ``max(1, floor(ratio * length))``.
 
     The product is exact in the decimal number that was written: 0.29 of 100 is 29, although the
-    nearest float times 100 is not. A ratio of 0 pays for none.
+    nearest float times 100 is not. A ratio of 0 gives no slot.
 
     Args:
         length: Slots of the context, T.
@@ -30,7 +30,7 @@ def budget(length: int, ratio: float) -> int:
     >>> budget(100, 0.29), budget(5, 0.01), budget(5, 0)
     (29, 1, 0)
     """
-    given: Any = ratio  # what callers hand over need not be what was asked for
+    given: Any = ratio  # callers may pass another type
     if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= float(given) <= 1:
         raise InvalidInputError(
             f"ratio is {ratio!r}, but must be a number from 0 (recompute nothing) to 1 "
@@ -44,15 +44,15 @@ def budget(length: int, ratio: float) -> int:
 def select(
     cache: StitchedCache, scores: Tensor, *, ratio: float = 0.15, protect_first: bool = True
 ) -> Tensor:
-    """Slots with the highest scores, within the budget.
+    """Return the slots with the highest scores, within the budget.
 
     Args:
         cache: The stitched cache that was scored.
         scores: ``[T]``, finite.
-        ratio: Recompute ratio r: ``max(1, floor(r T))`` slots, fewer if there are not so many
+        ratio: Recompute ratio r: ``max(1, floor(r T))`` slots, fewer if there are fewer
             candidates; none if r is 0.
         protect_first: Leave out prefix and first document, which a stitched cache holds exactly.
-            A cache that names its candidates has them chosen from in any case.
+            Ignored if the cache names its candidates.
 
     Returns:
         Long ``[k]``, ascending, on the scores' device. Of equal scores the lower slot wins, so
@@ -68,7 +68,7 @@ def select(
 def top_slots(
     cache: StitchedCache, scores: Tensor, count: int, *, protect_first: bool = True
 ) -> Tensor:
-    """The ``count`` slots with the highest scores; arguments and errors of `select`."""
+    """Return the ``count`` slots with the highest scores; arguments and errors of `select`."""
     check_scores(cache, scores)
     if cache.candidates is not None:
         among = cache.candidates.to(scores.device)
