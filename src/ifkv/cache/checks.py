@@ -39,7 +39,7 @@ def check_cache(model: PreTrainedModel, cache: StitchedCache) -> PatchHandle:
     handle = handle_of(model)
     check_stitched(cache)
     check_single(cache)
-    identity = handle.fingerprints.of(model, sample=False)  # stitch has done so
+    identity = handle.identity(model, sample=False)  # stitch has done so
     if cache.fingerprint != identity:
         raise FingerprintMismatchError(
             f"the cache belongs to model {cache.fingerprint[:8]}, this one is {identity[:8]}. "

@@ -65,7 +65,7 @@ class StitchPlan:
 
     def check_weights(self, model: PreTrainedModel) -> None:
         """Refuse documents that were made by other numbers than the weights have now."""
-        _check_made_by(handle_of(model).fingerprints.of(model), self.first, "document 0")
+        _check_made_by(handle_of(model).identity(model), self.first, "document 0")
 
     @property
     def first(self) -> DocumentCache:
@@ -117,7 +117,7 @@ def check_documents(
         )
     if not documents:
         raise InvalidInputError("no documents to stitch; give at least one.")
-    identity = handle.fingerprints.of(model, sample=sample)
+    identity = handle.identity(model, sample=sample)
     for index, document in enumerate(documents):
         if not isinstance(document, DocumentCache):
             raise InvalidInputError(

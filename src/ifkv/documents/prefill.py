@@ -95,7 +95,7 @@ def prefill_documents(
     tokens = document_tensors(model, documents, attention_mask)
     for index, ids in enumerate(tokens):
         handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
-    identity = handle.fingerprints.of(model)
+    identity = handle.identity(model)
     if given is not None:
         _check_prefix(given, identity)
     shared = given

@@ -142,7 +142,7 @@ class Sensitivities:
             NotPatchedError: The model is not patched.
             InvalidInputError: A document fills the model's positions by itself.
         """
-        identity = handle_of(model).fingerprints.of(model)
+        identity = handle_of(model).identity(model)
         before = tuple(prefix_ids.tolist())
         keys = [(identity, before, tuple(ids.tolist())) for ids in documents]
         with self._lock:  # two threads that measured the same would only wait for each other

@@ -52,7 +52,7 @@ def settings_of(bench: Bench, dataset: Dataset, **further: Any) -> dict[str, Any
         text += "\0" + bench.layout["control_tokens"]
     return {
         "format": FORMAT,
-        "model": handle_of(model).fingerprints.of(model),
+        "model": handle_of(model).identity(model),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "layout": hashlib.sha256(text.encode()).hexdigest()[:16],

@@ -22,7 +22,7 @@ from ifkv.generation.generate import has_prompt
 from ifkv.generation.greedy import GreedySettings, greedy_part, penalised
 from ifkv.generation.settings import GenerationSettings
 from ifkv.models.decoder import DecoderView
-from ifkv.patching.handle import handle_of
+from ifkv.patching.handle import PatchHandle, handle_of
 from ifkv.steps.recompute import recompute_many
 from ifkv.steps.requests import check_counts, check_private
 from ifkv.steps.rows_pass import RowsPass
@@ -121,7 +121,12 @@ def generate_many(
         for index in ready:
             caches[index].crop(-1)  # its last token runs again, for its logits
         if ready:
-            again = _step(model, [caches[i] for i in ready], [int(ids[i][-1]) for i in ready])
+            again = _step(
+                model,
+                handle_of(model),
+                [caches[i] for i in ready],
+                [int(ids[i][-1]) for i in ready],
+            )
             found.update(zip(ready, again, strict=True))
         rows = [found[index] for index in range(len(caches))]
         return decode(model, caches, ids, rows, settings, limits, emit)
@@ -183,6 +188,7 @@ def decode(
     seen = [
         torch.cat((cache.token_ids, prompt)) for cache, prompt in zip(caches, prompts, strict=True)
     ]
+    handle = handle_of(model)  # once for all steps
     active = list(range(len(caches)))
     rows = torch.stack(list(logits))
     while True:
@@ -204,12 +210,17 @@ def decode(
         active = [active[at] for at in going]
         if not active or settings.closed:
             return [torch.tensor(answer) for answer in answers]
-        rows = _step(model, [caches[index] for index in active], [tokens[at] for at in going])
+        going_on = [caches[index] for index in active]
+        rows = _step(model, handle, going_on, [tokens[at] for at in going])
 
 
-def _step(model: PreTrainedModel, caches: Sequence[StitchedCache], tokens: Sequence[int]) -> Tensor:
+def _step(
+    model: PreTrainedModel,
+    handle: PatchHandle,
+    caches: Sequence[StitchedCache],
+    tokens: Sequence[int],
+) -> Tensor:
     """Append one token to each cache; return the next logits, ``[requests, vocabulary]``."""
-    handle = handle_of(model)
     lengths = [cache.get_seq_length() + 1 for cache in caches]
     for cache, length in zip(caches, lengths, strict=True):
         for layer in cache.layers:

@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import threading
 import weakref
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +31,7 @@ from ifkv.models.fingerprint import FingerprintCache
 from ifkv.models.loaded_weights import warn_of_unloaded
 from ifkv.models.support import check_mode, check_structure, check_weights
 from ifkv.models.upstream_code import warn_of_unread_code
+from ifkv.patching.request import Checked, current
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,6 +86,21 @@ class PatchHandle:
             if getattr(module, "config", None) is config:
                 covered.append((module, config))
                 module.config = cast(Any, laid)
+
+    def identity(self, model: PreTrainedModel, *, sample: bool = True) -> str:
+        """Return the model's fingerprint; within `checked_once` its weights are looked at once.
+
+        Args:
+            model: The model of this handle.
+            sample: Whether to look at the weights' numbers, too, and not only where they lie.
+        """
+        request = current.get()
+        if request is None or request.fingerprints is not self.fingerprints:
+            return self.fingerprints.of(model, sample=sample)
+        if request.identity is None or (sample and not request.sampled):
+            request.identity = self.fingerprints.of(model, sample=sample)
+            request.sampled = request.sampled or sample
+        return request.identity
 
     def unpatch(self) -> None:
         """Restore the model; do nothing if it is already restored."""
@@ -229,5 +246,32 @@ def handle_of(model: PreTrainedModel) -> PatchHandle:
         raise NotPatchedError(
             f"this {type(model).__name__} is not patched; call ifkv.patch(model) first."
         )
-    check_mode(model)
+    request = current.get()
+    if request is None or request.fingerprints is not handle.fingerprints:
+        check_mode(model)
     return handle
+
+
+@contextlib.contextmanager
+def checked_once(model: PreTrainedModel) -> Iterator[PatchHandle]:
+    """Check a model at the door of a request, for all steps within the block.
+
+    Its hooks, its mode and its weights are looked at once. Blocks may nest.
+
+    Yields:
+        The model's handle.
+
+    Raises:
+        NotPatchedError: As of `handle_of`.
+        UnsupportedModelError: As of `handle_of`.
+    """
+    handle = handle_of(model)
+    request = current.get()
+    if request is not None and request.fingerprints is handle.fingerprints:
+        yield handle
+        return
+    token = current.set(Checked(handle.fingerprints))
+    try:
+        yield handle
+    finally:
+        current.reset(token)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ifkv.cache.stitch import check_stitchable
 from ifkv.errors import DocumentUnreadableError, InvalidInputError
 from ifkv.models.decoder import DecoderView
-from ifkv.patching.handle import handle_of
+from ifkv.patching.handle import checked_once, handle_of
 from ifkv.session.answer import Answer, Prepared
 from ifkv.session.complete import Stream, complete
 from ifkv.session.library import KEYS_WANTED
@@ -41,11 +41,11 @@ def ask(
     engine: Engine, question: str, documents: Keys, options: AskOptions, stream: Stream
 ) -> Answer:
     """Answer a question; see [ifkv.Session.ask][]."""
-    settings = engine.settings(options)
-    seeds = options.seeds(1)
-    asked = _Questions(engine, [question], [documents], options, settings, numbered=False)
-    (ready,) = asked.prepare(slice(0, 1))
-    return complete(engine, [ready], settings, streams=[stream], seeds=seeds)[0]
+    with checked_once(engine.model):
+        settings, seeds = engine.settings(options), options.seeds(1)
+        asked = _Questions(engine, [question], [documents], options, settings, numbered=False)
+        (ready,) = asked.prepare(slice(0, 1))
+        return complete(engine, [ready], settings, streams=[stream], seeds=seeds)[0]
 
 
 def ask_many(
@@ -59,15 +59,15 @@ def ask_many(
 ) -> list[Answer]:
     """Answer several questions; see [ifkv.Session.ask_many][]."""
     check_positive(batch_tokens, "batch_tokens")
-    settings = engine.settings(options)
-    seeds = options.seeds(len(questions))
-    own = keys_of_each(documents, len(questions))
-    asked = _Questions(engine, questions, own, options, settings, numbered=True)
     answers: list[Answer] = []
-    for batch in _batches(asked.sizes, batch_tokens):
-        ready = asked.prepare(batch)
-        own_streams = None if streams is None else streams[batch]
-        answers += complete(engine, ready, settings, streams=own_streams, seeds=seeds[batch])
+    with checked_once(engine.model):
+        settings, seeds = engine.settings(options), options.seeds(len(questions))
+        own = keys_of_each(documents, len(questions))
+        asked = _Questions(engine, questions, own, options, settings, numbered=True)
+        for batch in _batches(asked.sizes, batch_tokens):
+            ready = asked.prepare(batch)
+            own_streams = None if streams is None else streams[batch]
+            answers += complete(engine, ready, settings, streams=own_streams, seeds=seeds[batch])
     return answers
 
 
@@ -75,8 +75,9 @@ def prepare_question(
     engine: Engine, question: str, documents: Keys, options: AskOptions
 ) -> Prepared:
     """Do everything before a question's first token; see `Session.prepare`."""
-    asked = _Questions(engine, [question], [documents], options, None, numbered=False)
-    return asked.prepare(slice(0, 1))[0]
+    with checked_once(engine.model):
+        asked = _Questions(engine, [question], [documents], options, None, numbered=False)
+        return asked.prepare(slice(0, 1))[0]
 
 
 class _Questions:

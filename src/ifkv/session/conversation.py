@@ -15,7 +15,7 @@ from torch import Tensor
 from ifkv.cache.rollback import all_or_nothing
 from ifkv.errors import InvalidInputError
 from ifkv.generation.streaming import Closing
-from ifkv.patching.handle import handle_of
+from ifkv.patching.handle import checked_once, handle_of
 from ifkv.session.answer import Answer
 from ifkv.session.answer_stream import AnswerStream
 from ifkv.session.ask import prepare_question
@@ -208,6 +208,7 @@ class Conversation(Uncopied):
             before, prompt = self._new_ids(asked.question)
             self._check_room(settings, len(before), len(prompt))
             with contextlib.ExitStack() as whole:
+                whole.enter_context(checked_once(engine.model))
                 if self._cache is None:
                     how = AskOptions(ratio=asked.budget, selector=asked.selector)
                     ready = prepare_question(engine, asked.question, self._waiting, how)

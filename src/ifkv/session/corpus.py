@@ -45,7 +45,7 @@ class Corpus:
         """Return keys; see [ifkv.Session.stored][]."""
         patterns = None if only is None else _patterns(only)
         store = self._engine.library.store
-        identity = handle_of(self._engine.model).fingerprints.of(self._engine.model)
+        identity = handle_of(self._engine.model).identity(self._engine.model)
         prefix_key = _prefix_key(identity, torch.tensor(self._engine.prefix_ids, dtype=torch.long))
         kinds = list(_kinds(store))
         fitting = {key for key, kind in kinds if kind == (identity, prefix_key)} - {prefix_key}

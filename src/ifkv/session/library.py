@@ -239,7 +239,7 @@ class Library:
             DocumentUnreadableError: Likewise, if it was corrupt or could not be read.
         """
         origin = self._origins.get(key)
-        identity = handle_of(self._model).fingerprints.of(self._model)
+        identity = handle_of(self._model).identity(self._model)
         if origin is None or document_key(identity, origin.prefix_ids, origin.token_ids) != key:
             lacking = "its text is not known here" if origin is None else "the weights have changed"
             if isinstance(error, DocumentUnreadableError):
@@ -290,7 +290,7 @@ class Library:
 
     def _current_prefix(self) -> DocumentCache | None:
         """The prefix's rows, unless the model's weights have changed since they were made."""
-        identity = handle_of(self._model).fingerprints.of(self._model)
+        identity = handle_of(self._model).identity(self._model)
         if self._prefix is not None and self._prefix.fingerprint != identity:
             self._prefix = None
         return self._prefix

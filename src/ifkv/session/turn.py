@@ -110,7 +110,7 @@ class Turn:
             NotPatchedError: The model has been unpatched.
         """
         model = engine.model
-        handle_of(model).fingerprints.of(model)  # weights may have changed since the last turn
+        handle_of(model).identity(model)  # weights may have changed since the last turn
         check_cache(model, cache)
         own = getattr(asked.selector, "geometry", "global")
         if own != "global" and (asked.revisit or documents):

@@ -78,7 +78,7 @@ def key_for(
 
     behind = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
     return document_key(
-        handle_of(model).fingerprints.of(model),
+        handle_of(model).identity(model),
         token_tensor(model, behind, "the prefix", empty=True),
         token_tensor(model, token_ids, "the document"),
     )

@@ -93,7 +93,7 @@ def encode_documents(
     named = names or [f"document {index}" for index in range(len(tokens))]
     for ids, name in zip(tokens, named, strict=True):  # all of them before any work
         handle.rope.check_length(len(prefix_ids) + len(ids), f"{name} with its prefix")
-    identity = handle.fingerprints.of(model)
+    identity = handle.identity(model)
     keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
     claims, own = claims_of(store), 0

@@ -154,7 +154,7 @@ class Bench:
         size = (self.depth, self.shape.kv_heads, tokens, self.shape.head_dim)
         nothing = torch.zeros(0, dtype=torch.long)
         ids = torch.randint(0, VOCABULARY, (tokens,), generator=self._generator)
-        identity = self.handle.fingerprints.of(self.model)
+        identity = self.handle.identity(self.model)
         return DocumentCache(ids, nothing, self.random(*size), self.random(*size), identity)
 
     def value_sizes(self, tokens: int) -> tuple[Callable[[], object], int]:
