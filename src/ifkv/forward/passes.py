@@ -35,7 +35,7 @@ class LayerCall(NamedTuple):
 
 
 class AttentionPass(Protocol):
-    """One run of rows through the layers of a patched model."""
+    """Attention pass: a run of rows through the layers of a patched model."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object

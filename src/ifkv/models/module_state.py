@@ -125,7 +125,7 @@ def settings_of(module: nn.Module) -> tuple[tuple[str, object], ...]:
 def settle(model: PreTrainedModel) -> None:
     """Run one row, because some layers prepare their weights at the first forward.
 
-    bitsandbytes then moves its 8-bit scales, and on some processors packs 4-bit weights anew.
+    bitsandbytes then moves its 8-bit scales, and on some processors packs 4-bit weights again.
     """
     base: Any = DecoderView(model).stack
     with torch.no_grad():

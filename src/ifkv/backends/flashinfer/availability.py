@@ -1,4 +1,4 @@
-"""Whether FlashInfer can run here, and if not, why and what to do about it."""
+"""Reasons why FlashInfer cannot run here, and its import."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from ifkv.errors import BackendUnavailableError
 
 INSTALL = "pip install -e '.[flashinfer]' in the clone of ifkv"
-# From the first release whose call rules were read to the first one that nobody has read.
+# From the first release whose call rules were read, up to but not including the first unread one.
 VERSIONS = ((0, 6, 18), (0, 8))
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
-# FlashInfer merges two states of a row in one block of threads, 8 numbers each.
+# FlashInfer merges two states of a row in one block of threads, each with 8 numbers.
 THREADS = 1024
 MERGED_AT_ONCE = 8
 # Turing: the oldest generation FlashInfer has kernels for.
 CAPABILITY = (7, 5)
 
-# What ifkv calls, and by which names it hands arguments over. A version number says what a release
-# should have; this is looked for in the module that is there.
+# Functions that ifkv calls, and the names of the arguments. A version number only promises them, so
+# the installed module is checked.
 _PLAN = (
     "qo_indptr",
     "num_qo_heads",
@@ -54,7 +54,7 @@ USED: dict[str, tuple[str, ...]] = {
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """Leading numbers of a version.
+    """Return the leading numbers of a version.
 
     >>> version_tuple("0.6.18.post1"), version_tuple("0.7.2rc1")
     ((0, 6, 18), (0, 7, 2))
@@ -71,7 +71,7 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def refusal_of_version(version: str) -> str | None:
-    """Why this version will not do; None if it will."""
+    """Return why ifkv cannot use this version; None if it can."""
     low, high = VERSIONS
     if low <= version_tuple(version) < high:
         return None
@@ -80,10 +80,10 @@ def refusal_of_version(version: str) -> str | None:
 
 
 def refusal_of_module(module: Any) -> str | None:
-    """Why this FlashInfer lacks what ifkv calls; None if all of it is there.
+    """Return which functions and arguments FlashInfer lacks; None if ifkv finds all it calls.
 
     Args:
-        module: FlashInfer, of whatever version.
+        module: FlashInfer, of any version.
     """
     missing = []
     for name, arguments in USED.items():
@@ -95,9 +95,9 @@ def refusal_of_module(module: Any) -> str | None:
             continue
         try:
             parameters = inspect.signature(found).parameters.values()
-        except (TypeError, ValueError):  # compiled, and says nothing of itself
+        except (TypeError, ValueError):  # compiled, without a signature
             continue
-        # Names that a catch-all might swallow are not vouched for, but not missing either.
+        # A function with **kwargs may accept every name.
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             continue
         known = {parameter.name for parameter in parameters}
@@ -109,7 +109,7 @@ def refusal_of_module(module: Any) -> str | None:
 
 
 def refusal_of_model(dtype: torch.dtype, head_dims: set[int], heads: int) -> str | None:
-    """Why FlashInfer has no kernel for such a model; None if it has.
+    """Return why FlashInfer has no kernel for such a model; None if it has one.
 
     Args:
         dtype: The model's dtype.
@@ -132,7 +132,7 @@ def refusal_of_model(dtype: torch.dtype, head_dims: set[int], heads: int) -> str
 
 
 def refusal_of_device(device: torch.device) -> str | None:
-    """Why FlashInfer cannot run on this device; None if it can."""
+    """Return why FlashInfer cannot run on this device; None if it can."""
     if device.type != "cuda":
         return f"the model is on {device}, and FlashInfer runs on CUDA only; move the model first"
     found = torch.cuda.get_device_capability(device)
@@ -145,7 +145,7 @@ def load() -> Any:
     """Import FlashInfer.
 
     Raises:
-        BackendUnavailableError: It is not installed, breaks on import, or is of another version.
+        BackendUnavailableError: It is not installed, cannot be imported, or has another version.
     """
     try:
         version = importlib.metadata.version("flashinfer-python")

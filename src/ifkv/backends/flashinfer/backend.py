@@ -1,7 +1,7 @@
-"""The FlashInfer backend: the attention contract on CUDA, in float16 and bfloat16 (2501.01005).
+"""FlashInfer backend: the attention contract on CUDA, in float16 and bfloat16 (2501.01005).
 
-Nothing here knows that there is a card: it makes index arrays and hands them to a module that it
-is given, which is FlashInfer or, in the tests, a stand-in that obeys FlashInfer's call rules.
+Nothing here needs a GPU. The code makes index arrays and gives them to a module: FlashInfer, or in
+the tests a stand-in that follows FlashInfer's call rules.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class FlashInferBackend(QueryAttention):
 
     Args:
         module: FlashInfer; imported if None.
-        mask: What hides keys from rows without a common causal mask: ``"positions"``, a kernel of
-            our own that compares them, compiled on first use; or ``"split"``, FlashInfer's stock
-            kernels and a mask, built anew for every forward.
-        workspace_bytes: FlashInfer's scratch memory, one per device and stream.
+        mask: Masking of rows that share no causal mask: ``"positions"``, a kernel of ifkv that
+            compares positions, compiled on first use; or ``"split"``, FlashInfer's stock kernels
+            with a mask that is built for every forward.
+        workspace_bytes: Size of FlashInfer's workspace, one per device and stream.
 
     Raises:
         BackendUnavailableError: FlashInfer is not installed, cannot be imported, or lacks a
@@ -73,7 +73,7 @@ class FlashInferBackend(QueryAttention):
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
     ) -> DocumentPlan:
-        """See `Backend.plan_documents`."""
+        """Return a plan whose call is made in the first layer; see `Backend.plan_documents`."""
         return DocumentPlan(lengths, prefix_length, Planned())
 
     def attend_documents(
@@ -86,7 +86,7 @@ class FlashInferBackend(QueryAttention):
         plan: DocumentPlan,
         spec: AttentionSpec,
     ) -> Tensor:
-        """See `Backend.attend_documents`."""
+        """Compute attention in one ragged call; see `Backend.attend_documents`."""
         shape = CallShape.of(query, keys, 1, spec)
         call = plan.detail.once(
             shape,
@@ -106,16 +106,16 @@ class FlashInferBackend(QueryAttention):
         """Plan position-causal rows of several requests, each over its own cache, as one batch.
 
         Args:
-            slots: For each request its rows' slots, as in `Backend.plan_requests`.
-            kv_lengths: For each request its slots in use.
-            device: Where attention will run.
-            tables: For each request the pages that hold its slots in order, int32 on the CPU, for
-                `attend_pages`; by default request i lies in row i of a buffer.
+            slots: Slots of each request's rows, as in `Backend.plan_requests`.
+            kv_lengths: Slots in use of each request.
+            device: Device of the attention.
+            tables: Page table of each request for `attend_pages`: its pages in order, int32 on the
+                CPU. By default request i lies in row i of a buffer.
         """
         detail = RowDetail(
             tuple(slots), tuple(kv_lengths), None if tables is None else tuple(tables), Planned()
         )
-        # Without waiting: the card may still be busy with the rows before these.
+        # Non-blocking, because the GPU may still be busy with earlier rows.
         rows = torch.cat(list(slots)).to(device, non_blocking=True)
         return RowPlan(rows, max(kv_lengths, default=0), detail)
 
@@ -129,11 +129,11 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> Tensor:
-        """See `Backend.attend_requests`.
+        """Compute attention in as few calls as possible; see `Backend.attend_requests`.
 
-        Caches that [ifkv.stitch_many][] made lie in one allocation and are read in one call.
-        Others, those of which one has since outgrown it, and 8-bit ones with different scales, of
-        which FlashInfer takes one a call, take a call each.
+        Caches from [ifkv.stitch_many][] share one allocation and are read in one call. Separate
+        calls are needed for other caches, if a cache has outgrown the allocation, and for FP8
+        caches with different scales, because FlashInfer takes one scale per call.
         """
         detail: RowDetail = plan.detail
         scales = [UNSCALED] * len(keys) if scales is None else scales
@@ -167,15 +167,15 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """Compute attention of rows whose caches are the rows of one tensor.
+        """Compute attention of requests whose caches are the rows of one tensor.
 
         Args:
-            query: ``[1, heads, rows, head_dim]``, the requests' rows one after the other.
+            query: ``[1, heads, rows, head_dim]``, the rows of all requests concatenated.
             keys: ``[requests, kv_heads, >= kv_length, head_dim]``.
-            values: Of the same shape.
+            values: Values of the same shape.
             plan: From `plan_requests`.
-            spec: How the layer attends.
-            scales: Of keys and values.
+            spec: Scaling and mask of the layer.
+            scales: Scales of keys and values.
         """
         buffers = view_as_pages(keys, values, plan.kv_length)
         return self.attend_pages(query, buffers, plan, spec, scales=scales)
@@ -189,7 +189,7 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor:
-        """Compute the same over pages, in whatever order the plan's page tables name them."""
+        """Compute attention over pages, in the order of the plan's page tables."""
         shape = CallShape.of(query, buffers.keys, buffers.page_size, spec)
         detail: RowDetail = plan.detail
         first_pages = buffers.first_pages
@@ -210,15 +210,15 @@ class FlashInferBackend(QueryAttention):
         *,
         scales: KVScales = UNSCALED,
     ) -> Tensor | None:
-        """See `Backend.decode`.
+        """Compute one row per sequence; see `Backend.decode`.
 
-        A plan holds index arrays only, so all layers of a step share the one that this thread
-        made last, whichever cache it was made for.
+        A plan consists of index arrays only, so all layers of a step share this thread's last plan,
+        whichever cache it was made for.
         """
         sequences, _, length, _ = keys.shape
         key = (sequences, length, query.device)
         if getattr(self._step, "key", None) != key:
-            self._step.plan = None  # returns its wrapper, for the new plan to take
+            self._step.plan = None  # returns its wrapper, which the new plan then takes
             last = torch.tensor([length - 1])
             self._step.plan = self.plan_requests(
                 [last] * sequences, [length] * sequences, query.device

@@ -1,4 +1,4 @@
-"""One planned call of FlashInfer: index arrays made once per forward, run once per layer."""
+"""Planned calls of FlashInfer: their index arrays are made once and run in every layer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _T = TypeVar("_T")
 
 # Offsets into a mask are int32, and FlashInfer does not check them.
 MASK_LIMIT = 2**31
-# Of a Hopper card, to the nearest power of two: tiles below that leave some of them idle.
+# Multiprocessors of a Hopper GPU, rounded to a power of two; fewer tiles leave some of them idle.
 MULTIPROCESSORS = 128
 
 
 def kernels(rows: Sequence[int], heads: int, *, masked: bool = False) -> str:
-    """Which of FlashInfer's kernels a call is best run by.
+    """Return the name of the fastest FlashInfer kernels for a call.
 
-    On Hopper, ``"auto"`` is fa3, which computes 1.7 times as fast as fa2 (H100) but fills a tile
-    with rows of one head and never shares a request's keys between multiprocessors. Few rows, a
-    prompt or a decoding step, are faster by fa2, which puts the query heads of a key head into one
-    tile and splits the keys. Elsewhere both are fa2.
+    On Hopper, ``"auto"`` means fa3, which is 1.7 times as fast as fa2 (H100). But fa3 fills a tile
+    with rows of one head, and never splits a request's keys between multiprocessors. Few rows, such
+    as a prompt or a decoding step, are faster in fa2, which puts all query heads of a key head into
+    one tile and splits the keys. On other GPUs both names mean fa2.
 
     Args:
-        rows: Of each request.
+        rows: Rows of each request.
         heads: Query heads.
-        masked: fa3 takes no masks.
+        masked: True if the call has a mask, which fa3 does not support.
     """
     tiles = sum(-(-count // TILE_ROWS) for count in rows)
     filled = 2 * sum(rows) >= tiles * TILE_ROWS
@@ -44,13 +44,13 @@ def kernels(rows: Sequence[int], heads: int, *, masked: bool = False) -> str:
 
 
 class Planned:
-    """Calls of one forward, planned when the first layer shows its shape, then looked up."""
+    """Calls of one forward, planned in the first layer that needs them and then reused."""
 
     def __init__(self) -> None:
         self._calls: dict[Any, Any] = {}
 
     def once(self, key: Any, make: Callable[[], _T]) -> _T:
-        """What ``make`` returned for this key."""
+        """Return the result of ``make`` for this key; call it only once."""
         if key not in self._calls:
             self._calls[key] = make()
         found: _T = self._calls[key]
@@ -58,10 +58,10 @@ class Planned:
 
 
 class Rows:
-    """Some of the rows of a forward, in the order of a call: a slice where they are adjacent.
+    """Rows of one call among the rows of a forward, as a slice if they are adjacent.
 
     Args:
-        ranges: First row and end of each stretch.
+        ranges: First row and end of each run of rows.
         device: The compute device.
     """
 
@@ -76,7 +76,7 @@ class Rows:
             self.index = index.to(device, non_blocking=True)
 
     def take(self, x: Tensor) -> Tensor:
-        """These rows of ``x``."""
+        """Return these rows of ``x``."""
         return x[self.index]
 
     def put(self, x: Tensor, rows: Tensor) -> None:
@@ -85,17 +85,17 @@ class Rows:
 
 
 class Call:
-    """Requests that run together: rows of a forward over spans of paged sequences.
+    """Planned call: rows of a forward over spans of paged sequences.
 
     Args:
-        pool: Where to get a wrapper.
-        kind: What is hidden: nothing, the causal future, or what a mask says.
-        parts: What each request reads; their rows follow one another in the call.
-        tables: For each sequence its pages in order, int32 on the CPU.
-        shape: Heads, dtypes and so on.
-        row_positions: Long ``[rows]`` of the forward, on the compute device.
-        key_positions: For each sequence long ``[slots]``; a slot is its position if None.
-        by_position: Let our own kernel compare positions instead of reading a mask.
+        pool: Pool that lends the wrapper.
+        kind: Masking of the call: none, causal, or by a mask.
+        parts: Rows and span of each request in the call; their rows are concatenated.
+        tables: Page table of each sequence: its pages in order, int32 on the CPU.
+        shape: Heads, dtypes and other sizes.
+        row_positions: Positions of all rows of the forward, long ``[rows]``, on the compute device.
+        key_positions: Positions of each sequence's slots, long ``[slots]``; the slots if None.
+        by_position: Use ifkv's kernel, which compares positions instead of reading a mask.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Call:
         self._by_position: tuple[Tensor, Tensor] | None = None
         self._shape = shape
         if by_position:
-            # The kernel has to be told that it masks at all; this byte is never read.
+            # The kernel masks only if it is given a mask; this byte is never read.
             mask["packed_custom_mask"] = torch.zeros(1, dtype=torch.uint8, device=device)
             begins = torch.tensor([part.begin for part in parts], dtype=torch.int32)
             self._by_position = (
@@ -156,7 +156,7 @@ class Call:
             paged_kv_last_page_len=table.last_page_len,
             page_size=shape.page_size,
             causal=kind == "causal",
-            # FlashInfer would find it out itself, one request after the other.
+            # Without it FlashInfer would loop over the requests to find it.
             max_token_per_sequence=max(sizes),
             **shape.plan_arguments,
             **mask,
@@ -165,30 +165,30 @@ class Call:
     def run(
         self, query: Tensor, buffers: PagedBuffers, scales: KVScales = UNSCALED
     ) -> tuple[Tensor, Tensor]:
-        """Attention of the call's rows.
+        """Compute the attention of the call's rows.
 
         Args:
             query: ``[rows of the forward, heads, head_dim]``.
             buffers: Keys and values of the layer.
-            scales: Of keys and values.
+            scales: Scales of keys and values.
 
         Returns:
             ``[rows of the call, heads, head_dim]`` and base-2 log-sum-exp ``[rows, heads]``.
         """
         extra: tuple[Any, ...] = ()
         if self._by_position is not None:
-            # Our kernel is given its scale by us, so FlashInfer cannot work k_scale into it.
+            # ifkv's kernel takes the scaling as an argument, so FlashInfer cannot apply k_scale.
             scaling = self._shape.scaling * scales.keys
             window = self._shape.window
             extra = (*self._by_position, scaling, -1 if window is None else window)
-        # Plain rows are run without: one comparison less that a release might change.
+        # Other rows run without scales: a release might treat a scale of 1 differently.
         rescaled = {} if scales == UNSCALED else {"k_scale": scales.keys, "v_scale": scales.values}
         rows = self.rows.take(query)
         out, logsumexp = self._wrapper.run(
             rows,
             (buffers.keys, buffers.values),
             *extra,
-            # FlashInfer's own would be set to zero first, for requests without keys: here are none.
+            # FlashInfer would set its own buffer to zero, for requests without keys; none are here.
             out=torch.empty(rows.shape, dtype=rows.dtype, device=rows.device),
             return_lse=True,
             **rescaled,

@@ -1,11 +1,10 @@
 """Documents behind a shared prefix, in one ragged call.
 
-Each document is one request whose keys are the prefix's and its own. Its rows are the last of them,
-and FlashInfer's causal mask is right-aligned, so they see all of the prefix and each other
-causally; in the same way its window is exact here, where rows are adjacent. The prefix's keys are
-copied in front of each document's. The other way, attending to the prefix by itself and merging by
-log-sum-exp, saves that copy and about 1 % of a prefill (measured: see docs/gpu.md), but cannot hide
-what a window hides.
+Each document is one request; its keys are those of the prefix and its own. FlashInfer's causal mask
+is right-aligned and the document's rows are last, so they see all of the prefix and, causally, each
+other. Its sliding window is exact too, because the rows are adjacent. The prefix's keys are copied
+in front of each document's. Separate attention to the prefix, merged by log-sum-exp, would save the
+copy and about 1 % of a prefill (measured, see docs/gpu.md), but cannot apply a window.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from ifkv.backends.flashinfer.wrappers import WrapperKind, WrapperPool
 
 
 class DocumentCall:
-    """A planned ragged call.
+    """Planned ragged call.
 
     Args:
-        pool: Where to get a wrapper.
+        pool: Pool that lends the wrapper.
         lengths: Rows of each document.
         prefix_length: Keys of the prefix.
-        shape: Heads, dtypes and so on.
+        shape: Heads, dtypes and other sizes.
         device: The compute device.
     """
 
@@ -54,11 +53,11 @@ class DocumentCall:
             qo_indptr=ends.to(torch.int32),
             kv_indptr=starts.to(torch.int32),
             causal=True,
-            # FlashInfer counts the keys before a row's own, transformers the row's own too.
+            # FlashInfer does not count the row's own key in the window, transformers does.
             window_left=-1 if window is None or window >= longest else window - 1,
             **shape.plan_arguments,
         )
-        # Where each request's keys are among those of the prefix followed by all documents.
+        # Indices of each request's keys among those of the prefix followed by all documents.
         self._sources: Tensor | None = None
         if prefix_length:
             prefix = torch.arange(prefix_length)
@@ -74,7 +73,7 @@ class DocumentCall:
         prefix_keys: Tensor,
         prefix_values: Tensor,
     ) -> Tensor:
-        """Attention of all documents; shapes as in `Backend.attend_documents`."""
+        """Compute the attention of all documents; shapes as in `Backend.attend_documents`."""
         out: Tensor = self._wrapper.run(
             query[0].transpose(0, 1),
             self._join(prefix_keys, keys),
@@ -83,7 +82,7 @@ class DocumentCall:
         return out[None]
 
     def _join(self, prefix: Tensor, own: Tensor) -> Tensor:
-        """Rows of all requests, ``[rows, kv_heads, head_dim]``."""
+        """Return the keys or values of all requests, ``[rows, kv_heads, head_dim]``."""
         if self._sources is None:
             return own[0].transpose(0, 1)
         return torch.cat((prefix[0], own[0]), dim=1).transpose(0, 1)[self._sources]

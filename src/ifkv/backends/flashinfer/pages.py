@@ -1,12 +1,13 @@
-"""A cache's buffers seen as pages, without copying a byte, and page tables over them.
+"""Buffers of a cache viewed as pages without a copy, and page tables over them.
 
 FlashInfer reads keys and values through pages: ``[pages, kv_heads, page_size, head_dim]`` with any
-strides. A buffer ``[requests, kv_heads, slots, head_dim]`` is already that: a page is a stretch of
+strides. A buffer ``[requests, kv_heads, slots, head_dim]`` can be viewed so: a page is a run of
 slots, its heads lie one buffer row apart, and the next request begins a whole number of pages
-further on. Tiles of one request then share its pages.
+later. Tiles of one request share its pages.
 
-Keys and values must lie alike: FlashInfer's fa3 kernels, and from 0.7 on all of them, take one set
-of strides for both. Buffers of a cache do; what a model has just made need not, and is copied then.
+Keys and values need equal strides, because FlashInfer's fa3 kernels, and from 0.7 on all kernels,
+take one set of strides for both. Buffers of a cache have them. Tensors that a model has just made
+may not, and are copied then.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ifkv.errors import InvalidInputError
 
-# Slots of a page at most: what a stitched cache's capacity is rounded to.
+# Largest page, in slots: the capacity of a stitched cache is a multiple of it.
 PAGE_SIZE = 64
 
 
@@ -30,8 +31,8 @@ class PagedBuffers:
 
     Attributes:
         keys: ``[pages, kv_heads, page_size, head_dim]``, a view.
-        values: Of the same shape, a view.
-        first_pages: For each request, the page that holds its slot 0; its others follow.
+        values: Values of the same shape, a view.
+        first_pages: Page of each request's slot 0; its other pages follow.
     """
 
     keys: Tensor
@@ -40,15 +41,15 @@ class PagedBuffers:
 
     @property
     def page_size(self) -> int:
-        """Slots of a page."""
+        """Return the number of slots of a page."""
         return self.keys.shape[2]
 
 
 def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
     """View the first slots of a buffer as pages.
 
-    The largest page size up to 64 is taken that the strides allow and that reads no byte outside
-    the storage; a page of one slot always does.
+    The page size is the largest one up to 64 that fits the strides and reads no byte outside the
+    storage. A page of one slot always fits.
 
     Args:
         keys: ``[requests, kv_heads, >= length, head_dim]``, its last dimension contiguous.
@@ -59,13 +60,13 @@ def view_as_pages(keys: Tensor, values: Tensor, length: int) -> PagedBuffers:
     size = min(_page_size(keys, length), _page_size(values, length))
     key_pages, first_pages = _pages(keys, length, size)
     value_pages, value_first_pages = _pages(values, length, size)
-    if first_pages != value_first_pages:  # requests lie differently far apart: make them equal
+    if first_pages != value_first_pages:  # the distances between requests differ: copy both
         return view_as_pages(_packed(keys), _packed(values), length)
     return PagedBuffers(key_pages, value_pages, first_pages)
 
 
 def view_as_slots(keys: Tensor, values: Tensor) -> PagedBuffers:
-    """View one buffer as pages of a single slot, so that a request may begin at any of them.
+    """View one buffer as pages of one slot, so that a request may begin at any slot.
 
     Args:
         keys: ``[1, kv_heads, slots, head_dim]``, its last dimension contiguous.
@@ -77,29 +78,29 @@ def view_as_slots(keys: Tensor, values: Tensor) -> PagedBuffers:
 
 
 def _alike(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with one set of strides but for requests, the last dimension contiguous."""
+    """Return both with equal strides, except between requests, and a contiguous last dimension."""
     if keys.stride(-1) == 1 and keys.stride()[1:] == values.stride()[1:]:
         return keys, values
     return _packed(keys), _packed(values)
 
 
 def _packed(x: Tensor) -> Tensor:
-    """A copy with the strides of its shape; ``contiguous()`` leaves those of single rows alone."""
+    """Return a packed copy; ``contiguous()`` would keep the strides of dimensions of size 1."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def view_together(
     keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int]
 ) -> PagedBuffers | None:
-    """View buffers of several requests as pages of one, where they lie in one allocation.
+    """View buffers of several requests in one allocation as pages of one buffer.
 
     Args:
-        keys: For each request ``[1, kv_heads, >= its length, head_dim]``.
-        values: Of the same shapes.
+        keys: Keys of each request, ``[1, kv_heads, >= its length, head_dim]``.
+        values: Values of each request, of the same shapes.
         lengths: Slots in use of each request.
 
     Returns:
-        The pages, or None where the requests lie a broken number of pages apart or not together.
+        The pages; None if the requests are in different allocations, or not whole pages apart.
     """
     pairs = list(zip(lengths, keys, strict=True)), list(zip(lengths, values, strict=True))
     for side in pairs:
@@ -124,7 +125,7 @@ def view_together(
 def _common_pages(
     side: Sequence[tuple[int, Tensor]], size: int
 ) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Pages from the request that lies lowest on, and where each request's begin."""
+    """Return pages from the request with the lowest address on, and each request's first page."""
     lowest = min((x for _, x in side), key=Tensor.storage_offset)
     stride = size * lowest.stride(2)
     away = [x.storage_offset() - lowest.storage_offset() for _, x in side]
@@ -166,12 +167,12 @@ def _pages(x: Tensor, length: int, size: int) -> tuple[Tensor, tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class PageTable:
-    """Which pages each request of one call reads: int32 arrays on the CPU, as FlashInfer wants.
+    """Page table of one call: int32 arrays on the CPU, in FlashInfer's format.
 
     Attributes:
-        indptr: ``[requests + 1]``: where each request's pages begin in ``indices``.
-        indices: Page numbers.
-        last_page_len: ``[requests]``: slots in use of each request's last page.
+        indptr: Start of each request's pages in ``indices``, and the end, ``[requests + 1]``.
+        indices: Page numbers of all requests.
+        last_page_len: Slots in use of each request's last page, ``[requests]``.
     """
 
     indptr: Tensor
@@ -182,16 +183,16 @@ class PageTable:
 def page_table(
     tables: Sequence[Tensor], spans: Sequence[tuple[int, int, int]], page_size: int
 ) -> PageTable:
-    """Page table of requests that each read a span of some sequence's slots.
+    """Build the page table of requests that each read a span of a sequence's slots.
 
     Args:
-        tables: For each sequence, the pages that hold its slots in order, int32 on the CPU.
+        tables: Page table of each sequence: its pages in order, int32 on the CPU.
         spans: ``(sequence, start, stop)`` of each request; ``start`` is a multiple of the page
             size, and ``stop`` is greater.
         page_size: Slots of a page.
 
     Raises:
-        InvalidInputError: A span reaches behind its sequence's pages.
+        InvalidInputError: A span ends behind the pages of its sequence.
     """
     held = [len(table) for table in tables]
     for sequence, _, stop in spans:
@@ -200,14 +201,14 @@ def page_table(
                 f"request {sequence} has {stop} slots in use but {held[sequence]} pages of "
                 f"{page_size}; give it a page for every slot."
             )
-    # All spans at once: one by one, hundreds of them take longer than planning the call.
+    # All spans at once: a loop over hundreds of them would take longer than planning the call.
     sequences, starts, stops = torch.tensor(spans, dtype=torch.long).reshape(-1, 3).unbind(1)
     begins = torch.tensor([0, *itertools.accumulate(held)])[sequences]
     firsts = starts // page_size
     counts = (stops + page_size - 1) // page_size - firsts
     ends = counts.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
-    # Entry e of a span stands for the page at e + the span's shift.
+    # Entry e of a span is the page at index e + shift.
     shifts = (begins + firsts - ends + counts).repeat_interleave(counts, output_size=total)
     return PageTable(
         torch.cat((ends.new_zeros(1), ends)).to(torch.int32),

@@ -1,4 +1,4 @@
-"""Query tokens of one request or several: a call over their contexts, and one over themselves."""
+"""Query tokens of requests: one call over their contexts and one over the query tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ifkv.backends.plans import UNSCALED, KVScales, QueriesPlan, QueryPlan, Redu
 
 
 class QueryAttention(Backend):
-    """What a query does: look at contexts and at itself, and be measured."""
+    """Part of the FlashInfer backend for query tokens: their attention, and attention norms."""
 
     _module: Any
     _pool: WrapperPool
@@ -35,7 +35,7 @@ class QueryAttention(Backend):
     def plan_queries(
         self, query_positions: Sequence[Tensor], context_positions: Sequence[Tensor]
     ) -> QueriesPlan:
-        """See `Backend.plan_queries`."""
+        """Return a plan whose calls are made in the first layer; see `Backend.plan_queries`."""
         pairs = zip(query_positions, context_positions, strict=True)
         return QueriesPlan(tuple(QueryPlan(*pair, Planned()) for pair in pairs), Planned())
 
@@ -51,7 +51,10 @@ class QueryAttention(Backend):
         *,
         scales: Sequence[KVScales] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `Backend.attend_queries`; together under the terms of attend_requests."""
+        """Compute attention of query tokens; see `Backend.attend_queries`.
+
+        Requests share calls under the same conditions as in ``attend_requests``.
+        """
         lengths = [context.shape[2] for context in context_keys]
         scales = [UNSCALED] * len(lengths) if scales is None else scales
         pages = None
@@ -65,7 +68,7 @@ class QueryAttention(Backend):
             if len(outs) == 1:
                 return outs[0], logsumexps[0]
             return torch.cat(outs, dim=1), torch.cat(logsumexps, dim=2)
-        # A request's own keys begin wherever those before it end, so their pages hold one slot.
+        # The query tokens' keys of a request may begin at any slot, so their pages have one slot.
         starts = tuple(itertools.accumulate(plan.counts[:-1], initial=0))
         own_pages = dataclasses.replace(view_as_slots(keys, values), first_pages=starts)
         own = self._attend_spans(query, own_pages, plan.parts, plan.detail, spec)
@@ -86,7 +89,7 @@ class QueryAttention(Backend):
         plan: QueryPlan,
         scales: KVScales,
     ) -> tuple[Tensor, Tensor]:
-        """One request's query tokens, with calls of their own."""
+        """Compute the attention of one request's query tokens in separate calls."""
         plans, planned = (plan,), plan.detail
         own_pages = view_as_slots(keys, values)
         own, own_logsumexp = self._attend_spans(query, own_pages, plans, planned, spec)
@@ -109,7 +112,11 @@ class QueryAttention(Backend):
         scales: KVScales = UNSCALED,
         context: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Query tokens over their contexts, or over themselves; base-2 log-sum-exps."""
+        """Compute attention of query tokens over their contexts, or over themselves.
+
+        Returns:
+            ``[rows, heads, head_dim]`` and base-2 log-sum-exp ``[rows, heads]``.
+        """
         shape = CallShape.of(query, buffers.keys, buffers.page_size, spec)
         firsts = buffers.first_pages
         call: Call = planned.once(
@@ -129,7 +136,7 @@ class QueryAttention(Backend):
         reduction: Reduction,
         values: Tensor | None = None,
     ) -> Tensor:
-        """See `Backend.attention_norm`; by a Triton kernel on CUDA."""
+        """Compute norms by a Triton kernel on CUDA; see `Backend.attention_norm`."""
         return attention_norm(
             query, context_keys, logsumexp, plan, spec, reduction=reduction, values=values
         )
@@ -143,15 +150,15 @@ def query_call(
     *,
     context: bool,
 ) -> Call:
-    """Plan the query tokens of all requests over keys of their own, in one call.
+    """Plan one call for the query tokens of all requests, each over its own keys.
 
     Args:
-        pool: Where to get a wrapper.
-        plans: Of each request; their query tokens follow one another.
-        first_pages: For each request, the page that its keys begin with; its others follow.
-        shape: Heads, dtypes and so on.
-        context: Whether the keys are the contexts', all of which are seen, or the query tokens'
-            own, which are seen causally.
+        pool: Pool that lends the wrapper.
+        plans: Plan of each request; their query tokens are concatenated.
+        first_pages: First page of each request's keys; its other pages follow.
+        shape: Heads, dtypes and other sizes.
+        context: True for the keys of the contexts, all of which are seen; False for those of the
+            query tokens, which are seen causally.
     """
     kind: CallKind = "masked" if shape.window is not None else "full" if context else "causal"
     positions = [plan.context_positions if context else plan.query_positions for plan in plans]

@@ -1,4 +1,4 @@
-"""Position-causal rows of one forward: which calls they take, and what those return together."""
+"""Position-causal rows of one forward: their calls, and the merging of the results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ifkv.backends.plans import KVScales
 
 @dataclasses.dataclass(frozen=True)
 class RowDetail:
-    """What a row plan of this backend holds.
+    """Data of a row plan of this backend.
 
     Attributes:
         slots: Slots of each sequence's rows, long on the CPU.
         kv_lengths: Slots in use of each sequence.
-        tables: Pages of each sequence, where they are not simply those of its buffer.
+        tables: Page table of each sequence; None if the pages are those of a buffer.
         planned: Calls planned so far.
     """
 
@@ -33,7 +33,7 @@ class RowDetail:
     planned: Planned
 
     def pages_of(self, first_pages: tuple[int, ...], page_size: int) -> tuple[Tensor, ...]:
-        """Pages of each sequence in order, int32 on the CPU."""
+        """Return the page table of each sequence: its pages in order, int32 on the CPU."""
         if self.tables is not None:
             return self.tables
         return tuple(
@@ -43,16 +43,16 @@ class RowDetail:
 
 
 class RowCalls:
-    """The planned calls of one forward's rows.
+    """Planned calls of one forward's rows.
 
     Args:
         module: FlashInfer.
-        pool: Where to get wrappers.
+        pool: Pool that lends the wrappers.
         detail: Slots and pages of the rows.
-        row_slots: Long ``[rows]``, on the compute device.
-        shape: Heads, dtypes and so on.
-        first_pages: Of each sequence, as in `PagedBuffers`.
-        form: How rows without a common causal mask are run.
+        row_slots: Slots of all rows, long ``[rows]``, on the compute device.
+        shape: Heads, dtypes and other sizes.
+        first_pages: First page of each sequence, as in `PagedBuffers`.
+        form: Masking of rows that share no causal mask.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class RowCalls:
         }
 
     def run(self, rows: Tensor, buffers: PagedBuffers, scales: KVScales) -> Tensor:
-        """Attention of all rows, ``[rows, heads, head_dim]``.
+        """Compute the attention of all rows, ``[rows, heads, head_dim]``.
 
         Args:
-            rows: Queries, of the same shape.
+            rows: Queries of the same shape.
             buffers: Keys and values of the layer.
-            scales: Of keys and values.
+            scales: Scales of keys and values.
         """
         states = [
             (call, *call.run(rows, buffers, scales))
@@ -108,8 +108,8 @@ class RowCalls:
         full = self._calls.get("full")
         if full is None:
             return out
-        # What some of the rows see besides, merged into what is there already; not by FlashInfer's
-        # merge_state_in_place, whose threads read and write one log-sum-exp without a barrier.
+        # Merge the keys that some rows see without a mask. FlashInfer's merge_state_in_place cannot
+        # be used: its threads read and write one log-sum-exp without a barrier.
         own = full.rows.take(out), full.rows.take(logsumexp)
         merged, _ = self._module.merge_state(*own, *full.run(rows, buffers, scales))
         full.rows.put(out, merged)

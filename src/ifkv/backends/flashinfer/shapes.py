@@ -1,4 +1,4 @@
-"""What a planned call of FlashInfer depends on besides index arrays."""
+"""Sizes and dtypes of a planned call of FlashInfer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ifkv.backends.spec import AttentionSpec
 
 @dataclasses.dataclass(frozen=True)
 class CallShape:
-    """What a plan depends on besides index arrays; the same in all layers of most models."""
+    """Sizes, dtypes and mask of a planned call; equal in all layers of most models."""
 
     heads: int
     kv_heads: int
@@ -26,7 +26,7 @@ class CallShape:
 
     @classmethod
     def of(cls, query: Tensor, keys: Tensor, page_size: int, spec: AttentionSpec) -> CallShape:
-        """Read it off a layer's tensors, whose shapes are those of the backend contract."""
+        """Read them from the tensors of a layer, shaped as in the attention contract."""
         return cls(
             heads=query.shape[1],
             kv_heads=keys.shape[1],
@@ -40,17 +40,17 @@ class CallShape:
 
     @property
     def spec(self) -> AttentionSpec:
-        """How the layer attends."""
+        """Return the spec of the layer."""
         return AttentionSpec(self.scaling, self.window)
 
     @property
     def group(self) -> int:
-        """Query heads per key head."""
+        """Return the number of query heads per key head."""
         return self.heads // self.kv_heads
 
     @property
     def plan_arguments(self) -> dict[str, Any]:
-        """Arguments that every plan takes."""
+        """Return the arguments that every plan takes."""
         return {
             "num_qo_heads": self.heads,
             "num_kv_heads": self.kv_heads,

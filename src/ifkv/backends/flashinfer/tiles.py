@@ -1,13 +1,13 @@
-"""Rows sorted by slot, cut into tiles, and what each tile has to read.
+"""Tiles of rows for FlashInfer, and the spans of keys that each tile reads.
 
-FlashInfer gives rows of a request to its multiprocessors in tiles of 128: fa3 rows of one head, fa2
-rows times the query heads that share a key head. Rows of one tile read the same keys, so a tile
-should hold neighbours. Rows without a gap between them are a request whose causal mask FlashInfer
-knows by itself, since it is right-aligned: rows a to b are the last of b + 1. All others are read
-in two parts, merged by their log-sum-exps: whole pages before the first of 128 rows, which all of
-them see, without a mask; and the fringe around the rows themselves with one, in tiles of
-``128 / group``. For 15 % of 32k rows that reads 1.006 times the keys the rows see, 97 % of them
-without a mask; with one over all of a tile's keys it took more than four times as long (H100).
+FlashInfer computes the rows of a request in tiles of 128: rows of one head in fa3, rows times the
+query heads that share a key head in fa2. Rows of one tile read the same keys, so a tile should hold
+neighbours. Adjacent rows are a request with FlashInfer's own causal mask, which is right-aligned:
+rows a to b are the last of b + 1. Other rows read their keys in two parts, merged by their
+log-sum-exps. One is the whole pages before the first of 128 rows, which all of them see, without a
+mask. The other is the fringe around the rows, with a mask, in tiles of ``128 / group`` rows. For
+15 % of 32k rows this reads 1.006 times the keys that the rows see, 97 % of them without a mask. A
+mask over all keys of a tile took more than four times as long (H100).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import Tensor
 
 from ifkv.backends.spec import AttentionSpec
 
-# Rows of FlashInfer's largest query tile: of one head in fa3, of all that share a key head in fa2.
+# Size of FlashInfer's largest query tile: rows of one head in fa3, of all heads of a group in fa2.
 TILE_ROWS = 128
 # Rows that share one span of keys read without a mask.
 SPLIT_ROWS = 128
 
-# What a call asks of FlashInfer: nothing hidden, right-aligned causal, or a mask given.
+# Masking of a call: no key hidden, right-aligned causal, or by a mask.
 CallKind = Literal["full", "causal", "masked"]
 MaskForm = Literal["positions", "split"]
 
 
 class Part(NamedTuple):
-    """Keys that some rows read in one request: slots ``begin`` to ``end`` of a sequence."""
+    """Rows ``start`` to ``stop`` of a forward, and the slots of their sequence that they read."""
 
     sequence: int
     start: int
@@ -42,10 +42,10 @@ class Part(NamedTuple):
 
 
 class SequenceTile:
-    """Rows of a forward that follow one another and belong to one sequence.
+    """Consecutive rows of a forward that belong to one sequence.
 
     Attributes:
-        sequence: Whose cache the rows read.
+        sequence: Index of the sequence whose cache the rows read.
         start: First row.
         stop: End of the rows.
         first: Slot of the first row.
@@ -54,7 +54,7 @@ class SequenceTile:
     Args:
         sequence: As the attribute.
         start: As the attribute.
-        slots: Of the rows, ascending.
+        slots: Slots of the rows, ascending.
     """
 
     def __init__(self, sequence: int, start: int, slots: Sequence[int]):
@@ -66,16 +66,16 @@ class SequenceTile:
 
     @property
     def adjacent(self) -> bool:
-        """Whether the rows' slots follow one another without a gap."""
+        """True if there is no gap between the rows' slots."""
         return self.last - self.first == self.stop - self.start - 1
 
     def pieces(self, rows: int) -> Iterator[SequenceTile]:
-        """The tile in tiles of so many rows."""
+        """Yield the tile cut into tiles of at most ``rows`` rows."""
         for at in range(0, len(self._slots), rows):
             yield SequenceTile(self.sequence, self.start + at, self._slots[at : at + rows])
 
     def part(self, begin: int) -> Part:
-        """What the rows read from a slot on up to the last row's own."""
+        """Return the part of the rows that reads from slot ``begin`` to the last row's slot."""
         return Part(self.sequence, self.start, self.stop, begin, self.last + 1)
 
 
@@ -83,10 +83,10 @@ def cut_rows(slots: Sequence[Tensor], tile_rows: int, *, whole_runs: bool) -> li
     """Cut the rows of one or several sequences into tiles.
 
     Args:
-        slots: For each sequence its rows' slots, long on the CPU, ascending and unique; may be
-            empty. Rows are numbered through all sequences.
-        tile_rows: Rows of a tile at most.
-        whole_runs: Keep runs of at least ``tile_rows`` adjacent rows whole, as tiles of their own.
+        slots: Slots of each sequence's rows, long on the CPU, ascending and unique; may be empty.
+            Rows are numbered through all sequences.
+        tile_rows: Largest number of rows of a tile.
+        whole_runs: Make one tile of every run of at least ``tile_rows`` adjacent rows.
     """
     tiles: list[SequenceTile] = []
     offset = 0
@@ -122,25 +122,25 @@ def _ranges(slots: Tensor, tile_rows: int, whole_runs: bool) -> list[tuple[int, 
 def parts_of_rows(
     slots: Sequence[Tensor], group: int, page_size: int, window: int | None
 ) -> dict[CallKind, list[Part]]:
-    """Decide what every row reads, and in which kind of call.
+    """Assign every row to kinds of calls, with the keys that it reads in each.
 
-    Each row is in exactly one of ``"causal"`` and ``"masked"``; some of the masked ones are in
-    ``"full"`` too, for keys that their masked part leaves out.
+    Each row is in either ``"causal"`` or ``"masked"``. Some of the masked rows are in ``"full"``
+    too, for keys that all rows of their tile see.
 
     Args:
         slots: As in `cut_rows`.
         group: Query heads per key head.
         page_size: Slots of a page; parts begin at whole pages.
-        window: Slots that a row sees, its own included; None sees all. FlashInfer's own window
-            takes rows for adjacent, so windows go into the mask.
+        window: Slots that a row sees, its own included; None has no window. FlashInfer's own window
+            assumes adjacent rows, so windows go into the mask.
     """
     last = max((int(own[-1]) for own in slots if len(own)), default=0)
     if window is not None and last < window:
-        window = None  # reaches back beyond slot 0 from every row
+        window = None  # it hides nothing: it reaches slot 0 from every row
     parts: dict[CallKind, list[Part]] = {"full": [], "causal": [], "masked": []}
     small = max(1, TILE_ROWS // group)
     tiles = cut_rows(slots, SPLIT_ROWS, whole_runs=window is None)
-    # A short run beside other tiles is cheaper among them than in a call of its own.
+    # If there are other tiles, a short run is cheaper among them than in a separate call.
     run = 1 if all(tile.adjacent for tile in tiles) else SPLIT_ROWS
     for tile in tiles:
         if window is None and tile.adjacent and tile.stop - tile.start >= run:
@@ -163,18 +163,18 @@ def mask_of_parts(
     key_positions: Sequence[Tensor] | None,
     spec: AttentionSpec,
 ) -> Tensor:
-    """The mask FlashInfer wants: True where a row looks, request after request, rows in order.
+    """Build a mask in FlashInfer's format, with all requests and rows concatenated.
 
     Args:
-        parts: What each request reads.
-        row_positions: Long ``[rows]``, on the compute device.
-        key_positions: For each sequence long ``[slots]``; a slot is its position if None.
-        spec: How the layer attends.
+        parts: Rows and span of each request.
+        row_positions: Positions of all rows, long ``[rows]``, on the compute device.
+        key_positions: Positions of each sequence's slots, long ``[slots]``; the slots if None.
+        spec: Scaling and mask of the layer.
 
     Returns:
-        Bool ``[sum of rows times keys]``.
+        Bool ``[sum of rows times keys]``, True where a row attends.
     """
-    # All at once, as a loop over hundreds of requests costs milliseconds of launches.
+    # All at once, because a loop over hundreds of requests costs milliseconds of launches.
     device = row_positions.device
     rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
     heights = torch.tensor([part.stop - part.start for part in parts])
@@ -185,12 +185,12 @@ def mask_of_parts(
     if key_positions is not None:
         offsets = [0, *itertools.accumulate(map(len, key_positions))]
         starts = [offsets[part.sequence] for part in parts]
-    # A row's entry e stands for the key at e + first.
+    # Entry e of a row is the key at index e + first.
     begins = torch.tensor([part.begin + at for part, at in zip(parts, starts, strict=True)])
     firsts = begins.repeat_interleave(heights) - (ends - widths)
     of_row = torch.stack((rows, widths, firsts)).to(torch.int32).to(device, non_blocking=True)
     positions, widths = row_positions[of_row[0]].to(torch.int32), of_row[1]
-    # 32 bits and in place: these are the only large tensors beside the mask.
+    # 32 bits and in place, because these are the only large tensors beside the mask.
     keys = torch.arange(total, dtype=torch.int32, device=device)
     keys += of_row[2].repeat_interleave(widths, output_size=total)
     if key_positions is not None:

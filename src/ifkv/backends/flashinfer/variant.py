@@ -1,11 +1,11 @@
-"""A kernel of our own for FlashInfer's compiler: it compares positions instead of reading a mask.
+"""Kernel variant for FlashInfer that compares positions instead of reading a mask.
 
-A mask holds one bit per row and key and is rebuilt for every forward. Here the kernel is given the
-slot of each row and the first slot of each request's keys, and compares: 4 bytes a row. FlashInfer
-compiles the source below on first use (nvcc, about two minutes on two cores) and keeps it.
+A mask has one bit per row and key and must be built for every forward. This kernel takes the slot
+of each row, 4 bytes, and the first slot of each request's keys, and compares them. FlashInfer
+compiles the source below on first use (nvcc, about two minutes on two cores) and caches it.
 
-On an H100, with FlashInfer 0.6.18.post1, 5 % of 32k rows take a layer 1.44 ms by it and 1.82 by a
-mask, 15 % 2.88 and 3.04; and nothing is built.
+On an H100 with FlashInfer 0.6.18.post1, a layer takes 1.44 ms with it and 1.82 ms with a mask for
+5 % of 32k rows, and 2.88 and 3.04 ms for 15 %. No mask has to be built.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ _SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4
 
 
 def position_variant(shape: CallShape) -> tuple[Any, ...]:
-    """What FlashInfer compiles the kernel from: the ``jit_args`` of a paged wrapper.
+    """Return the ``jit_args`` of a paged wrapper, from which FlashInfer compiles the kernel.
 
     Args:
-        shape: Its dtypes and head_dim become part of the kernel, and of its name.
+        shape: Shape of the call; its dtypes and head_dim are part of the kernel and its name.
     """
     kinds = [
         _SHORT.get(dtype, str(dtype).rpartition(".")[2])

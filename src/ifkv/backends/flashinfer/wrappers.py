@@ -1,8 +1,8 @@
-"""FlashInfer's wrapper objects and workspaces: built once, lent to one plan at a time.
+"""Pool of FlashInfer's wrappers and workspaces: built once, each lent to one plan at a time.
 
-A wrapper holds the plan it was last given, so two plans in use need two wrappers. They are kept in
-a pool and reused. The large workspace is scratch memory of a run and may be shared by all wrappers
-whose runs are ordered, that is, on one CUDA stream; so everything is kept per device and stream.
+A wrapper holds its last plan, so two plans in use need two wrappers. The pool keeps and reuses
+them. The large workspace is scratch memory of a run. Wrappers whose runs are ordered, that is, on
+one CUDA stream, may share it, so everything is kept per device and stream.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What FlashInfer splits long rows into lives here; its authors recommend at least 128 MiB.
+# The workspace holds parts of long rows; FlashInfer's authors recommend at least 128 MiB.
 WORKSPACE_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class WrapperKind:
-    """What a wrapper has to be built for; wrappers of one kind can take each other's place.
+    """Kind of a wrapper; wrappers of one kind are interchangeable.
 
     Attributes:
-        paged: Whether keys are in pages; side by side otherwise.
+        paged: True if keys are in pages, False if they are ragged.
         backend: FlashInfer's name for the kernels: ``"fa2"``, the only ones that take a mask, or
-            ``"auto"``, which is decided at a wrapper's first plan and never again. That is why
-            dtypes and head_dim are part of the kind.
-        q_dtype: Of queries.
-        kv_dtype: Of keys and values.
-        head_dim: Of queries, keys and values.
-        jit_args: What a kernel of our own is compiled from; None for a stock one.
+            ``"auto"``. A wrapper resolves ``"auto"`` at its first plan and never again, so dtypes
+            and head_dim are part of the kind.
+        q_dtype: Dtype of queries.
+        kv_dtype: Dtype of keys and values.
+        head_dim: Dimension of queries, keys and values.
+        jit_args: Source and arguments of ifkv's kernel; None for a stock kernel.
+        jit_name: Name of ifkv's kernel; empty for a stock kernel.
     """
 
     paged: bool
@@ -46,17 +47,17 @@ class WrapperKind:
 
 
 class Lease:
-    """A wrapper that nobody else plans with, until it is returned to the pool."""
+    """Exclusive use of a wrapper until it is returned to the pool."""
 
     def __init__(self, wrapper: Any, device: torch.device):
         self.wrapper = wrapper
         self._planned = torch.cuda.Event() if device.type == "cuda" else None
 
     def plan(self, **arguments: Any) -> None:
-        """Plan the wrapper anew."""
+        """Plan the wrapper again."""
         if self._planned is not None:
-            # The last plan may still be on its way to the device from the wrapper's pinned memory,
-            # which a new one overwrites.
+            # The last plan may still be on its way from the wrapper's pinned memory to the device,
+            # and a new plan overwrites that memory.
             self._planned.synchronize()
         self.wrapper.plan(**arguments)
         if self._planned is not None:
@@ -64,11 +65,11 @@ class Lease:
 
 
 class WrapperPool:
-    """Wrappers by kind, device and stream.
+    """Pool of wrappers by kind, device and stream.
 
     Args:
         module: FlashInfer.
-        workspace_bytes: Size of the scratch memory, one per device and stream.
+        workspace_bytes: Size of the workspace, one per device and stream.
     """
 
     def __init__(self, module: Any, workspace_bytes: int = WORKSPACE_BYTES):
@@ -76,11 +77,11 @@ class WrapperPool:
         self._workspace_bytes = workspace_bytes
         self._workspaces: dict[Hashable, Tensor] = {}
         self._free: defaultdict[Hashable, deque[Lease]] = defaultdict(deque)
-        # Reentrant: the garbage collector may return a lease while this thread takes one.
+        # Reentrant, because the garbage collector may return a lease while this thread takes one.
         self._lock = threading.RLock()
 
     def lease(self, kind: WrapperKind, device: torch.device, holder: object) -> Lease:
-        """A wrapper for as long as ``holder`` lives."""
+        """Lend a wrapper for as long as ``holder`` lives."""
         stream = _stream_of(device)
         key = (kind, stream)
         with self._lock:
@@ -107,7 +108,7 @@ class WrapperPool:
 
 
 def _stream_of(device: torch.device) -> Hashable:
-    """What orders runs on this device: its current stream, or this thread."""
+    """Return the key of ordered runs on this device: its current stream, or this thread."""
     if device.type == "cuda":
         return device, torch.cuda.current_stream(device).cuda_stream
     return device, threading.get_ident()
