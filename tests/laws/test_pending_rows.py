@@ -133,9 +133,6 @@ def test_a_copy_keeps_its_own_pending_tokens() -> None:
 # --- work, counted ------------------------------------------------------------------------------
 
 
-DECODING = 1  # generate() runs the prompt's last row once more
-
-
 def passes(model: Any, run: Any) -> Counter[str]:
     """How often each layer's projections were called, and with how many rows."""
     calls: Counter[str] = Counter()
@@ -189,9 +186,9 @@ def check_turn_reads_weights_twice(selector: Any) -> None:
     once = before + slots + prompt
     for layer in range(5):
         scored = layer <= deepest
-        assert calls[f"{layer} calls"] == 1 + scored + DECODING, f"layer {layer}"
+        assert calls[f"{layer} calls"] == 1 + scored, f"layer {layer}"
         twice = prompt + (before if layer == deepest else 0) if scored else 0
-        assert calls[f"{layer} rows"] == once + twice + DECODING, f"layer {layer}"
+        assert calls[f"{layer} rows"] == once + twice, f"layer {layer}"
 
 
 def test_a_turn_with_new_documents_reads_the_weights_twice() -> None:
@@ -215,7 +212,7 @@ def test_a_selector_that_may_look_at_any_row_is_given_them_all() -> None:
 
     chat, documents = conversation()
     chat.add(documents)
-    assert turn(chat, Looking())["0 calls"] == 3 + DECODING
+    assert turn(chat, Looking())["0 calls"] == 3
 
 
 def test_what_has_run_is_not_pending() -> None:
