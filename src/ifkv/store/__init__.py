@@ -15,8 +15,9 @@ Not here: making documents (`ifkv.documents`) and placing them in a request (`if
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ifkv.utils.lazy import lazily
 
 if TYPE_CHECKING:
     from ifkv.store.default_path import default_store_path
@@ -73,13 +74,7 @@ __all__ = [
     "session_store",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'ifkv.store' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"ifkv.store.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

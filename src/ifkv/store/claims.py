@@ -1,4 +1,4 @@
-"""Who is making which document: threads that want the same one wait for whoever came first."""
+"""Claims on documents that are being made: threads that want the same one wait for the first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class Claims:
     """Keys of a store that threads of this process are making documents for.
 
-    A thread that waits holds no claim, so that no two can wait for each other. A claim ends
-    whether its document was made or not: one of those that wait then takes it up.
+    A waiting thread holds no claim, so no two threads wait for each other. A claim ends whether its
+    document was made or not; if not, a waiting thread claims it.
 
     Attributes:
-        ended: How many batches of claims have ended so far.
+        ended: Number of batches of claims that have ended.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class Claims:
     def some_of(
         self, wanted: Sequence[tuple[str, Tensor]], budget: int
     ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Claim what nobody else is making, from the first on; if that is nothing, wait once.
+        """Claim documents that no other thread is making, in order; if there are none, wait once.
 
         Args:
-            wanted: Keys and token ids ``[n]`` of what the caller wants made.
-            budget: Tokens to claim at most, a single longer document excepted.
+            wanted: Keys and token ids ``[n]`` of the documents to be made.
+            budget: Tokens to claim at most; a single longer document may exceed it.
 
         Yields:
-            What was claimed until the ``with`` ends. Nothing after a wait; others have then made
-            some of it, or given it up.
+            The documents claimed until the ``with`` ends. None after a wait: other threads have
+            then made some, or given up.
         """
         mine: list[tuple[str, Tensor]] = []
         size = 0
@@ -72,7 +72,7 @@ _by_store: weakref.WeakKeyDictionary[Any, Claims] = weakref.WeakKeyDictionary()
 
 
 def claims_of(store: DocumentStore) -> Claims:
-    """The claims of a store: of one place, whichever objects of this process have opened it."""
+    """Return the claims of a store's place, shared by this process's objects that opened it."""
     while (slow := getattr(store, "slow", None)) is not None:
         store = slow
     codec = getattr(getattr(store, "codec", None), "name", "")
@@ -82,12 +82,12 @@ def claims_of(store: DocumentStore) -> Claims:
             return _by_place.setdefault((str(place), codec), Claims())
         try:
             return _by_store.setdefault(store, Claims())
-        except TypeError:  # a store of somebody's own that has no weak references, or no hash
+        except TypeError:  # a store class without weak references or hash
             return _by_place.setdefault(id(store), Claims())
 
 
 def _forget() -> None:
-    """In a forked child there are no other threads, whatever they held."""
+    """Drop all claims in a forked child, which has no other threads."""
     global _lock
     _lock = threading.Lock()
     _by_place.clear()

@@ -1,4 +1,4 @@
-"""How rows are stored: exactly, or in eight bits with one scale per layer and head."""
+"""Codecs of stored rows: exact, or in eight bits with one scale per layer and head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ifkv.errors import InvalidInputError
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """One way of storing keys and values.
+    """Encoding of stored keys and values.
 
     Attributes:
-        name: What metadata call it.
-        dtype: What is stored; None for the rows' own dtype.
+        name: Its name in metadata.
+        dtype: Stored dtype; None for the dtype of the rows.
         largest: The greatest magnitude that ``dtype`` holds.
     """
 
@@ -26,11 +26,11 @@ class Codec:
 
     @property
     def exact(self) -> bool:
-        """Whether rows come back bit for bit."""
+        """True if decoded rows equal the encoded ones bit for bit."""
         return self.dtype is None
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows as they are stored.
+        """Encode rows for storage.
 
         Args:
             rows: ``[kv_heads, n, head_dim]``, keys or values of one layer.
@@ -58,7 +58,7 @@ class Codec:
         return scaled.clamp(-self.largest, self.largest).to(self.dtype).contiguous(), scales
 
     def decode(self, stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows from what was stored, in ``dtype``; not for the exact codec."""
+        """Decode stored rows to ``dtype``; not for the exact codec."""
         return (stored.to(torch.float32) * scales[:, None, None]).to(dtype)
 
 
@@ -73,10 +73,10 @@ CODECS = {
 
 
 def resolve_codec(name: str) -> Codec:
-    """The codec of that name.
+    """Return the codec of a name.
 
     Raises:
-        InvalidInputError: There is none.
+        InvalidInputError: The name is unknown.
     """
     if name not in CODECS:
         raise InvalidInputError(f"codec {name!r} is unknown; choose one of {', '.join(CODECS)}.")

@@ -1,4 +1,4 @@
-"""Where the store is when nobody says; without torch, so that looking into it takes no seconds."""
+"""Default folder of the store, in a module that imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ifkv.utils.files import cache_folder
 
 
 def default_store_path() -> Path:
-    """Where ``IFKV_STORE`` points; else ``store`` in ``IFKV_CACHE`` or the user's cache folder.
+    """Return the folder ``IFKV_STORE``, or ``store`` in ``IFKV_CACHE`` or the user's cache folder.
 
     Raises:
         InvalidInputError: ``IFKV_STORE`` is a URL, which is no path; `open_store` takes it.

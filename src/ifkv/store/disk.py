@@ -1,4 +1,4 @@
-"""Documents on disk: one file each, an index beside them, a byte budget over all."""
+"""Store on disk: one file for each document, an index beside them, a byte budget over all."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
     from ifkv.documents.source import Source
 
-# How often a put starts again because another process has evicted its prefix meanwhile.
+# How many times a put starts again because another process has evicted its prefix meanwhile.
 _ATTEMPTS = 20
 
 
 class DiskStore(Uncopied):
-    """Documents in a folder that several threads and processes may use at once.
+    """Store in a folder, which several threads and processes may use at once.
 
     Args:
-        path: The folder, on a local disk; made if it is not there.
-        max_bytes: Bytes of files to hold at most, the least recently used being dropped; None for
-            no limit. Each process keeps to its own budget when it puts.
-        verify: When rows are checked against their checksums: ``"always"`` they are read, the
-            ``"first"`` time this object reads them, or ``"never"``. Header, tokens and key are
-            checked always.
+        path: The folder, on a local disk; made if it does not exist.
+        max_bytes: Bytes of files to hold at most; beyond it, the least recently used are evicted.
+            None for no limit. Each process enforces its budget when it puts.
+        verify: When rows are checked against their checksums: ``"always"`` when they are read,
+            the ``"first"`` time this object reads them, or ``"never"``. Header, tokens and key
+            are always checked.
         codec: ``"exact"``, or ``"fp8"`` or ``"int8"`` to store rows in eight bits. Entries of
-            another codec in the same folder are not seen, except exact ones, which all see.
+            another codec in the same folder are invisible, except exact ones.
 
     Raises:
         StoreError: The folder cannot be used.
@@ -93,7 +93,7 @@ class DiskStore(Uncopied):
 
     @property
     def max_bytes(self) -> int | None:
-        """The budget, kept to at the next put."""
+        """Return the byte budget, which the next put enforces; None for no limit."""
         return self._writer.max_bytes
 
     @max_bytes.setter
@@ -106,20 +106,20 @@ class DiskStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see `DocumentStore`."""
+        """Return the key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
-        """Store a document and its prefix, for good when this returns.
+        """Store a document and its prefix, durably when this returns.
 
         Args:
             document: The document.
-            replace: Let it take the place of the one under its key.
+            replace: Replace the document under its key.
 
         Raises:
             StoreFullError: The budget or the disk has no room; no entry was changed, except that
                 the prefix may have been stored.
-            StoreError: It cannot be written otherwise.
+            StoreError: It cannot be written for another reason.
             InvalidInputError: The document contradicts itself, or the codec cannot hold it.
         """
         check_document(document)
@@ -138,11 +138,11 @@ class DiskStore(Uncopied):
         )
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key, in host memory, or ``lazy``: read layer by layer when used.
+        """Return a document in host memory, or ``lazy``: read layer by layer when used.
 
         Raises:
-            DocumentNotFoundError: It is not there, or its prefix is not.
-            StoreCorruptionError: It cannot be trusted, and has been set aside.
+            DocumentNotFoundError: It or its prefix is missing.
+            StoreCorruptionError: It cannot be trusted, and has been moved to quarantine.
         """
         entry = self._writer.find(check_key(key))
         if entry is None:
@@ -160,7 +160,7 @@ class DiskStore(Uncopied):
         return document
 
     def touch(self, key: str) -> None:
-        """Count a use of a document that was read elsewhere, from a faster tier."""
+        """Record a use of a document that was read from a faster tier."""
         entry = self.index.find(check_key(key))
         if entry is not None:
             self.index.note_use([name for name in (entry.prefix_key, key) if name])
@@ -176,7 +176,7 @@ class DiskStore(Uncopied):
         return self.index.totals()[0]
 
     def delete(self, key: str) -> None:
-        """Drop an entry, and the documents behind it if it is a prefix."""
+        """Delete an entry, and the documents behind it if it is a prefix."""
         if not self._writer.delete(check_key(key)):
             raise DocumentNotFoundError(f"no document {key} to delete in {self.path}.")
         self._reader.forget(key)
@@ -184,7 +184,7 @@ class DiskStore(Uncopied):
             self._sources.forget()
 
     def pin(self, key: str, pinned: bool = True) -> None:
-        """Protect an entry (and so its prefix) from eviction, or stop doing so.
+        """Protect an entry (and so its prefix) from eviction, or end the protection.
 
         Raises:
             DocumentNotFoundError: There is no such entry.
@@ -194,23 +194,23 @@ class DiskStore(Uncopied):
                 raise DocumentNotFoundError(f"no document {key} to pin in {self.path}.")
 
     def keys(self) -> Iterator[str]:
-        """Keys of all entries, least recently used first."""
+        """Return the keys of all entries, least recently used first."""
         return iter([entry.key for entry in self.entries()])
 
     def entries(self) -> list[Entry]:
-        """What the index knows of all entries, least recently used first."""
+        """Return the index's entries, least recently used first."""
         return self.index.entries()
 
     def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep where documents are from; see `SourceKeeper`."""
+        """Store the sources of documents; see `SourceKeeper`."""
         self._sources.add(sources)
 
     def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return where documents are from, by key; see `SourceKeeper`."""
+        """Return the sources of documents by key; see `SourceKeeper`."""
         return self._sources.find(keys)
 
     def stats(self) -> StoreStats:
-        """What the store holds and has done."""
+        """Return the store's numbers."""
         documents, tokens, nbytes, pinned = self.index.totals()
         return StoreStats(
             documents,
@@ -225,14 +225,14 @@ class DiskStore(Uncopied):
         )
 
     def verify(self, keys: Sequence[str] | None = None) -> list[DocumentUnreadableError]:
-        """Check every byte of entries; those found corrupt are set aside.
+        """Check every byte of entries; corrupt ones are moved to quarantine.
 
         Args:
-            keys: Which; all if None.
+            keys: The entries; all if None.
 
         Returns:
-            The errors that were found, each a `StoreCorruptionError`, or a
-            `StoreUnavailableError` for a file that could not be read.
+            The errors found, each a `StoreCorruptionError`, or a `StoreUnavailableError` for a
+            file that could not be read.
         """
         found: list[DocumentUnreadableError] = []
         for key in self.keys() if keys is None else [check_key(key) for key in keys]:
@@ -245,13 +245,13 @@ class DiskStore(Uncopied):
         return found
 
     def prune(self, max_bytes: int | None = None) -> int:
-        """Evict down to a budget, and remove leftovers and what was set aside.
+        """Evict down to a budget; remove leftovers of dead writers and the quarantine.
 
         Args:
             max_bytes: The budget; the store's own if None.
 
         Returns:
-            How many entries were evicted.
+            The number of evicted entries.
 
         Raises:
             StoreFullError: Pinned entries alone exceed it; nothing was evicted.

@@ -1,4 +1,4 @@
-"""Reading a disk store's entries: opened, checked, shared, and set aside when found wanting."""
+"""Reads of a disk store: open, check and share entries; move corrupt files to quarantine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Verify = Literal["always", "first", "never"]
 
 
 class DiskReader:
-    """Hands out documents of a folder.
+    """Reader of a folder's documents.
 
     Attributes:
-        corrupt: Entries set aside so far.
+        corrupt: Number of entries moved to quarantine.
 
     Args:
         folder: The files.
@@ -37,7 +37,7 @@ class DiskReader:
         self._index = index
         self._verify = verify
         self._lock = threading.Lock()
-        # Rows found sound by this object: the file's identity, and layers.
+        # Layers whose checksums have matched, and the identity of their file.
         self._sound: dict[str, tuple[tuple[int, ...], set[int]]] = {}
         self._prefixes: weakref.WeakValueDictionary[str, DocumentCache] = (
             weakref.WeakValueDictionary()
@@ -45,11 +45,11 @@ class DiskReader:
         self.corrupt = 0
 
     def read(self, key: str, *, lazy: bool) -> DocumentCache:
-        """The document of an entry.
+        """Read the document of an entry.
 
         Raises:
-            DocumentNotFoundError: Its file, or its prefix, is not there.
-            StoreCorruptionError: It cannot be trusted, and has been set aside.
+            DocumentNotFoundError: Its file or its prefix is missing.
+            StoreCorruptionError: It cannot be trusted, and has been moved to quarantine.
             StoreUnavailableError: It could not be read.
         """
         with self._lock:
@@ -63,22 +63,22 @@ class DiskReader:
             return document
         whole = document.whole()
         source.close()
-        if prefix is None:  # it may be the prefix of others: one object for all who hold it
+        if prefix is None:  # it may be a prefix: one object for all documents behind it
             with self._lock:
                 whole = self._prefixes.setdefault(key, whole)
         return whole
 
     def forget(self, key: str) -> None:
-        """Read an entry anew the next time, whoever still holds what was read before."""
+        """Forget the shared object of a prefix, so that the next read opens its file."""
         with self._lock:
             self._prefixes.pop(key, None)
 
     def check(self, key: str) -> None:
-        """Read an entry and check all of it, whatever was found before.
+        """Read an entry and check every byte of it.
 
         Raises:
-            DocumentNotFoundError: Its file is not there.
-            StoreCorruptionError: It cannot be trusted, and has been set aside.
+            DocumentNotFoundError: Its file is missing.
+            StoreCorruptionError: It cannot be trusted, and has been moved to quarantine.
             StoreUnavailableError: It could not be read.
         """
         source, reader = self._open(key)
@@ -95,7 +95,7 @@ class DiskReader:
             source = FileSource(self._folder.file_of(key))
         except FileNotFoundError:
             with self._index.transaction():
-                if not self._folder.file_of(key).exists():  # lost, so the entry is too
+                if not self._folder.file_of(key).exists():  # lost: remove the entry, too
                     self._index.remove(key)
             raise DocumentNotFoundError(
                 f"document {key} has just been evicted, or its file was removed; prefill it and "
@@ -136,10 +136,10 @@ class DiskReader:
         return _LayerReader(self, key, source, reader, self._verify, layers)
 
     def refuse(self, key: str, source: FileSource | None, error: Exception) -> NoReturn:
-        """Set an entry aside that is not what it should be, and say so.
+        """Move an entry that cannot be trusted to quarantine, and raise the error.
 
-        A file put there since stays, and so does one that the system did not read: that says
-        nothing about its bytes.
+        A file that was put there meanwhile stays. So does one that the system could not read, since
+        that says nothing about its bytes.
 
         Raises:
             StoreCorruptionError: It was read, and cannot be trusted.
@@ -177,7 +177,7 @@ class DiskReader:
 
 
 class _LayerReader:
-    """Reads one entry's layers for a `StoredDocument`."""
+    """Reader of one entry's layers for a `StoredDocument`."""
 
     def __init__(
         self,

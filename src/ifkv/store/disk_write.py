@@ -1,4 +1,4 @@
-"""Writing a disk store's entries: data first, then the index, and room made under one lock."""
+"""Writes of a disk store: data first, then the index; room is made under one lock."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ifkv.store.keys import key_of
 
 
 class DiskWriter:
-    """Brings documents into a folder and takes them out.
+    """Writer of a folder's documents.
 
     Attributes:
-        evictions: Entries dropped so far to stay within the budget.
+        evictions: Number of entries evicted to stay within the budget.
         max_bytes: The budget, or None.
 
     Args:
         folder: The files.
         index: Their index.
-        codec: How rows are stored.
+        codec: The codec of new entries.
         max_bytes: The budget, or None.
     """
 
@@ -36,7 +36,7 @@ class DiskWriter:
         self.evictions = 0
 
     def find(self, key: str) -> Entry | None:
-        """The entry of a key, if this codec lets it be seen and its file is there."""
+        """Return the entry of a key if this codec may see it and its file exists, else None."""
         entry = self._index.find(key)
         if entry is None or entry.codec not in ("exact", self._codec.name):
             return None
@@ -49,15 +49,15 @@ class DiskWriter:
 
         Args:
             document: The document.
-            prefix_key: The prefix's key; it is not evicted for the document.
-            replace: Put it also where one is already; it is pinned and coded as that one was.
+            prefix_key: The prefix's key; the prefix is not evicted for the document.
+            replace: Replace an existing entry; its pin and codec are kept.
 
         Returns:
-            Its key; None if the prefix is not there.
+            Its key; None if the prefix is missing.
 
         Raises:
             StoreFullError: The budget or the disk has no room.
-            StoreError: It cannot be written otherwise.
+            StoreError: It cannot be written for another reason.
             InvalidInputError: The codec cannot hold it.
         """
         key = key_of(document)
@@ -67,7 +67,7 @@ class DiskWriter:
             with self._index.transaction():
                 self._index.touch(used)
             return key
-        # A store in eight bits sees exact entries that others put, and leaves them exact.
+        # A store in eight bits sees exact entries of other stores, and leaves them exact.
         codec = self._codec if before is None else resolve_codec(before.codec)
         file = DocumentFile(document, codec)
         if self.max_bytes is not None and file.nbytes > self.max_bytes:
@@ -95,10 +95,10 @@ class DiskWriter:
         return key
 
     def delete(self, key: str) -> bool:
-        """Drop an entry and what is behind it.
+        """Delete an entry and the documents behind it.
 
         Returns:
-            Whether there was one.
+            True if there was one.
         """
         with self._index.transaction():
             if self._index.find(key) is None:
@@ -109,10 +109,10 @@ class DiskWriter:
         return True
 
     def prune(self, budget: int | None) -> int:
-        """Evict down to a budget; remove leftovers and what has been set aside.
+        """Evict down to a budget; remove leftovers of dead writers and the quarantine.
 
         Returns:
-            How many entries were evicted.
+            The number of evicted entries.
 
         Raises:
             StoreFullError: Pinned entries alone exceed it; nothing was evicted.
@@ -125,7 +125,7 @@ class DiskWriter:
         return len(victims)
 
     def _choose_victims(self, budget: int | None, keep: list[str], needed: int) -> list[str]:
-        """Remove entries until the rest fits; their files are still there."""
+        """Remove entries from the index until the rest fits; their files stay."""
         victims: list[str] = []
         if budget is None:
             return victims

@@ -1,4 +1,4 @@
-"""Write a document's file."""
+"""Writing of a document's file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class DocumentFile:
-    """A document as the bytes of its file: a head and then the tensors, none of them copied.
+    """Bytes of a document's file: a head, then the tensors without a copy.
 
     Attributes:
-        header: What the file says of itself.
+        header: The file's header.
         nbytes: Size of the file.
 
     Args:
         document: The document.
-        codec: How to store its rows.
+        codec: The codec of its rows.
 
     Raises:
-        InvalidInputError: Its dtype is none that can be stored, or the codec cannot hold it.
+        InvalidInputError: Its dtype cannot be stored, or the codec cannot hold it.
     """
 
     def __init__(self, document: DocumentCache, codec: Codec):
@@ -47,7 +47,7 @@ class DocumentFile:
             tensors["sensitivity"] = document.sensitivity
         rows: dict[str, Tensor] = {}
         scales: dict[str, list[Tensor]] = {"keys": [], "values": []}
-        # One copy to the host for all layers, if they are not there.
+        # One copy to the host for all layers, if they are on a device.
         whole = {"keys": document.keys.cpu(), "values": document.values.cpu()}
         for layer in range(layers):
             for part, stacked in whole.items():
@@ -78,19 +78,19 @@ class DocumentFile:
         """Write everything to a file descriptor.
 
         Raises:
-            OSError: As the system reports it.
+            OSError: The system cannot write.
         """
         for part in self._parts:
             while part.nbytes:
                 part = part[os.write(descriptor, part) :]
 
     def tobytes(self) -> bytes:
-        """The file in one piece."""
+        """Return the file's bytes."""
         return b"".join(self._parts)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, byte by byte."""
+    """Return the memory of a CPU tensor as bytes."""
     if tensor.numel() == 0:
         return memoryview(b"")
     return tensor.detach().contiguous().view(torch.uint8).reshape(-1).numpy().data

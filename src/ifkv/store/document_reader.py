@@ -1,7 +1,7 @@
-"""Read a document's file, whole or a layer at a time, and vouch for what was read.
+"""Reading of a document's file, whole or a layer at a time, with checks of all bytes read.
 
-Bytes are read into memory of our own, never mapped: a file that shrinks under a mapping kills the
-process, a short read is an error like any other.
+Bytes are read into memory, never mapped: a file that shrinks under a mapping kills the process,
+while a short read is an error.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ _MAX_READ = 2**30
 
 
 class Source(Protocol):
-    """Where bytes come from."""
+    """Source of a file's bytes."""
 
     @property
     def size(self) -> int | None:
-        """How many there are; None if only the file's own header will tell."""
+        """Return the number of bytes; None if only the file's header tells."""
         ...
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill ``target`` with the bytes from ``offset`` on.
 
         Raises:
-            FormatError: There are not so many.
+            FormatError: The file ends before.
             OSError: They cannot be read.
         """
         ...
 
 
 class FileSource:
-    """A file on disk, held open: it stays readable when its name is removed.
+    """Open file on disk, which stays readable when its name is removed.
 
     Args:
-        path: The file; no link, and nothing but a regular file, is followed or opened.
+        path: The file, which must be a regular file; links are not followed.
 
     Raises:
-        FormatError: It is a link or something special.
+        FormatError: It is a link or another special file.
         OSError: It cannot be opened.
     """
 
@@ -95,12 +95,12 @@ class FileSource:
             target, offset = target[count:], offset + count
 
     def close(self) -> None:
-        """Let go of the file; done by itself when nobody holds this object."""
+        """Close the file; this also happens when the object is collected."""
         self._close()
 
 
 class BytesSource:
-    """A file that has been fetched into memory."""
+    """File that has been fetched into memory."""
 
     def __init__(self, data: bytes):
         self._data = memoryview(data)
@@ -115,11 +115,11 @@ class BytesSource:
 
 
 class DocumentReader:
-    """A document's file: checked when opened, but for its rows, which are checked when read.
+    """Reader of a document's file: checks the rows when read, all else when opened.
 
     Attributes:
-        header: What the file says of itself, found consistent.
-        nbytes: How long the file is by its header.
+        header: The file's header, checked for consistency.
+        nbytes: Length of the file according to its header.
         token_ids: Long ``[n]``.
         prefix_ids: Long ``[P]``.
         sensitivity: Float32 ``[n]``, or None.
@@ -161,13 +161,13 @@ class DocumentReader:
     def read_layer(
         self, layer: int, *, verify: bool, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer.
+        """Read the keys and values of one layer.
 
         Args:
-            layer: Which.
+            layer: The layer's number.
             verify: Check them against their checksums.
-            out: Where to put them, ``[2, kv_heads, n, head_dim]``, contiguous, of the document's
-                dtype; made if None.
+            out: Output, ``[2, kv_heads, n, head_dim]``, contiguous, of the document's dtype;
+                allocated if None.
 
         Returns:
             Keys and values, each ``[kv_heads, n, head_dim]``: the two halves of ``out``.
@@ -194,7 +194,7 @@ class DocumentReader:
         return out[0], out[1]
 
     def _tensor(self, name: str) -> Tensor:
-        """A small tensor, always checked."""
+        """Read a small tensor and check it."""
         entry: TensorEntry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         view = _writable(tensor)
@@ -208,9 +208,9 @@ class DocumentReader:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Room on the CPU, from numpy, which asks the system for huge pages where torch does not.
+    """Allocate a CPU tensor through numpy, which asks for huge pages where torch does not.
 
-    Reading into fresh memory is mostly page faults: with small pages it takes twice as long.
+    Reading into fresh memory is mostly page faults; small pages double its time.
     """
     room = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(room).view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Files behind a URL, asked with a deadline, whose failures are one family of errors."""
+"""Remote files behind a URL: calls with a deadline, and one family of errors."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from ifkv.errors import (
 
 T = TypeVar("T")
 
-# Object stores, where an upload appears whole or not at all and a rename is a copy.
+# Object stores: an upload appears whole or not at all, and a rename is a copy.
 _OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "memory"}
-# Those whose first part is a bucket or container, which somebody has to make and pay for.
+# Object stores whose path begins with a bucket or container, which ifkv does not create.
 _BUCKETS = _OBJECTS - {"memory"}
 _READ_ONLY = {"http", "https"}
-# Each file system tries again by itself as it sees fit; these are for what that leaves.
+# File systems repeat some requests themselves; these repeat what still fails.
 _TRIES = 3
 _FIRST_PAUSE = 0.2
-# What a request may take beyond the deadline for what it moves.
+# A request that moves bytes gets time beyond the deadline at this rate.
 _SLOWEST_BYTES_PER_SECOND = 2**20
-# A failure that took so long is not repeated for every document: the store rests for a while.
+# After a failure that took this long, the store fails at once for a while.
 _LONG_SECONDS = 1.0
 _REST_SECONDS = 10.0
 
 
 class FarFiles:
-    """A folder behind a URL.
+    """Folder behind a URL.
 
-    Every call ends within the deadline, whatever the file system underneath does: with its answer,
-    with ``FileNotFoundError``, or with a `StoreUnavailableError`. After a failure that took
-    a second or more, calls fail at once for ten seconds.
+    Every call ends within the deadline, even if the file system hangs: with its answer, with
+    ``FileNotFoundError``, or with a `StoreUnavailableError`. After a failure that took a second or
+    more, calls fail at once for ten seconds.
 
     Attributes:
-        url: As it was given.
+        url: The URL, as given.
         root: Its path in the file system.
 
     Args:
         url: Such as ``"s3://bucket/folder"``.
-        deadline: Seconds for one request, its repetitions included; one that moves bytes has
-            a second more for each MiB.
-        options: For fsspec.
+        deadline: Seconds for one request, repetitions included; plus one second for each MiB that
+            it moves.
+        options: Options of fsspec.
 
     Raises:
         InvalidInputError: ``deadline`` is not positive.
@@ -85,7 +85,7 @@ class FarFiles:
             self._check_bucket()
 
     def _check_bucket(self) -> None:
-        """Refuse a bucket that is known not to be there; what cannot be told now shows later."""
+        """Refuse a bucket that is known to be missing."""
         bucket = self.root.partition("/")[0]
         try:
             self._ask("looking for its bucket", lambda: self._files.info(bucket))
@@ -95,10 +95,10 @@ class FarFiles:
                 "the URL, or make the bucket; ifkv makes none."
             ) from None
         except StoreUnavailableError:
-            return  # who may use objects need not be allowed to look at buckets
+            return  # credentials may allow objects, but not buckets; a later call then fails
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
+        """True if the file exists."""
         try:
             self.size(path)
         except FileNotFoundError:
@@ -106,15 +106,15 @@ class FarFiles:
         return True
 
     def size(self, path: str) -> int | None:
-        """A file's size, asked anew; None where the file system does not know.
+        """Return a file's size now; None if the file system does not know it.
 
         Raises:
             FileNotFoundError: It is not there.
-            StoreUnavailableError: That cannot be told.
+            StoreUnavailableError: The file system does not answer.
         """
 
         def look() -> dict[str, Any]:
-            self._files.invalidate_cache()  # others write, too
+            self._files.invalidate_cache()  # other processes write, too
             found: dict[str, Any] = self._files.info(path)
             return found
 
@@ -122,13 +122,13 @@ class FarFiles:
         return None if size is None else int(size)
 
     def read(self, path: str, start: int, end: int) -> bytes:
-        """Bytes ``start:end`` of a file; fewer if it ends before, all where ranges are not known.
+        """Read bytes ``start:end``: fewer if the file ends before, all if it has no ranges.
 
         Raises:
             FileNotFoundError: It is not there.
-            StoreUnavailableError: They cannot be had.
+            StoreUnavailableError: They cannot be read now.
         """
-        # By name: the order of these two is not the same everywhere.
+        # By keyword: the order of these two differs between file systems.
         found: bytes = self._ask(
             "reading a document",
             lambda: self._files.cat_file(path, start=start, end=end),
@@ -137,11 +137,11 @@ class FarFiles:
         return found
 
     def write(self, path: str, data: bytes) -> None:
-        """Put a file in place, whole or not at all.
+        """Write a file, whole or not at all.
 
         Raises:
             StoreUnavailableError: It cannot be written.
-            StoreError: Nothing can be written there.
+            StoreError: The place is read-only.
         """
         if self._read_only:
             raise StoreError(
@@ -154,7 +154,7 @@ class FarFiles:
             raise self._error("writing a document", _words(error)) from error
 
     def _write(self, path: str, data: bytes) -> None:
-        if self._objects:  # nothing to make before: folders are names, and buckets not ours
+        if self._objects:  # folders are only names, and buckets exist
             self._files.pipe_file(path, data)
             return
         temporary = f"{self.root}/tmp/{secrets.token_hex(8)}.tmp"
@@ -175,12 +175,12 @@ class FarFiles:
             FileNotFoundError: It is not there.
             StoreUnavailableError: It cannot be removed.
         """
-        if not self.exists(path):  # object stores remove what is not there without a word
+        if not self.exists(path):  # object stores ignore a missing file
             raise FileNotFoundError(path)
         self._ask("removing a document", lambda: self._files.rm_file(path))
 
     def sizes(self, path: str) -> dict[str, int]:
-        """Paths and sizes of all files below one.
+        """Return paths and sizes of all files below a path.
 
         Raises:
             StoreUnavailableError: They cannot be listed.
@@ -198,7 +198,7 @@ class FarFiles:
         return {name: int(info["size"]) for name, info in found.items()}
 
     def _ask(self, what: str, call: Callable[[], T], nbytes: int = 0) -> T:
-        """The answer of a call, which is repeated where that may help, until the deadline."""
+        """Run a call, repeat it if that may help, and return its answer before the deadline."""
         started = time.monotonic()
         if self._failed is not None and started < self._failed[0] + _REST_SECONDS:
             raise self._error(what, self._failed[1])
@@ -216,7 +216,7 @@ class FarFiles:
                     self._failed = None
                     raise
                 failure = error
-            except Exception as error:  # each file system has exceptions of its own
+            except Exception as error:  # each file system has other exceptions
                 failure = error
             else:
                 self._failed = None
@@ -237,11 +237,11 @@ class FarFiles:
 
 
 def _within(seconds: float, call: Callable[[], T], turn: Any) -> T:
-    """Return what a call returns, or leave it behind when its time is over.
+    """Return a call's result, or abandon it when its time is over.
 
     Raises:
-        TimeoutError: It is over.
-        Exception: What the call raises.
+        TimeoutError: Its time is over.
+        Exception: The call's error.
     """
     done: Future[T] = Future()
 
@@ -252,7 +252,7 @@ def _within(seconds: float, call: Callable[[], T], turn: Any) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    # A daemon, so that a server that is silent for ever does not keep the process from ending.
+    # A daemon: a server that never answers must not keep the process from ending.
     threading.Thread(target=run, name="ifkv-store", daemon=True).start()
     try:
         return done.result(timeout=max(0.0, seconds))
@@ -263,7 +263,7 @@ def _within(seconds: float, call: Callable[[], T], turn: Any) -> T:
 
 
 def _is_missing(error: FileNotFoundError) -> bool:
-    """True if the server said so; file systems also say it of a server that they cannot reach."""
+    """True if the server said so; file systems also raise it for a server out of reach."""
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError):
         return True
@@ -284,7 +284,7 @@ def _is_final(error: Exception | None) -> bool:
 
 
 def _words(error: BaseException | None) -> str:
-    """What an exception says, in one line, with its kind where that is all it says."""
+    """Return an exception's type and message in one line."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())[:300].rstrip(".")

@@ -1,4 +1,4 @@
-"""Where a disk store keeps its files, and how they are brought in, set aside and cleaned up."""
+"""The folder of a disk store: publish files, move them to quarantine, clean up."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if sys.platform != "win32":
     import fcntl
 
 SUFFIX = ".safetensors"
-# Files set aside are evidence, not data: only the latest are kept.
+# Quarantined files are evidence, not data: only the latest are kept.
 MAX_QUARANTINED = 32
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Folder:
-    """The files of a disk store.
+    """Files of a disk store.
 
-    ``documents/ab/<key>.safetensors`` are the entries, ``tmp`` holds what is being written and
-    ``quarantine`` what cannot be trusted. Names are made from checked keys alone.
+    ``documents/ab/<key>.safetensors`` are the entries, ``tmp`` holds files being written, and
+    ``quarantine`` files that cannot be trusted. Names are made from checked keys alone.
 
     Args:
-        path: The folder; made if it is not there.
+        path: The folder; made if it does not exist.
 
     Raises:
         StoreError: It cannot be made or written.
@@ -60,16 +60,16 @@ class Folder:
             )
 
     def file_of(self, key: str) -> Path:
-        """The file of a key, which must have been checked."""
+        """Return the path of a checked key's file."""
         return self.documents / key[:2] / f"{key}{SUFFIX}"
 
     @contextlib.contextmanager
     def written(self, document: DocumentFile) -> Iterator[Path]:
-        """A temporary file with the document, on disk for good; removed if it is still there.
+        """Write a document to a temporary file, durably; remove the file if it is not published.
 
         Raises:
             StoreFullError: The disk is full.
-            StoreError: It cannot be written otherwise.
+            StoreError: It cannot be written for another reason.
         """
         path, descriptor = self.temporary, -1
         try:
@@ -84,12 +84,12 @@ class Folder:
                 os.close(descriptor)
 
     def _create(self) -> tuple[Path, int]:
-        """A temporary file, locked while this process lives: nobody cleans up under a writer."""
+        """Create a temporary file, locked while this process lives against being cleaned up."""
         while True:
             path = self.temporary / f"{secrets.token_hex(8)}.tmp"
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             if sys.platform == "win32":
-                return path, descriptor  # where an open file cannot be removed
+                return path, descriptor  # Windows does not remove open files
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             try:
                 if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
@@ -99,7 +99,7 @@ class Folder:
             os.close(descriptor)  # cleaned up before it was locked
 
     def publish(self, temporary: Path, key: str) -> None:
-        """Give a written file its name, for good. Only while the index's lock is held."""
+        """Rename a written file to its key's name, durably. Only while the index's lock is held."""
         target = self.file_of(key)
         if not target.parent.is_dir():
             target.parent.mkdir(exist_ok=True)
@@ -112,14 +112,14 @@ class Folder:
             raise
 
     def discard(self, key: str) -> None:
-        """Remove a key's file, if it is there. Only while the index's lock is held."""
+        """Remove a key's file, if it exists. Only while the index's lock is held."""
         self.file_of(key).unlink(missing_ok=True)
 
     def quarantine(self, path: Path, reason: str) -> Path | None:
-        """Set a file aside, with the reason beside it. Only while the index's lock is held.
+        """Move a file to quarantine, with the reason beside it. Only under the index's lock.
 
         Returns:
-            Where it is now; None if it had gone or could not be moved (then it is removed).
+            Its new path; None if it was gone, or could not be moved and was removed.
         """
         target = self.quarantined / f"{secrets.token_hex(4)}-{path.name[:100]}"
         try:
@@ -136,11 +136,11 @@ class Folder:
         return target
 
     def clear_quarantine(self) -> None:
-        """Remove all that has been set aside."""
+        """Remove all quarantined files."""
         self._forget_quarantined(0)
 
     def quarantine_files(self) -> list[Path]:
-        """What has been set aside, the oldest first."""
+        """Return the quarantined files, the oldest first."""
         found = []
         for path in self.quarantined.iterdir():
             with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ class Folder:
                 path.with_name(path.name + ".reason.txt").unlink(missing_ok=True)
 
     def files(self) -> Iterator[tuple[str | None, Path]]:
-        """Everything under ``documents``: its key, or None for what does not belong there."""
+        """Yield key and path of everything under ``documents``; the key is None for other files."""
         for shard in sorted(self.documents.iterdir()):
             if shard.is_symlink() or not shard.is_dir():
                 yield None, shard
@@ -169,10 +169,10 @@ class Folder:
                     yield None, path
 
     def clean_temporary(self) -> int:
-        """Remove what writers that died have left behind.
+        """Remove the temporary files of writers that died.
 
         Returns:
-            How many files.
+            The number of files.
         """
         removed = 0
         for path in self.temporary.glob("*.tmp"):
@@ -189,7 +189,7 @@ class Folder:
 
     @contextlib.contextmanager
     def full_disk_named(self, needed: int) -> Iterator[None]:
-        """Turn the system's refusals to write into errors that say what to do.
+        """Turn the system's errors of a write into the store's errors.
 
         Raises:
             StoreFullError: The disk, or a quota, is full.
@@ -213,7 +213,7 @@ class Folder:
 
 
 def _sync(folder: Path) -> None:
-    """Make a folder's names durable, where the system can."""
+    """Flush a folder's names to the disk, if the system can."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""The file format: which tensors a document's file holds, where, and how they are vouched for.
+"""The file format: the tensors of a document's file, their places and their checksums.
 
-A file is a valid safetensors file. Its header is a function of a few facts (shape, dtype, codec),
-so a reader computes what the header must be and refuses any other: no offset, size or shape is
-taken from the file on trust. ``docs/store-format.md`` describes the format for other programs.
+A file is a valid safetensors file. Its header is a function of a few facts (shape, dtype, codec).
+A reader computes the header that they imply and refuses any other, so it trusts no offset, size or
+shape of the file. ``docs/store-format.md`` describes the format for other programs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ifkv.store.codecs import CODECS, Codec
 from ifkv.store.keys import FORMAT_VERSION, KEY_PATTERN
 
 FORMAT_NAME = "ifkv-document"
-# safetensors' own limit is 100 MB; ours is what ten thousand layers would need.
+# The limit of safetensors is 100 MB; this one suffices for ten thousand layers.
 MAX_HEADER_BYTES = 16 * 2**20
 ALIGNMENT = 64
 
@@ -39,17 +39,17 @@ _ROW_DTYPES = {
 
 
 class FormatError(Exception):
-    """A file is not what its name and the format say; the message is the reason."""
+    """Contradiction between a file and its name or format; the message is the reason."""
 
 
 def checksum(data: memoryview | bytes) -> str:
-    """XXH3-128 of bytes: 32 hex digits. Against accidents; it is no signature."""
+    """Compute XXH3-128 of bytes, 32 hex digits: against accidents, no signature."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: its name, dtype, shape, and bytes ``start:end`` of the data part."""
+    """Tensor of a file: its name, dtype, shape, and bytes ``start:end`` of the data part."""
 
     name: str
     dtype: torch.dtype
@@ -60,17 +60,17 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Header of a document's file.
 
     Attributes:
         key: The document's key.
         fingerprint: Identity of the model that made it.
-        codec: How rows are stored.
+        codec: The codec of its rows.
         dtype: The rows' dtype when read.
         shape: ``(layers, kv_heads, n, head_dim)``.
         prefix_length: Tokens of the prefix that it was encoded behind.
         checksums: Per tensor.
-        sensitivity: Whether the sensitivities of its tokens are there.
+        sensitivity: Whether it holds the sensitivities of its tokens.
     """
 
     key: str
@@ -83,7 +83,7 @@ class Header:
     sensitivity: bool = False
 
     def tensors(self) -> list[TensorEntry]:
-        """All tensors in file order: ids, what was measured, scales, then layer by layer rows."""
+        """Return all tensors in file order: ids, sensitivities, scales, then rows by layer."""
         layers, kv_heads, length, head_dim = self.shape
         stored = self.codec.dtype or self.dtype
         wanted: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
@@ -108,7 +108,7 @@ class Header:
         return entries
 
     def encode(self) -> bytes:
-        """The file's head: length, JSON, padding."""
+        """Encode the file's head: length, JSON, padding."""
         metadata = {
             "format": FORMAT_NAME,
             "version": str(FORMAT_VERSION),
@@ -120,7 +120,7 @@ class Header:
             "prefix_length": str(self.prefix_length),
             "checksums": json.dumps(self.checksums, sort_keys=True),
         }
-        if self.sensitivity:  # files without are as they were before there was such a tensor
+        if self.sensitivity:  # absent otherwise, as in older files
             metadata["sensitivity"] = "true"
         metadata["seal"] = _seal(metadata)
         fields: dict[str, Any] = {"__metadata__": metadata}
@@ -136,19 +136,19 @@ class Header:
 
 
 def layer_name(layer: int, part: str) -> str:
-    """Name of a layer's keys or values, such as ``layers.0007.keys``."""
+    """Return the name of a layer's keys or values, such as ``layers.0007.keys``."""
     return f"layers.{layer:04d}.{part}"
 
 
 def decode_header(text: bytes, data_bytes: int | None) -> Header:
-    """Read a header's JSON and believe nothing of it that does not fit the rest.
+    """Decode a header's JSON, and refuse it if a part contradicts the rest.
 
     Args:
         text: The JSON, padding included.
-        data_bytes: Size of the file behind the header; None if it is not known yet.
+        data_bytes: Bytes of the file behind the header; None if not known yet.
 
     Returns:
-        The header, whose `Header.tensors` are what the file holds.
+        The header; the file holds its `Header.tensors`.
 
     Raises:
         FormatError: It is no header of this format and version.
@@ -175,7 +175,7 @@ def decode_header(text: bytes, data_bytes: int | None) -> Header:
         header = _header(metadata)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"its metadata are not readable ({type(error).__name__})") from error
-    # Sizes first, without building the table of tensors: a header may claim billions of layers.
+    # Sizes first, before building the table of tensors: a header may claim billions of layers.
     layers, kv_heads, length, _ = header.shape
     width = (header.codec.dtype or header.dtype).itemsize
     scales = 0 if header.codec.exact else 2 * 4 * layers * kv_heads

@@ -16,9 +16,9 @@ from ifkv.errors import StoreError, StoreFullError
 
 # Connections of a parent process: a child must neither use nor close them.
 _abandoned: list[sqlite3.Connection] = []
-# How long to wait for another process that is writing.
+# Seconds to wait for another process that is writing.
 BUSY_SECONDS = 60.0
-# Uses to remember while others keep the database busy.
+# Uses to remember while other processes keep the database busy.
 _MAX_NOTED = 1000
 
 _SCHEMA = """
@@ -48,17 +48,17 @@ _NEXT = "(SELECT coalesce(max(used), 0) + 1 FROM documents)"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One entry of the index.
+    """Entry of the index.
 
     Attributes:
         key: The document's key.
         prefix_key: The key of its prefix's rows, or None.
         fingerprint: Identity of the model that made it.
-        codec: How its rows are stored.
-        tokens: How many it has.
+        codec: The codec of its rows.
+        tokens: Number of its tokens.
         nbytes: Size of its file.
-        pinned: Whether it is never evicted.
-        used: Counts up with every use; the smallest was used least recently.
+        pinned: Whether it is protected from eviction.
+        used: Number of its last use; the smallest was used least recently.
         created: Seconds since the epoch.
     """
 
@@ -76,11 +76,11 @@ class Entry:
 class Index:
     """Entries of a disk store.
 
-    Files appear and disappear only within `transaction`, whose lock is the database's own
-    write lock: it is shared by threads and processes, and the system releases it when one dies.
+    Files appear and disappear only within `transaction`. Its lock is the database's write lock,
+    which threads and processes share, and which the system releases when a process dies.
 
     Args:
-        path: The database file; made if it is not there.
+        path: The database file; made if it does not exist.
 
     Raises:
         sqlite3.Error: It cannot be opened, is no database, or is a damaged one.
@@ -97,7 +97,7 @@ class Index:
             raise sqlite3.DatabaseError(state)
 
     def _open(self) -> sqlite3.Connection:
-        """This process's connection; one must not be carried over a fork."""
+        """Return this process's connection; a forked child opens another."""
         if self._connection is not None and self._process != os.getpid():
             _abandoned.append(self._connection)
             self._connection = None
@@ -105,8 +105,8 @@ class Index:
             connection = sqlite3.connect(
                 self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            # NORMAL: a power cut may lose the last commits, never consistency; files without an
-            # entry are taken up again at the next open.
+            # NORMAL: a power cut may lose the last commits, never consistency. The next open adds
+            # files without an entry again.
             _until_free(connection, "PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             _until_free(connection, "BEGIN IMMEDIATE")
@@ -118,11 +118,11 @@ class Index:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Hold the lock; what is done inside becomes visible at once, or not at all.
+        """Hold the lock; changes inside become visible together, or not at all.
 
         Raises:
             StoreFullError: The disk is full.
-            StoreError: The database cannot be written otherwise.
+            StoreError: The database cannot be written for another reason.
         """
         with self._lock:
             self.run("BEGIN IMMEDIATE")
@@ -138,11 +138,11 @@ class Index:
         """Run one statement.
 
         Returns:
-            Its rows, and how many it changed.
+            Its rows, and the number of rows that it changed.
 
         Raises:
             StoreFullError: The disk is full.
-            StoreError: The database failed otherwise.
+            StoreError: The database failed for another reason.
         """
         try:
             with self._lock:
@@ -160,19 +160,19 @@ class Index:
             ) from error
 
     def find(self, key: str) -> Entry | None:
-        """The entry of a key, if there is one."""
+        """Return the entry of a key; None if there is none."""
         return next(iter(self._select("WHERE key = ?", key)), None)
 
     def entries(self) -> list[Entry]:
-        """All entries, least recently used first."""
+        """Return all entries, least recently used first."""
         return self._select("ORDER BY used")
 
     def behind(self, prefix_key: str) -> list[Entry]:
-        """Entries of documents that were encoded behind a prefix."""
+        """Return the entries of documents that were encoded behind a prefix."""
         return self._select("WHERE prefix_key = ?", prefix_key)
 
     def add(self, entry: Entry) -> None:
-        """Add an entry as the one used last, or replace what is there under its key."""
+        """Add an entry as the one used last, or replace the one under its key."""
         values = dataclasses.astuple(entry)[:7]
         self.run(
             f"INSERT OR REPLACE INTO documents ({_COLUMNS}) "
@@ -186,7 +186,7 @@ class Index:
             self.run(f"UPDATE documents SET used = {_NEXT} WHERE key = ?", (key,))
 
     def note_use(self, keys: Collection[str]) -> None:
-        """Mark entries as used, without waiting for whoever is writing: later, if need be."""
+        """Mark entries as used; if another process is writing, keep them for a later call."""
         with self._lock:
             self._noted += keys
             connection = self._open()
@@ -202,7 +202,7 @@ class Index:
             try:
                 self.touch(noted)
                 self.run("COMMIT")
-            except StoreError:  # a read must not fail because its use cannot be written down
+            except StoreError:  # a read must not fail because its use cannot be recorded
                 with contextlib.suppress(StoreError):
                     self.run("ROLLBACK")
 
@@ -214,12 +214,12 @@ class Index:
         """Set whether an entry may be evicted.
 
         Returns:
-            Whether there is one.
+            True if there is one.
         """
         return self.run("UPDATE documents SET pinned = ? WHERE key = ?", (pinned, key))[1] > 0
 
     def totals(self) -> tuple[int, int, int, int]:
-        """Entries, tokens, bytes and pinned entries."""
+        """Return the numbers of entries, tokens, bytes and pinned entries."""
         rows, _ = self.run(
             "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(nbytes), 0), "
             "coalesce(sum(pinned), 0) FROM documents"
@@ -228,7 +228,7 @@ class Index:
         return documents, tokens, nbytes, pinned
 
     def oldest(self, keep: Collection[str]) -> Entry | None:
-        """The least recently used entry that may go: not pinned, no prefix of another, not kept."""
+        """Return the oldest entry that is not pinned, no other's prefix, and not in ``keep``."""
         marks = ", ".join("?" * len(keep))
         found = self._select(
             f"WHERE pinned = 0 AND key NOT IN ({marks}) AND NOT EXISTS "

@@ -1,4 +1,4 @@
-"""What a disk store's index says, for those who only look: without torch."""
+"""Listing of a disk store's index, without torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Inventory:
-    """Entries of a folder, as `DiskStore` would list them.
+    """Entries of a folder, as `DiskStore` lists them.
 
     Args:
         path: The folder.
 
     Raises:
-        StoreError: It cannot be used.
+        StoreError: The folder cannot be used.
     """
 
     def __init__(self, path: Path):
@@ -31,15 +31,15 @@ class Inventory:
         self._index = open_index(self._folder)
 
     def entries(self) -> list[Entry]:
-        """Return what the index knows of all entries, least recently used first."""
+        """Return the index's entries, least recently used first."""
         return self._index.entries()
 
     def sources(self) -> dict[str, list[Source]]:
-        """Return where documents are from, by key."""
+        """Return the sources of documents by key."""
         return SourceTable(self._index).find(None)
 
     def quarantined(self) -> int:
-        """Return how many files have been set aside."""
+        """Return the number of quarantined files."""
         return len(self._folder.quarantine_files())
 
     def __enter__(self) -> Inventory:

@@ -1,4 +1,4 @@
-"""Keys: a document's identity is what decides its keys and values, and nothing else."""
+"""Keys of documents: hashes of everything that decides keys and values, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ifkv.errors import DocumentNotFoundError, InvalidInputError
 
-# torch is imported where it is used: to list a store's keys should not take seconds.
+# torch is imported where it is used, because listing a store's keys should not take seconds.
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ KEY_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str:
-    """SHA-256 over format version, model fingerprint, prefix ids and document ids.
+    """Compute SHA-256 over format version, model fingerprint, prefix ids and document ids.
 
     Each part is preceded by its length, so that no two lists of parts run into the same bytes.
 
@@ -42,12 +42,12 @@ def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str
 
 
 def key_of(document: DocumentCache) -> str:
-    """The key of a document that has been made."""
+    """Return the key of a document that has been made."""
     return document_key(document.fingerprint, document.prefix_ids, document.token_ids)
 
 
 def prefix_key_of(document: DocumentCache) -> str | None:
-    """The key of the prefix's own rows, or None without a prefix."""
+    """Return the key of the prefix's rows, or None without a prefix."""
     if len(document.prefix_ids) == 0:
         return None
     return document_key(document.fingerprint, document.prefix_ids[:0], document.prefix_ids)
@@ -58,7 +58,7 @@ def key_for(
     token_ids: Sequence[int] | Tensor,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
 ) -> str:
-    """The key of the document that a model would make of these tokens.
+    """Return the key of the document that a model would make of these tokens.
 
     Args:
         model: A patched model.
@@ -85,10 +85,10 @@ def key_for(
 
 
 def check_key(key: object) -> str:
-    """A key that has a key's form; anything else is in no store and reaches no file system.
+    """Return a key if it has a key's form; no other string reaches a file system.
 
     Raises:
-        DocumentNotFoundError: It has not.
+        DocumentNotFoundError: It has another form, so it is in no store.
     """
     if not isinstance(key, str) or KEY_PATTERN.fullmatch(key) is None:
         raise DocumentNotFoundError(

@@ -1,4 +1,4 @@
-"""A document that stays where it is stored until its rows are needed."""
+"""Lazy documents: rows stay in the store until they are needed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ ReadLayer = Callable[[int, Tensor], None]
 
 
 class StoredDocument(DocumentCache):
-    """A document cache whose keys and values are read from a store when they are first used.
+    """Document cache whose keys and values are read from a store when they are first used.
 
-    [ifkv.stitch][] reads it a layer at a time, ahead of the computation and without keeping
-    what it read; asking for `keys` or `values` reads it whole, once.
+    [ifkv.stitch][] reads it a layer at a time, ahead of the computation, and keeps no layer. Asking
+    for `keys` or `values` reads it whole, once.
 
     Args:
         reader: The file.
-        read_layer: Reads a layer into ``[2, kv_heads, n, head_dim]``, checked as the store checks,
-            and turns what is wrong with the file into the store's errors.
+        read_layer: Reads a layer into ``[2, kv_heads, n, head_dim]``, with the store's checks, and
+            raises the store's errors.
         prefix: The prefix's rows.
         distant: Whether reading waits for a network, not for a disk.
     """
@@ -64,12 +64,12 @@ class StoredDocument(DocumentCache):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``(layers, kv_heads, n, head_dim)``."""
+        """Return ``(layers, kv_heads, n, head_dim)``."""
         return self._header.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Return the dtype of keys and values."""
         return self._header.dtype
 
     @property
@@ -84,22 +84,22 @@ class StoredDocument(DocumentCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values once they are read."""
+        """Return the bytes of keys and values once they are read."""
         layers, kv_heads, length, head_dim = self.shape
         return 2 * layers * kv_heads * length * head_dim * self.dtype.itemsize
 
     @property
     def lazy(self) -> bool:
-        """Whether layers are still to be read."""
+        """True if layers are still to be read."""
         return len(self._read) < self.shape[0]
 
     @property
     def distant(self) -> bool:
-        """Whether reading waits for a network, so that many reads at once are sooner done."""
+        """True if reading waits for a network, so that many parallel reads are faster."""
         return self._distant
 
     def whole(self) -> DocumentCache:
-        """The same document, in memory and independent of its store."""
+        """Return the same document, in memory and independent of its store."""
         return DocumentCache(
             self.token_ids,
             self.prefix_ids,
@@ -111,14 +111,14 @@ class StoredDocument(DocumentCache):
         )
 
     def when_read(self, then: Callable[[DocumentCache], None]) -> None:
-        """Keep what is read, and hand the whole document over once all layers have been."""
+        """Keep layers that are read, and call a function with the whole document after the last."""
         object.__setattr__(self, "_then", then)
 
     def layer(self, layer: int, *, pin_memory: bool = False) -> Tensor:
-        """Keys and values of one layer; kept only after `when_read`.
+        """Read the keys and values of one layer; they are kept only after `when_read`.
 
         Args:
-            layer: Which.
+            layer: The layer's number.
             pin_memory: Read into page-locked memory.
 
         Returns:
@@ -126,7 +126,7 @@ class StoredDocument(DocumentCache):
 
         Raises:
             StoreCorruptionError: The layer cannot be trusted.
-            StoreUnavailableError: It cannot be had now.
+            StoreUnavailableError: It cannot be read now.
         """
         if self._rows is None and self._then is None:
             out = _room((2, *self.shape[1:]), self.dtype, pin_memory)
@@ -152,7 +152,7 @@ class StoredDocument(DocumentCache):
         return rows_there
 
     def _fill(self, rows: Tensor, layers: Iterable[int]) -> None:
-        """Read layers that have not been; two threads may read one twice, to the same bytes."""
+        """Read missing layers; two threads may read one twice, with equal bytes."""
         for layer in layers:
             if layer not in self._read:
                 self._read_layer(layer, rows[layer])

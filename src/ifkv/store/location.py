@@ -1,4 +1,4 @@
-"""Where stores are when nobody says, and which kind of store a path or URL means."""
+"""Opening of stores: the default place, and the kind of store of a path or URL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ifkv.store.protocol import DocumentStore
 from ifkv.store.remote import RemoteStore
 from ifkv.store.tiered import TieredStore
 
-# Host memory before a session's disk: documents of the last questions, so that the next is hot.
+# Host memory in front of a session's disk, for the documents of the last questions.
 SESSION_MEMORY_BYTES = 2 * 2**30
 
 
@@ -27,12 +27,12 @@ def open_store(
     """Open the store at a path or URL.
 
     Args:
-        where: A folder, or a URL such as ``s3://bucket/folder``. If None: what ``IFKV_STORE``
-            names, or `default_store_path`.
-        max_bytes: The budget of a folder. If None a folder that is named has none; the default
-            one has what it holds and half of what is free on its disk now, so that a cache never
-            fills a disk.
-        codec: How new documents are stored.
+        where: A folder, or a URL such as ``s3://bucket/folder``. If None: the value of
+            ``IFKV_STORE``, or `default_store_path`.
+        max_bytes: The budget of a folder. If None, a named folder has no budget. The default
+            folder then has its present size plus half of its disk's free bytes, so that a cache
+            never fills a disk.
+        codec: The codec of new documents.
 
     Returns:
         A `DiskStore` or a `RemoteStore`.
@@ -58,13 +58,13 @@ def open_store(
 
 
 def session_store(where: DocumentStore | str | os.PathLike[str] | None) -> DocumentStore:
-    """The store that a session means: its own object, or what is at a place, behind some memory.
+    """Return a session's store: the object given, or the store at a place behind some memory.
 
     Args:
-        where: A store, which is taken as it is; or what `open_store` takes.
+        where: A store, which is returned; or an argument of `open_store`.
 
     Raises:
-        InvalidInputError: It is something else.
+        InvalidInputError: ``where`` is something else.
         StoreError: It cannot be opened.
     """
     if where is None or isinstance(where, str | os.PathLike):

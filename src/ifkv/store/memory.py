@@ -1,4 +1,4 @@
-"""Documents in host memory, within a byte budget."""
+"""Store in host memory, within a byte budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MemoryStore(Uncopied):
-    """Documents in host memory; the least recently used are dropped when the budget is reached.
+    """Store in host memory, which evicts the least recently used documents over its budget.
 
     Args:
         max_bytes: Bytes of keys and values to hold at most; None for no limit.
@@ -62,7 +62,7 @@ class MemoryStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see `DocumentStore`."""
+        """Return the key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
@@ -70,7 +70,7 @@ class MemoryStore(Uncopied):
 
         Args:
             document: The document.
-            replace: Let it take the place of the one under its key.
+            replace: Replace the document under its key.
 
         Raises:
             StoreFullError: It does not fit into the budget; the prefix may have been stored.
@@ -81,17 +81,17 @@ class MemoryStore(Uncopied):
             prefix = self._put_one(document.prefix, None)
             if self._put_one(document, prefix, replace) is not None:
                 return key_of(document)
-            # Another thread's put has evicted the prefix meanwhile: once more.
+            # Another thread's put has evicted the prefix meanwhile: try again.
         self._put_one(document, None, replace)
         return key_of(document)
 
     def _put_one(
         self, document: DocumentCache, prefix: DocumentCache | None, replace: bool = False
     ) -> DocumentCache | None:
-        """Hold a document; its prefix must be held already.
+        """Store one document, whose prefix must be in the store.
 
         Returns:
-            What is held; None if the prefix is not.
+            The stored document; None if the prefix is not in the store.
         """
         key, prefix_key = key_of(document), prefix_key_of(document)
         with self._lock:
@@ -115,7 +115,7 @@ class MemoryStore(Uncopied):
             return self._entries[key]
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key; ``lazy`` makes no difference to what is in memory."""
+        """Return the document under a key; ``lazy`` has no effect in memory."""
         check_key(key)
         with self._lock:
             document = self._entries.get(key)
@@ -130,7 +130,7 @@ class MemoryStore(Uncopied):
             return document
 
     def touch(self, key: str) -> None:
-        """Count a use of a document that was read elsewhere, from a faster tier."""
+        """Record a use of a document that was read from a faster tier."""
         with self._lock:
             if key in self._entries:
                 self._touch(key)
@@ -142,7 +142,7 @@ class MemoryStore(Uncopied):
         return len(self._entries)
 
     def delete(self, key: str) -> None:
-        """Drop an entry, and the documents behind it if it is a prefix."""
+        """Delete an entry, and the documents behind it if it is a prefix."""
         check_key(key)
         with self._lock:
             if key not in self._entries:
@@ -154,7 +154,7 @@ class MemoryStore(Uncopied):
             self._drop(key)
 
     def pin(self, key: str, pinned: bool = True) -> None:
-        """Protect an entry (and so its prefix) from eviction, or stop doing so.
+        """Protect an entry (and so its prefix) from eviction, or end the protection.
 
         Raises:
             DocumentNotFoundError: There is no such entry.
@@ -166,12 +166,12 @@ class MemoryStore(Uncopied):
             (self._pinned.add if pinned else self._pinned.discard)(key)
 
     def keys(self) -> Iterator[str]:
-        """Keys of all entries, least recently used first."""
+        """Return the keys of all entries, least recently used first."""
         with self._lock:
             return iter(list(self._entries))
 
     def stats(self) -> StoreStats:
-        """What the store holds and has done."""
+        """Return the store's numbers."""
         with self._lock:
             return StoreStats(
                 documents=len(self._entries),
@@ -191,7 +191,7 @@ class MemoryStore(Uncopied):
         self._entries.move_to_end(key)
 
     def _make_room(self, needed: int, keep: set[str | None]) -> None:
-        """Drop the least recently used entries until ``needed`` bytes fit, or change nothing."""
+        """Evict the least recently used entries until ``needed`` bytes fit, or change nothing."""
         if self.max_bytes is None:
             return
         excess = self._nbytes + needed - self.max_bytes

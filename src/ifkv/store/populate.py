@@ -1,4 +1,4 @@
-"""Fill a store: prefill what it lacks, and put every batch as soon as it is made."""
+"""Encoding into a store: prefill missing documents, and put every batch when it is made."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What `encode_documents` did.
+    """Result of `encode_documents`.
 
     Attributes:
         keys: The documents' keys, in the order given.
-        made: How many distinct documents were prefilled and put.
-        present: How many distinct documents were there already, with all that was asked for.
-        prefix: The prefix's rows as they were computed; None if nothing had to be made, or there
-            is no prefix.
+        made: Number of distinct documents that were prefilled and put.
+        present: Number of distinct documents that existed, with sensitivities if wanted.
+        prefix: The prefix's rows as computed; None if nothing was made, or there is no prefix.
     """
 
     keys: list[str]
@@ -56,33 +55,31 @@ def encode_documents(
 ) -> Encoded:
     """Prefill documents that a store lacks and put them, a batch at a time.
 
-    What was put before an interruption is there when the same call is made again. Threads that
-    want the same document of one place have it made once: the others wait, and if it could not be
-    made, one of them takes it up. The prefix is computed, never read from the store, whose codec
-    may have rounded it.
+    After an interruption, the same call finds what was put before it. Threads that want the same
+    document of one place make it once: the others wait, and if it could not be made, one of them
+    makes it. The prefix is computed, never read from the store, whose codec may have rounded it.
 
     Args:
         model: A patched model.
         store: The store.
         documents: As in [ifkv.prefill_documents][].
-        attention_mask: Likewise.
+        attention_mask: As in [ifkv.prefill_documents][].
         prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
         batch_tokens: As in [ifkv.prefill_documents][].
         sensitivities: Measure their sensitivities, for another prefill each
-            (`measure_sensitivities`). Documents that are there without
-            are made again, and replaced when that is done.
+            (`measure_sensitivities`). Documents that exist without them are made again and then
+            replaced.
         on_progress: Called with tokens done and tokens to do, at the start and after each batch;
-            documents that were there count as done.
-        names: What to call each document in an error: the file it is from, say. "document 3" if
-            not given.
+            documents that existed count as done.
+        names: Name of each document in an error, such as its file; "document 3" if not given.
 
     Returns:
         Keys and counts.
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: A document is none, or is too long for the model.
-        StoreFullError: The store has no room for more; it says at which document.
+        InvalidInputError: A document is invalid, or too long for the model.
+        StoreFullError: The store has no room for more; the message names the document.
     """
     handle = handle_of(model)
     if batch_tokens is not None:
@@ -97,7 +94,7 @@ def encode_documents(
     keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
     claims, own = claims_of(store), 0
-    others = claims.ended  # before looking what is there: what ends later is looked for again
+    others = claims.ended  # read first: claims that end later cause another look
     missing = [
         (key, ids) for key, ids in distinct.items() if not _is_there(store, key, sensitivities)
     ]
@@ -110,7 +107,7 @@ def encode_documents(
     made = 0
     while missing:
         with claims.some_of(missing, budget) as claimed:
-            if (ended := claims.ended - own) != others:  # others have made something meanwhile
+            if (ended := claims.ended - own) != others:  # other threads have made some meanwhile
                 others = ended
                 missing = [each for each in missing if not _is_there(store, each[0], sensitivities)]
             wanted = {key for key, _ in missing}
@@ -119,7 +116,7 @@ def encode_documents(
             fresh = prefill_documents(
                 model,
                 texts,
-                attention_mask=no_padding(texts),  # of which it is the rest, if there was any
+                attention_mask=no_padding(texts),  # ids are unpadded here
                 prefix=behind,
                 batch_tokens=batch_tokens,
             )
@@ -142,7 +139,7 @@ def encode_documents(
 
 
 def _is_there(store: DocumentStore, key: str, sensitivities: bool) -> bool:
-    """Whether a store has a document, with sensitivities if they are wanted."""
+    """True if a store has a document, with sensitivities if they are wanted."""
     if key not in store or not sensitivities:
         return key in store
     try:

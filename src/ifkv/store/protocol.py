@@ -1,4 +1,4 @@
-"""What every document store offers."""
+"""The protocol of document stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StoreStats:
-    """What a store holds, and what it has done since it was opened.
+    """Numbers of a store: its contents, and its counts since it was opened.
 
     Attributes:
         documents: Entries, prefixes included.
@@ -25,9 +25,9 @@ class StoreStats:
         max_bytes: The budget, or None.
         pinned: Entries that are never evicted.
         hits: Documents handed out by this store object.
-        misses: Documents it was asked for and did not have.
-        evictions: Entries it has dropped to stay within its budget.
-        corrupt: Entries it has set aside because they could not be trusted.
+        misses: Documents that it was asked for and did not have.
+        evictions: Entries that it has dropped to stay within its budget.
+        corrupt: Entries that could not be trusted.
     """
 
     documents: int = 0
@@ -43,11 +43,11 @@ class StoreStats:
 
 @runtime_checkable
 class DocumentStore(Protocol):
-    """Prefilled documents by content.
+    """Store of prefilled documents by content.
 
-    A document goes in as [ifkv.prefill_documents][] made it, alone behind its prefix; the
-    prefix's own rows are an entry of their own, stored once for all documents behind it. Stores may
-    be used by several threads. A document is present when both it and its prefix are.
+    A document is stored as [ifkv.prefill_documents][] made it, alone behind its prefix. The
+    prefix's rows are a separate entry, stored once for all documents behind it. Several threads
+    may use a store. A document is present when both it and its prefix are.
     """
 
     def key_for(
@@ -56,7 +56,7 @@ class DocumentStore(Protocol):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document, whether or not the store holds it.
+        """Return the key of a document, whether or not the store holds it.
 
         Args:
             model: A patched model.
@@ -69,12 +69,12 @@ class DocumentStore(Protocol):
         ...
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
-        """Store a document and, once, its prefix; one that is there already is only marked as used.
+        """Store a document and, once, its prefix; one that exists is only marked as used.
 
         Args:
             document: The document.
-            replace: Let it take the place of the one under its key, for instance because it has
-                sensitivities; until it does, that one stays.
+            replace: Replace the document under its key, for instance by one with sensitivities.
+                The old one stays until the new one is stored.
 
         Returns:
             Its key.
@@ -86,23 +86,23 @@ class DocumentStore(Protocol):
         ...
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key; its ``.prefix`` is shared by all documents behind it.
+        """Return the document under a key; its ``.prefix`` is shared by all documents behind it.
 
         Args:
-            key: What `put` or `key_for` returned.
-            lazy: Read layers when they are first needed, where the store can; ``stitch`` then
-                reads ahead in the background.
+            key: A key that `put` or `key_for` returned.
+            lazy: Read layers when they are first needed, if the store can. Then ``stitch`` reads
+                ahead in the background.
 
         Raises:
-            DocumentNotFoundError: It is not there; a ``KeyError`` too.
-            StoreCorruptionError: What is there cannot be trusted: prefill the document again and
-                put it, which replaces it.
-            StoreUnavailableError: What is there cannot be had now. It may be sound.
+            DocumentNotFoundError: It is missing; also a ``KeyError``.
+            StoreCorruptionError: The stored bytes cannot be trusted: prefill the document again
+                and put it, which replaces it.
+            StoreUnavailableError: The stored bytes cannot be read now. They may be sound.
         """
         ...
 
     def touch(self, key: str) -> None:
-        """Count a use of a document that was read elsewhere, from a faster tier, if it is there."""
+        """Record a use of a document that was read from a faster tier, if it is there."""
         ...
 
     def __contains__(self, key: object) -> bool: ...
@@ -110,7 +110,7 @@ class DocumentStore(Protocol):
     def __len__(self) -> int: ...
 
     def delete(self, key: str) -> None:
-        """Drop an entry; dropping a prefix drops the documents behind it too.
+        """Delete an entry; deleting a prefix deletes the documents behind it too.
 
         Raises:
             DocumentNotFoundError: There is no such entry.
@@ -118,9 +118,9 @@ class DocumentStore(Protocol):
         ...
 
     def keys(self) -> Iterator[str]:
-        """Keys of all entries, prefixes included, least recently used first where that is known."""
+        """Return the keys of all entries, prefixes included, least recently used first if known."""
         ...
 
     def stats(self) -> StoreStats:
-        """What the store holds and has done."""
+        """Return the store's numbers."""
         ...

@@ -1,4 +1,4 @@
-"""An object far away, read in few requests however many layers it has."""
+"""Reads of a remote object: few requests, however many layers it has."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from ifkv.errors import StoreUnavailableError
 from ifkv.store.far_files import FarFiles
 from ifkv.store.format import FormatError
 
-# Fetched when an object is opened: header, tokens, and the whole of a small one.
+# Fetched when an object is opened: header, tokens, and all of a small object.
 HEAD_BYTES = 2**18
-# Of one request for the rest: enough that a round trip is little beside it.
+# Bytes of each further request: enough to make the round trip negligible.
 PIECE_BYTES = 8 * 2**20
 # Requests at once for a document that is read whole.
 _TOGETHER = 8
-# How often fewer bytes than were asked for may come without an error.
+# How many times a request is made if too few bytes arrive without an error.
 _TRIES = 2
 
 
 class ObjectRanges:
-    """A source of an object's bytes: its head at once, the rest in pieces, each fetched once.
+    """Source of an object's bytes: its head at once, the rest in pieces, each fetched once.
 
     Several threads may read; those that need the same piece wait for one request. A piece is kept
-    until all of it has been used.
+    until all of its bytes have been read.
 
     Attributes:
-        size: Bytes of the object; None until a reader of its header sets it, if it is longer than
-            its head.
+        size: Bytes of the object. If it is longer than its head, None until a reader of its header
+            sets it.
 
     Args:
-        files: Where it is.
-        path: Its path.
+        files: The remote files.
+        path: The object's path.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: The object does not exist.
         StoreUnavailableError: It cannot be read.
     """
 
@@ -48,11 +48,11 @@ class ObjectRanges:
         self._pieces: dict[int, Future[bytes]] = {}
         self._unused: dict[int, int] = {}
         self._singly = False
-        # Not less than what was asked for is a file that goes on; more, a server without ranges.
+        # As many bytes as requested: the file goes on. More: a server without ranges.
         try:
             self._head = files.read(path, 0, HEAD_BYTES)
         except StoreUnavailableError as error:
-            # What an S3 server says to a range of nothing.
+            # An S3 server's answer to a range of an empty object.
             if getattr(error.__cause__, "errno", None) != errno.EINVAL or files.size(path) != 0:
                 raise
             self._head = b""
@@ -63,7 +63,7 @@ class ObjectRanges:
 
         Raises:
             FormatError: The object ends before.
-            StoreUnavailableError: They cannot be had now.
+            StoreUnavailableError: They cannot be read now.
         """
         at, end = offset, offset + target.nbytes
         if self.size is not None and end > self.size:
@@ -79,7 +79,7 @@ class ObjectRanges:
             at += len(part)
 
     def fetch_all(self) -> None:
-        """Fetch all pieces, several at once; what fails is tried again when it is read."""
+        """Fetch all pieces, several at once; a failed piece is fetched again when it is read."""
         count = -(-((self.size or 0) - len(self._head)) // PIECE_BYTES)
         if count > 1 and not self._singly:
             with ThreadPoolExecutor(min(count, _TOGETHER), "ifkv-fetch") as threads:
@@ -87,14 +87,14 @@ class ObjectRanges:
                     threads.submit(self._piece, index)
 
     def read_anew(self) -> None:
-        """Forget the pieces and ask for each range by itself: what had arrived was damaged."""
+        """Drop the pieces, which were damaged, and request each range separately from now on."""
         with self._lock:
             self._singly = True
             self._pieces.clear()
             self._unused.clear()
 
     def _part(self, at: int, end: int) -> memoryview:
-        """Bytes from ``at`` on, to ``end`` or the end of the piece that holds it."""
+        """Return bytes from ``at`` to ``end`` or to the end of its piece."""
         index = (at - len(self._head)) // PIECE_BYTES
         start = len(self._head) + index * PIECE_BYTES
         data = self._piece(index)
@@ -121,16 +121,16 @@ class ObjectRanges:
             except BaseException as error:
                 with self._lock:
                     if self._pieces.get(index) is fetched:
-                        del self._pieces[index]  # whoever comes next tries again
+                        del self._pieces[index]  # the next reader tries again
                 fetched.set_exception(error)
         return fetched.result()
 
     def _fetch(self, start: int, end: int) -> bytes:
-        """Bytes ``start:end``, all of them.
+        """Fetch all bytes ``start:end``.
 
         Raises:
-            FormatError: The object is shorter: its server says so, too.
-            StoreUnavailableError: They did not all arrive.
+            FormatError: The object is shorter, as its server confirms.
+            StoreUnavailableError: Not all of them arrived.
         """
         failure: StoreUnavailableError | None = None
         for _ in range(_TRIES):
@@ -151,10 +151,10 @@ class ObjectRanges:
         raise failure
 
     def check_arrived(self) -> None:
-        """Ask whether all of the object has arrived, where its bytes make no sense.
+        """Check that all of the object has arrived, after its bytes made no sense.
 
         Raises:
-            StoreUnavailableError: It has not: there is more of it.
+            StoreUnavailableError: The object is longer than what arrived.
         """
         if self.size == len(self._head):
             size = self._files.size(self._path)

@@ -1,4 +1,4 @@
-"""Opening a disk store: what a crash, a lost index or a stranger left behind is put right."""
+"""Recovery of a disk store after a crash, a lost index or foreign files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ INDEX_NAME = "index.sqlite3"
 def open_index(folder: Folder) -> Index:
     """Open a folder's index and make index and files agree.
 
-    Files of writers that died before they were done are removed. A complete file without an entry
-    (its writer died just before the entry, or the index was lost) gets one; its rows are checked
-    when they are first used, like all rows. What is no document is set aside. Entries without a
-    file are removed.
+    Temporary files of dead writers are removed. A complete file without an entry (its writer died
+    just before the entry, or the index was lost) gets one; its rows are checked when they are first
+    used, like all rows. Files that are no documents are moved to quarantine. Entries without a file
+    are removed.
 
     Args:
         folder: The folder.
@@ -42,8 +42,7 @@ def open_index(folder: Folder) -> Index:
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise  # locked, or not writable: not damaged
-            # A damaged index is replaceable, the files say all it knew but use, pins and
-            # sources.
+            # A damaged index can be rebuilt from the files, except uses, pins and sources.
             for suffix in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     path.with_name(INDEX_NAME + suffix).rename(
@@ -70,7 +69,7 @@ def _reconcile(folder: Folder, index: Index) -> None:
 
 
 def _taken_up(folder: Folder, index: Index, strange: list[tuple[str | None, Path]]) -> set[str]:
-    """Give files an entry that have none, or set them aside; the keys of those that have one."""
+    """Add files without an entry to the index, or quarantine them; return the added keys."""
     from ifkv.store.document_reader import FileSource
     from ifkv.store.format import FormatError
 
@@ -83,13 +82,13 @@ def _taken_up(folder: Folder, index: Index, strange: list[tuple[str | None, Path
             taken.add(key)
         except FormatError as error:
             folder.quarantine(path, str(error))
-        except OSError:  # says nothing about the file, which has its entry the next time
+        except OSError:  # says nothing about the file: try again at the next open
             continue
     return taken
 
 
 def describe(key: str, source: FileSource) -> Entry:
-    """The index entry of a file, after checking all of it but its rows.
+    """Return the index entry of a file, after checking all of it but its rows.
 
     Raises:
         FormatError: It is not a document of this key.

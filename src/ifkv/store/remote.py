@@ -1,4 +1,4 @@
-"""Documents behind a URL: S3, GCS, NFS and whatever else fsspec reaches."""
+"""Store behind a URL: S3, GCS, NFS and all else that fsspec reaches."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How often bytes that do not match their checksums are asked for: a network may damage them, too.
+# How many times bytes are requested that do not match their checksums: a network may damage them.
 _READS = 3
 
 
 class RemoteStore(Uncopied):
-    """Documents at a URL, one object each, without an index and without a budget.
+    """Store at a URL, one object for each document, without an index or a budget.
 
-    Everything read is checked against its checksums. Put a disk store before it, so that each
-    document is fetched once: ``TieredStore(DiskStore(...), RemoteStore(...))``. ``in`` looks for
-    the document's own object only, and deleting a prefix leaves the documents behind it, which
-    come back when the prefix is put again.
+    All bytes read are checked against their checksums. Put a disk store before it, so that each
+    document is fetched once: ``TieredStore(DiskStore(...), RemoteStore(...))``. ``in`` looks only
+    for the document's object, not its prefix's. Deleting a prefix leaves the documents behind it,
+    which can be read again when the prefix is put again.
 
-    No object is moved or removed because of what was read, since a network may have made it. Bytes
-    that do not match their checksums are asked for again, and if they come so three times they are
-    a ``StoreCorruptionError``; this store object then counts the document as not there, so that
-    the next put replaces it. What the file system underneath raises, and its silence, is a
+    No object is moved or removed because of damaged bytes, since the network may have damaged them.
+    Bytes that do not match their checksums are requested again; after three times they are a
+    ``StoreCorruptionError``. This store object then treats the document as missing, so that the
+    next put replaces it. Errors of the file system, and its silence, are a
     ``StoreUnavailableError``.
 
     Args:
-        url: Such as ``"s3://bucket/folder"`` or ``"file:///mnt/nfs/folder"``; the bucket must be
-            there.
+        url: Such as ``"s3://bucket/folder"`` or ``"file:///mnt/nfs/folder"``; the bucket must
+            exist.
         codec: ``"exact"``, ``"fp8"`` or ``"int8"``.
-        deadline: Seconds after which a request has failed, what the file system does to repeat it
-            included; a second more is given for each MiB that it moves.
-        **storage_options: For fsspec: credentials, endpoints, and so on.
+        deadline: Seconds after which a request has failed, repetitions by the file system
+            included; plus one second for each MiB that it moves.
+        **storage_options: Options of fsspec: credentials, endpoints, and so on.
 
     Raises:
-        InvalidInputError: ``codec`` or ``deadline`` is none.
+        InvalidInputError: ``codec`` is unknown, or ``deadline`` is not positive.
         StoreNotFoundError: fsspec, or the package it needs for this kind of URL, is not installed;
             or there is no such bucket.
     """
@@ -97,19 +97,19 @@ class RemoteStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see `DocumentStore`."""
+        """Return the key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
-        """Upload a document and its prefix, unless they are there.
+        """Upload a document and its prefix, unless they exist.
 
         Args:
             document: The document.
-            replace: Upload the document, not its prefix, even so.
+            replace: Upload the document, not its prefix, even if it exists.
 
         Raises:
             StoreUnavailableError: The upload failed.
-            StoreError: The URL is one to read only.
+            StoreError: The URL is read-only.
             InvalidInputError: The document contradicts itself, or the codec cannot hold it.
         """
         check_document(document)
@@ -122,21 +122,21 @@ class RemoteStore(Uncopied):
         return key_of(document)
 
     def _forget(self, key: str) -> None:
-        """Fetch an object anew the next time, whoever still holds what was fetched before."""
+        """Forget a shared or distrusted object, so that the next get fetches it."""
         with self._lock:
             self._prefixes.pop(key, None)
             self._distrusted.discard(key)
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key: whole, or ``lazy``: its head now, its rows when they are used.
+        """Return a document: whole, or ``lazy``: its head now, its rows when they are used.
 
         One request fetches the head, and all of a document of up to 256 KiB; the rest comes in
         pieces of 8 MiB, several at once.
 
         Raises:
-            DocumentNotFoundError: It is not there, or its prefix is not.
+            DocumentNotFoundError: It or its prefix is missing.
             StoreCorruptionError: It cannot be trusted.
-            StoreUnavailableError: It cannot be had now.
+            StoreUnavailableError: It cannot be read now.
         """
         with self._lock:
             shared = self._prefixes.get(check_key(key))
@@ -205,7 +205,7 @@ class RemoteStore(Uncopied):
         return self._read(key, lazy=False) if shared is None else shared
 
     def touch(self, key: str) -> None:
-        """Nothing: there is no budget, so no order of use."""
+        """Do nothing: without a budget there is no order of use."""
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -218,7 +218,7 @@ class RemoteStore(Uncopied):
         return len(self._sizes())
 
     def delete(self, key: str) -> None:
-        """Remove a document's object."""
+        """Delete a document's object."""
         try:
             self._files.remove(self._path(check_key(key)))
         except FileNotFoundError:
@@ -226,19 +226,19 @@ class RemoteStore(Uncopied):
         self._forget(key)
 
     def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep where documents are from; see `SourceKeeper`."""
+        """Store the sources of documents; see `SourceKeeper`."""
         self._sources.add(sources)
 
     def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return where documents are from, by key; see `SourceKeeper`."""
+        """Return the sources of documents by key; see `SourceKeeper`."""
         return self._sources.find(keys)
 
     def keys(self) -> Iterator[str]:
-        """Keys of all entries, in their own order."""
+        """Return the keys of all entries, in alphabetical order."""
         return iter(sorted(self._sizes()))
 
     def stats(self) -> StoreStats:
-        """What is there; tokens are not known without reading every object, and given as 0."""
+        """Return the store's numbers; tokens, which only the objects' headers hold, are 0."""
         sizes = self._sizes()
         return StoreStats(
             documents=len(sizes),
@@ -257,16 +257,16 @@ class RemoteStore(Uncopied):
         return f"{self._root}/documents/{key[:2]}/{key}{SUFFIX}"
 
     def _sure(self, key: str, read: Callable[[], T], again: Callable[[], None]) -> T:
-        """What can be read of an object and matches its checksums, if need be when asked again.
+        """Read from an object until the bytes match their checksums, up to three times.
 
         Args:
-            key: The object's.
-            read: Reads and checks.
-            again: Called before it is read anew.
+            key: The document's key.
+            read: Reads and checks; raises ``FormatError``.
+            again: Called before each further read.
 
         Raises:
-            StoreCorruptionError: It has come damaged each time.
-            StoreUnavailableError: It could not be had.
+            StoreCorruptionError: The bytes were damaged each time.
+            StoreUnavailableError: They could not be read.
         """
         for left in reversed(range(_READS)):
             try:
@@ -281,7 +281,7 @@ class RemoteStore(Uncopied):
         raise AssertionError("a loop that returns or raises")
 
     def _distrust(self, key: str, error: FormatError) -> NoReturn:
-        """Count a document as not there until it is put again; its object stays as it is."""
+        """Treat a document as missing until it is put again; its object is not changed."""
         with self._lock:
             self._corrupt += 1
             self._distrusted.add(key)

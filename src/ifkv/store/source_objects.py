@@ -14,7 +14,7 @@ from ifkv.store.format import checksum
 
 
 class Files(Protocol):
-    """What is asked of the files of a remote store."""
+    """Files of a remote store."""
 
     def sizes(self, path: str) -> dict[str, int]:
         """Return bytes by path of all files below one."""
@@ -30,10 +30,10 @@ class Files(Protocol):
 
 
 class SourceObjects:
-    """Sources by key. What one call adds is one object, named by the checksum of its bytes.
+    """Sources by key. Each call of `add` writes one object, named by the checksum of its bytes.
 
-    So writers never meet: equal sources are one object, others are others. Documents that are
-    removed leave their sources behind; nobody is served them.
+    So writers never conflict: equal sources are one object, different ones are different objects.
+    Removed documents leave their sources behind, which are never returned.
 
     Args:
         files: The store's files.
@@ -49,7 +49,7 @@ class SourceObjects:
         self._lock = threading.Lock()
 
     def add(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep sources; nothing is written if all of them are there.
+        """Add sources; nothing is written if all of them are known.
 
         Raises:
             StoreError: They cannot be written.
@@ -65,27 +65,26 @@ class SourceObjects:
             self._take(name, data)
 
     def find(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return sources by key; of all if ``keys`` is None, looking for what others have added.
+        """Return sources by key; of all, with those added by others since, if ``keys`` is None.
 
-        Of some keys, what was there when this object first looked: a question does not wait for a
-        listing.
+        For given keys, the objects are listed only once: a question does not wait for a listing.
 
         Raises:
             StoreError: They cannot be read.
         """
         with self._lock:
             if keys is None or not self._listed:
-                self._listed = True  # if it fails, too: the next question does not wait again
+                self._listed = True  # also if it fails: the next question does not wait again
                 for path, size in sorted(self._files.sizes(self._folder).items()):
                     name = path.rpartition("/")[2]
                     if name.endswith(".json") and name not in self._read:
-                        with contextlib.suppress(FileNotFoundError):  # removed this instant
+                        with contextlib.suppress(FileNotFoundError):  # removed just now
                             self._take(name, self._files.read(path, 0, size))
             wanted = self._found if keys is None else keys
             return {key: list(self._found[key]) for key in wanted if key in self._found}
 
     def _take(self, name: str, data: bytes) -> None:
-        """Take in an object's sources.
+        """Read an object's sources.
 
         Raises:
             StoreError: Its bytes are not those that were written, or hold no sources.

@@ -11,7 +11,7 @@ from ifkv.store.index import Index
 
 
 class SourceTable:
-    """Sources by key. An index that was damaged begins anew, and its sources with it.
+    """Sources by key. If a damaged index is rebuilt, its sources are lost.
 
     Args:
         index: The index of the store.
@@ -21,7 +21,7 @@ class SourceTable:
         self._index = index
 
     def add(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep sources; the lock is taken only if one of them is new.
+        """Add sources; the lock is taken only if one of them is new.
 
         Raises:
             StoreError: They cannot be written.
@@ -41,7 +41,7 @@ class SourceTable:
         """Return sources by key, in the order in which they were added; all if ``keys`` is None.
 
         Raises:
-            StoreError: What is there is no source.
+            StoreError: A stored source cannot be read.
         """
         where = "" if keys is None else "WHERE key IN (SELECT value FROM json_each(?))"
         parameters = () if keys is None else (json.dumps(list(keys)),)

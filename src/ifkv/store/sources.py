@@ -1,4 +1,4 @@
-"""Stores that keep where their documents are from, beside the documents and outside their keys."""
+"""Stores that keep sources beside the documents and outside their keys."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ifkv.store.tiered import TieredStore
 
 @runtime_checkable
 class SourceKeeper(Protocol):
-    """What a store offers that keeps sources; a `DocumentStore` need not.
+    """Store that keeps sources, which a `DocumentStore` need not do.
 
-    A key stands for a text, and the same text may be found in several places: each key has a list
-    of sources. They last as long as the entry, through its being evicted and made again.
+    A key stands for a text, and the same text may have several sources: each key has a list. The
+    list lasts as long as the entry, also if that is evicted and made again.
     """
 
     def add_sources(self, sources: Sequence[tuple[str, Source]]) -> None:
-        """Keep sources by key; one that is there already stays as it is.
+        """Add sources by key; those that exist are kept.
 
         Raises:
             StoreError: They cannot be written.
@@ -26,7 +26,7 @@ class SourceKeeper(Protocol):
         ...
 
     def sources(self, keys: Sequence[str] | None = None) -> dict[str, list[Source]]:
-        """Return sources by key, those kept first in front; of all keys if None.
+        """Return sources by key, in the order in which they were added; of all keys if None.
 
         Raises:
             StoreError: They cannot be read.

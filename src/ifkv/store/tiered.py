@@ -1,4 +1,4 @@
-"""A fast store before a slow one: memory before disk, disk before a far-away store."""
+"""Tiers: a fast store before a slow one, such as memory before disk, disk before remote."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 class TieredStore(Uncopied):
-    """Two stores as one: puts go to both, what is found only in the slow one moves up.
+    """Store of two tiers: puts go to both; documents found only in the slow one move up.
 
     Tiers nest: ``TieredStore(MemoryStore(...), TieredStore(DiskStore(...), RemoteStore(...)))``.
 
     Args:
         fast: Asked first; may hold less than all.
-        slow: Holds everything; its losses are losses.
+        slow: Holds everything; what it loses is lost.
     """
 
     _instead = "make another of the same kind: TieredStore(MemoryStore(), DiskStore(path))"
@@ -47,25 +47,25 @@ class TieredStore(Uncopied):
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
     ) -> str:
-        """The key of a document; see `DocumentStore`."""
+        """Return the key of a document; see `DocumentStore`."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
-        """Store a document in both tiers; one too large for the fast tier is in the slow alone."""
+        """Store a document in both tiers; only in the slow one if the fast one has no room."""
         key = self.slow.put(document, replace=replace)
-        if replace:  # else the fast tier would go on with the old one where the new has no room
+        if replace:  # or the fast tier would keep the old one if the new one does not fit
             with contextlib.suppress(DocumentNotFoundError):
                 self.fast.delete(key)
         self.promote(document)
         return key
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key; from the slow tier it moves up, once all of it was read."""
+        """Return the document under a key; from the slow tier it moves up once it is read whole."""
         if key in self.fast:
-            # Evicted this instant, or not to be had from here: then the slow one has it.
+            # If it is evicted just now, or cannot be read, the slow tier has it.
             with contextlib.suppress(DocumentNotFoundError, DocumentUnreadableError):
                 document = self.fast.get(key, lazy=lazy)
-                self.slow.touch(key)  # or what is used most would be what is evicted first
+                self.slow.touch(key)  # or the slow tier would evict what is used most
                 return document
         document = self.slow.get(key, lazy=lazy)
         if isinstance(document, StoredDocument):
@@ -80,12 +80,12 @@ class TieredStore(Uncopied):
             self.fast.put(document)
 
     def touch(self, key: str) -> None:
-        """Count a use in both tiers."""
+        """Record a use in both tiers."""
         self.fast.touch(key)
         self.slow.touch(key)
 
     def pin(self, key: str, pinned: bool = True) -> None:
-        """Protect an entry of the slow tier from eviction, or stop doing so.
+        """Protect an entry of the slow tier from eviction, or end the protection.
 
         Raises:
             DocumentNotFoundError: There is no such entry.
@@ -103,7 +103,7 @@ class TieredStore(Uncopied):
         return sum(1 for _ in self.keys())
 
     def delete(self, key: str) -> None:
-        """Drop an entry from both tiers.
+        """Delete an entry from both tiers.
 
         Raises:
             DocumentNotFoundError: Neither has it.
@@ -117,13 +117,13 @@ class TieredStore(Uncopied):
             raise DocumentNotFoundError(f"no document {key} to delete in either tier.")
 
     def keys(self) -> Iterator[str]:
-        """Keys of the slow tier, then those that the fast tier alone still has."""
+        """Return the keys of the slow tier, then those that only the fast tier has."""
         slow = list(self.slow.keys())
         held = set(slow)
         return iter(slow + [key for key in list(self.fast.keys()) if key not in held])
 
     def stats(self) -> StoreStats:
-        """The slow tier's numbers, with the hits of both and the misses of the slow."""
+        """Return the slow tier's numbers, with the hits and corrupt entries of both tiers."""
         fast, slow = self.fast.stats(), self.slow.stats()
         return dataclasses.replace(
             slow, hits=fast.hits + slow.hits, corrupt=fast.corrupt + slow.corrupt
