@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ifkv.version import __version__
+
 if TYPE_CHECKING:
     from ifkv.cache.extend import extend
     from ifkv.cache.stitch import stitch, stitch_many
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from ifkv.steps.reorder import reorder
     from ifkv.steps.score import score, score_many
     from ifkv.steps.select import select
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Answer": "session.answer",

@@ -19,6 +19,7 @@ from ifkv.errors import CalibrationWarning
 from ifkv.planning.calibration.measure import measure
 from ifkv.planning.calibration.rates import VERSION, Rates
 from ifkv.utils.files import cache_folder, write_whole
+from ifkv.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,14 +113,12 @@ def _machine(device: torch.device) -> dict[str, Any]:
     """Return what the rates depend on, besides the model."""
     import transformers
 
-    import ifkv
-
     processor = _processor()
     if device.type == "cuda":
         processor = f"{torch.cuda.get_device_name(device)} beside {processor}"
     return {
         "version": VERSION,
-        "ifkv": ifkv.__version__,
+        "ifkv": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device.type,
