@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ifkv.version import __version__
+from ifkv.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ifkv.cache.extend import extend

@@ -43,7 +43,7 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     """Print the version and stop; before any command."""
     if wanted:
-        from ifkv import __version__
+        from ifkv.version import __version__
 
         typer.echo(f"ifkv {__version__}")
         raise typer.Exit
