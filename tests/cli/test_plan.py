@@ -36,7 +36,7 @@ def test_plan_needs_a_config_alone(measured, folder: str) -> None:
     ask = ["plan", folder, "--tokens", "400", "--query", "10"]
     result = CliRunner().invoke(app, ask)
     assert result.exit_code == 0, result.output
-    for words in ("r = 0.05", "r = 0.15", "r = 0.3", "plain prefill", "Recommended: r = 0.3", "kB"):
+    for words in ("r = 0.05", "r = 0.15", "r = 0.3", "full prefill", "Recommended: r = 0.3", "kB"):
         assert words in result.output
     CliRunner().invoke(app, [*ask, "--recalibrate"])
     own = CliRunner().invoke(app, [*ask, "--ratio", "0.1", "--ratio", "0.2", "--speedup", "6"])
@@ -59,8 +59,8 @@ def test_plan_says_when_rates_look_like_those_of_a_busy_machine(
     sound = found["rates"]
     assert "probably busy" not in said("--recalibrate")
     for changes, words in (
-        ({"prefill_attention": flat(1e7)}, "times the operations"),  # far sooner than S(r)
-        ({"rows_attention": flat(1e7)}, "times the operations"),  # later than plain prefill
+        ({"prefill_attention": flat(1e7)}, "times the operations"),  # far faster than S(r)
+        ({"rows_attention": flat(1e7)}, "times the operations"),  # slower than full prefill
         ({"disagreement": 2.34}, "differ by a factor of 2.3"),
     ):
         found["rates"] = dataclasses.replace(sound, **changes)
@@ -87,7 +87,7 @@ def test_plan_names_the_model_and_not_the_way_to_it(measured, folder: str, monke
 def test_plan_recommends_plain_prefill(measured, folder: str, monkeypatch) -> None:
     monkeypatch.setattr(kept, "measure", lambda *_, **__: PASSES_COST)
     result = CliRunner().invoke(app, ["plan", folder, "-n", "100"])
-    assert "Recommended: plain prefill" in result.output
+    assert "Recommended: full prefill" in result.output
 
 
 @pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")

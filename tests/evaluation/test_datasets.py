@@ -112,7 +112,7 @@ def test_longbench_passages_keep_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: no JSON"),
+        ("{", "line 2: not JSON"),
         ("[1]", "line 2: a list"),
         ('{"input": "?", "context": "c"}', "line 2: 'answers' is None"),
         ('{"input": "?", "context": "c", "answers": []}', "line 2: 'answers' is"),

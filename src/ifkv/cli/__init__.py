@@ -1,7 +1,7 @@
-"""The command line: ``ifkv demo | ask | eval | plan | verify | encode | store``.
+"""Command line: ``ifkv demo | ask | eval | plan | verify | encode | store``.
 
-Belongs here: one file a command, and what commands share: files, options, loading, output.
-Not here: anything that a Python user would want too; that goes into the package of its concept.
+Belongs here: one file per command, and what commands share: files, options, loading, output.
+Not here: anything that a Python user needs too; that goes into the package of its concept.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ _OURS = (StoreWarning, CalibrationWarning, UnloadedWeightsWarning, UpstreamWarni
 app = typer.Typer(
     name="ifkv",
     no_args_is_help=True,
-    help="Answer over documents that were prefilled once. Start with: ifkv demo",
+    help="Answer questions over documents whose keys and values were computed once. Start "
+    "with: ifkv demo",
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
 
 
 def _print_version(wanted: bool) -> None:
-    """Print the version and stop; before any command."""
+    """Print the version and exit, before any command."""
     if wanted:
         from ifkv.version import __version__
 
@@ -58,7 +59,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    """Nothing to do before a command."""
+    """Run before every command; it does nothing."""
 
 
 app.command()(demo)
@@ -71,12 +72,12 @@ app.add_typer(store_app, name="store")
 
 
 def main() -> None:
-    """Run the command line; an error of ours is a sentence, not a traceback.
+    """Run the command line; print our errors as one sentence, without a traceback.
 
-    Exits with 2 if what was given is wrong, as typer does, and with 1 if something else is.
+    Exit with 2 if an argument is wrong, as typer does, and with 1 for other errors.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A terminal or a pipe that is not UTF-8 shows what it cannot write as a question mark.
+        # A terminal or pipe that is not UTF-8 shows a question mark for what it cannot write.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
@@ -95,9 +96,9 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning of ours is a sentence too; others keep the place in the code that they are about.
+    """Print our warnings as a sentence; other warnings keep their place in the code.
 
-    Takes the arguments of `warnings.showwarning`.
+    The arguments are those of `warnings.showwarning`.
     """
     if issubclass(category, _OURS):
         typer.secho(f"Warning: {message}", fg="yellow", err=True)

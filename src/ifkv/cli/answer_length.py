@@ -1,4 +1,4 @@
-"""The option of how long an answer may be."""
+"""Option for the length of an answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens of an answer at most; if not given, what the model's generation_config.json "
-        "says, or 64.",
+        help="Largest number of tokens of an answer. Default: the value in the model's "
+        "generation_config.json, else 64.",
         min=1,
         show_default=False,
     ),

@@ -1,7 +1,8 @@
-"""``ifkv ask``: your model, your text files, your question."""
+"""``ifkv ask``: a question to a model over text files or stored documents."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,14 +14,13 @@ from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.read_files import FILES_HELP, Field
 from ifkv.cli.split_option import Split
-from ifkv.errors import InvalidInputError
 
 
 def ratio_of(text: str) -> float | Literal["auto"]:
-    """A recompute ratio as written on the command line.
+    """Return a recompute ratio as written on the command line.
 
     Raises:
-        typer.BadParameter: It is neither ``auto`` nor a number from 0 to 1.
+        typer.BadParameter: The text is neither ``auto`` nor a number from 0 to 1.
     """
     if text == "auto":
         return "auto"
@@ -42,15 +42,16 @@ def ask(
     files: Annotated[
         list[Path] | None,
         typer.Argument(
-            help=f"{FILES_HELP} Without any, the question is asked over what is in --store.",
+            help=f"{FILES_HELP} Without files, the question is asked over the documents in "
+            "--store.",
             show_default=False,
         ),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of what is in --store, ask over documents whose title or path matches, such as "
-            "'notes/*'; may be given several times.",
+            help="Ask over the stored documents whose title or path matches the pattern, such "
+            "as 'notes/*'. May be given several times.",
             metavar="PATTERN",
             show_default=False,
         ),
@@ -58,8 +59,8 @@ def ask(
     retrieve: Annotated[
         int | None,
         typer.Option(
-            help="Ask over so many documents at most: those whose words fit the question best, "
-            "by BM25, the best last.",
+            help="Ask over at most this many documents: those whose words match the question "
+            "best (BM25), the best one last.",
             min=1,
             show_default=False,
         ),
@@ -67,8 +68,9 @@ def ask(
     ratio: Annotated[
         Any,
         typer.Option(
-            help="Recompute ratio: share of the context recomputed, 0 to 1; 'auto' measures this "
-            "machine and plans it, as ifkv plan does.",
+            help="Recompute ratio: share of the context's tokens that is recomputed, from 0 "
+            "(none, fastest) to 1 (all, equal to full prefill). 'auto' plans it for this "
+            "machine, as ifkv plan does.",
             parser=ratio_of,
             metavar="RATIO|auto",
         ),
@@ -77,14 +79,16 @@ def ask(
         bool,
         typer.Option(
             "--reorder",
-            help="Put the documents that matter most last. Where that moves them, no KL to full "
-            "prefill is shown, which reads them in the order given.",
+            help="Put the documents with the highest scores last, next to the question. If "
+            "this moves documents, no KL is shown, because full prefill reads them in the "
+            "given order.",
         ),
     ] = False,
     selector: Annotated[
         str,
         typer.Option(
-            help="What chooses the tokens to recompute, such as epic or cacheblend:deviation=kv."
+            help="Rule that selects the tokens to recompute, with options after a colon, such "
+            "as epic or cacheblend:deviation=kv."
         ),
     ] = "sink-aware",
     imports: Imports = None,
@@ -96,32 +100,45 @@ def ask(
     control_tokens: ControlTokens = "text",
     compare: Annotated[
         bool,
-        typer.Option(help="Answer by full prefill and by stitching alone, too, and compare."),
+        typer.Option(
+            help="Also answer by full prefill and by stitching without recompute, "
+            "and compare times and answers. --no-compare gives one answer, streamed."
+        ),
     ] = True,
     store: Annotated[
         str | None,
         typer.Option(
             "--store",
             "-s",
-            help="Where prefilled files are kept for the next question, and where documents are "
-            "found if no files are given: a folder or URL, or 'memory' to keep nothing; the user's "
-            "cache folder if not given.",
+            help="Store of prefilled documents, a folder or a URL. Files are kept there for "
+            "the next question; without files, its documents are asked over. 'memory' keeps "
+            "nothing. Default: the user's cache folder.",
             show_default=False,
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     dtype: Dtype = AUTO,
     device: Device = AUTO,
-    kv_fp8: Annotated[bool, typer.Option(help="Keep the question's cache in 8 bits.")] = False,
+    kv_fp8: Annotated[
+        bool,
+        typer.Option(
+            help="Hold the request's keys and values in FP8, in half the memory of a bfloat16 "
+            "cache. Answers may differ slightly."
+        ),
+    ] = False,
     html: Annotated[
         Path | None,
         typer.Option(
-            help="Also write a page to this file, in a folder that is there, that shows, "
-            "over the text, where the question looked."
+            help="Also write a page that shows over the text which tokens the question "
+            "attends to. Its folder must exist."
         ),
     ] = None,
 ) -> None:
-    """Ask your own model a question over your own files, or over a store of them.
+    """Ask a model a question over your files, or over a store of them.
+
+    Files are prefilled once and kept in the store, so that the next question over them needs no
+    prefill. The answer is compared with full prefill and with stitching alone, in time to first
+    token and in distance (KL); --no-compare only answers.
 
     Example: ifkv ask "When was it built?" notes/*.md --model path/to/model
 
@@ -132,25 +149,18 @@ def ask(
     from rich.markup import escape
 
     from ifkv.backends.fp8 import FLOAT8, check_kv_dtype
-    from ifkv.cli.compare_and_show import (
-        add_documents,
-        answer_questions,
-        say_documents,
-        stream_answer,
-    )
+    from ifkv.cli.compare_and_show import answer_questions, stream_answer
+    from ifkv.cli.document_choice import DocumentChoice
     from ifkv.cli.generation_file import check_generation
-    from ifkv.cli.interrupts import documents_kept, interruptible
+    from ifkv.cli.interrupts import interruptible
     from ifkv.cli.load_model import check_model, load_model, load_tokenizer
-    from ifkv.cli.output_paths import check_page, check_store
-    from ifkv.cli.read_files import read_corpus
-    from ifkv.cli.split_option import check_request, cut
+    from ifkv.cli.output_paths import check_page
+    from ifkv.cli.split_option import check_request
     from ifkv.planning.support import check_plannable
     from ifkv.selectors import resolve
     from ifkv.session.options import AskOptions
     from ifkv.session.prompt_format import PromptFormat, check_question
-    from ifkv.session.retrieval import load_bm25s
     from ifkv.session.session import Session
-    from ifkv.store import MemoryStore, session_store
 
     console = Console()
     with interruptible() as kept:
@@ -162,33 +172,21 @@ def ask(
         check_question(question)
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_page(html)
-        if files:
-            if only:
-                raise InvalidInputError(
-                    f"--only {only[0]} names documents of a store, and files were given, too; "
-                    "leave one of them out."
-                )
-        elif split is not None:
-            raise InvalidInputError(
-                f"--split {split} cuts files, and none was given; documents of a store stay as "
-                "they were encoded."
-            )
-        else:
-            check_store(store)
-        if retrieve is not None:
-            load_bm25s()
-        found = read_corpus(files or [], field)
+        choice = DocumentChoice(
+            files or [], only=only, retrieve=retrieve, split=split, field=field, store=store
+        )
         checked = check_model(model, dtype=dtype, device=device)
         settings = check_generation(model, max_new_tokens)
         kv_dtype = FLOAT8 if kv_fp8 else None
         check_kv_dtype(kv_dtype, torch.device(checked.device))
         tokenizer = load_tokenizer(model)
         layout = PromptFormat(tokenizer, **prompt)
-        documents = cut(layout, checked.config, found, split)
-        token_ids = [document.ids for document in documents]
-        if files and retrieve is None:
-            check_request(layout, checked.config, token_ids, question, settings)
-        opened = MemoryStore() if store == "memory" else session_store(store)
+
+        def check_room(documents: Sequence[Sequence[int]]) -> None:
+            check_request(layout, checked.config, documents, question, settings)
+
+        choice.tokenize(layout, checked.config, check_room)
+        opened = choice.open_store()
 
         typer.echo(checked.sentence, err=True)
         with console.status(f"loading {escape(model)}"):
@@ -197,46 +195,17 @@ def ask(
             loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
         )
         session.engine.settings(AskOptions(max_new_tokens=max_new_tokens))  # a model refuses more
-        if not files:
-            kept.sentence = lambda: "The store is as it was."
-        elif store == "memory":
-            kept.sentence = lambda: "With --store memory nothing is kept."
-        else:
-            kept.sentence = documents_kept(opened, loaded, token_ids, session.prefix_ids)
-        if files:
-            texts, sources = [text for _, text in found], [source for source, _ in found]
-            keys = add_documents(console, session, texts, sources, split=split, say=compare)
-        else:
-            keys = session.stored(only)
-        if retrieve is not None:
-            keys = session.retrieve(question, retrieve, documents=keys)
-        if retrieve is not None or not files:
-            prefix = len(session.prefix_ids)
-            asked = [session.context_ids([key])[prefix:].tolist() for key in keys]
-            check_request(layout, checked.config, asked, question, settings)
-            say_documents(console, session, keys)
+        kept.sentence = choice.kept_sentence(session)
+        keys = choice.keys(console, session, question, check_room, say=compare)
+        asked: Any = {
+            "documents": keys,
+            "ratio": ratio,
+            "reorder": reorder,
+            "selector": selector,
+            "max_new_tokens": max_new_tokens,
+            "html": html,
+        }
         if compare:
-            answer_questions(
-                console,
-                session,
-                documents=keys,
-                questions=[question],
-                expected=None,
-                ratio=ratio,
-                reorder=reorder,
-                selector=selector,
-                max_new_tokens=max_new_tokens,
-                html=html,
-            )
-            return
-        stream_answer(
-            console,
-            session,
-            question,
-            documents=keys,
-            ratio=ratio,
-            reorder=reorder,
-            selector=selector,
-            max_new_tokens=max_new_tokens,
-            html=html,
-        )
+            answer_questions(console, session, questions=[question], expected=None, **asked)
+        else:
+            stream_answer(console, session, question, **asked)

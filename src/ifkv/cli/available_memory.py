@@ -1,4 +1,4 @@
-"""How much memory is left for a model's weights."""
+"""Free memory for a model's weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NO_LIMIT = 2**60  # what the kernel writes where a group has none
 
 
 def check_room(name: str, weights: Weights, dtype: str, device: str) -> None:
-    """Refuse weights that cannot fit, in memory where they are read or on the card where they go.
+    """Refuse weights that do not fit in memory or on the device.
 
     Args:
         name: Folder or hub id of the model.
-        weights: What its checkpoint holds.
-        dtype: In which they are loaded.
-        device: Where they go.
+        weights: Content of its checkpoint.
+        dtype: Dtype they are loaded in.
+        device: Device they go to.
 
     Raises:
         InvalidInputError: They take more than is free.
@@ -43,7 +43,7 @@ def check_room(name: str, weights: Weights, dtype: str, device: str) -> None:
 
 
 def free_on_device(device: str) -> int | None:
-    """Return the bytes that are free on a CUDA card; None for other devices, which cannot say."""
+    """Return the free bytes of a CUDA device; None for other devices."""
     import torch
 
     if not device.startswith("cuda"):
@@ -55,11 +55,13 @@ def free_on_device(device: str) -> int | None:
 def free_in_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes that this process can still take; None if the system does not say.
 
-    On Linux: what is available, swap included, but no more than the limits of the process's
+    On Linux, this is the available memory, including swap, within the limits of the process's
+    control groups (containers have such limits). On other systems, it is the machine's total
+    memory.
     control groups leave, as containers have them. Elsewhere the machine's memory as a whole.
 
     Args:
-        root: Where the system's files are.
+        root: Root of the system's files.
     """
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
     if "MemAvailable" in found:
@@ -72,7 +74,7 @@ def free_in_memory(root: Path = Path("/")) -> int | None:
 
 
 def _left_in_groups(root: Path) -> list[int]:
-    """Return what each control group around this process leaves."""
+    """Return the free bytes of each control group around this process."""
     left = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -88,7 +90,7 @@ def _left_in_groups(root: Path) -> list[int]:
         for folder in (group, *group.parents):
             allowed, used = _read(folder / limit).strip(), _read(folder / usage).strip()
             if allowed.isdigit() and used.isdigit() and int(allowed) < _NO_LIMIT:
-                # Files that were read count as used, but give way.
+                # The cache of read files counts as used, but the kernel gives it up.
                 files = re.search(rf"^{cached} (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
                 left.append(int(allowed) - int(used) + (int(files[1]) if files else 0))
             if folder == top:
@@ -97,7 +99,7 @@ def _left_in_groups(root: Path) -> list[int]:
 
 
 def _read(file: Path) -> str:
-    """Return a small file of the system; nothing if it has none."""
+    """Return the text of a small system file; an empty text if there is no such file."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

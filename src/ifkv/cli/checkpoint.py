@@ -1,8 +1,8 @@
-"""The files of a model's folder: looked at before any weights are read.
+"""Checks of the files in a model's folder, before any weights are read.
 
-What a broken download, a clone without Git LFS or a full disk leaves behind is found here, where it
-can be named, and not in the midst of loading. Names, shapes and dtypes of the weights stand in the
-headers of safetensors files, so what loading will take is known, too.
+Broken downloads, clones without Git LFS and full disks leave damaged files. They are found here,
+where they can be named, and not while weights are loaded. The headers of safetensors files hold
+names, shapes and dtypes of the weights, so the memory that loading takes is known too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _POINTER = b"version https://git-lfs"
 _AGAIN = "fetch the model again, or give another folder"
-# In the order in which transformers takes them, if there are several.
+# In transformers' order of preference.
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OLD, _OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -31,11 +31,11 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint holds.
+    """Weights of a checkpoint, as its headers describe them.
 
     Attributes:
-        numbers: How many numbers of each dtype, under the names of safetensors.
-        quantized: Whether they are kept as they are, whatever dtype is asked for.
+        numbers: Count of numbers by dtype, under the names of safetensors.
+        quantized: True if they keep their dtype, whatever dtype is asked for.
     """
 
     numbers: dict[str, int]
@@ -45,7 +45,7 @@ class Weights:
         """Return the bytes that the weights take once they are loaded.
 
         Args:
-            dtype: In which they are loaded; one of `DTYPES`.
+            dtype: Dtype they are loaded in; one of `DTYPES`.
         """
         wide = _bits(dtype)
         return sum(
@@ -55,10 +55,10 @@ class Weights:
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a folder with files that are not what their names say.
+    """Refuse a folder whose files are not what their names say.
 
     Raises:
-        InvalidInputError: Some are pointers of Git LFS, or JSON files that hold none.
+        InvalidInputError: A file is a pointer of Git LFS, or a JSON file holds no JSON.
     """
     pointers = [file.name for file in sorted(folder.iterdir()) if _is_pointer(file)]
     if pointers:
@@ -72,10 +72,10 @@ def check_files(folder: Path) -> None:
 
 
 def weights_of(folder: Path, config: PretrainedConfig) -> Weights | None:
-    """Return what a folder's checkpoint holds; None if its files do not say, as older ones do not.
+    """Return a checkpoint's weights; None if its files do not describe them, as older formats.
 
     Raises:
-        InvalidInputError: There is none, or a part of it is missing or damaged.
+        InvalidInputError: There is no checkpoint, or a part of it is missing or damaged.
     """
     files = _weight_files(folder, config)
     for file in files:
@@ -100,7 +100,7 @@ def _weight_files(folder: Path, config: PretrainedConfig) -> list[Path]:
     """Return the files that transformers reads a folder's weights from.
 
     Raises:
-        InvalidInputError: There are none, or the list of them cannot be read.
+        InvalidInputError: There are no such files, or their index cannot be read.
     """
     named = getattr(config, "transformers_weights", None)
     for name in (named,) if named else (_WHOLE, _INDEX, _OLD, _OLD_INDEX):
@@ -123,7 +123,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        InvalidInputError: It cannot be read, is no JSON, or holds no object.
+        InvalidInputError: The file cannot be read, is not JSON, or holds no object.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def _check_there(file: Path) -> None:
     """Refuse a file of weights that is missing or empty.
 
     Raises:
-        InvalidInputError: It is.
+        InvalidInputError: It is missing or empty.
     """
     if not file.is_file():
         raise InvalidInputError(f"the weights' file {file} is missing; {_AGAIN}.")
@@ -149,10 +149,10 @@ def _check_there(file: Path) -> None:
 
 
 def _header(file: Path) -> list[tuple[str, str, int]]:
-    """Return name, dtype and how many numbers of each tensor in a safetensors file.
+    """Return name, dtype and count of numbers of each tensor in a safetensors file.
 
     Raises:
-        InvalidInputError: It is damaged: cut short, for example.
+        InvalidInputError: The file is damaged, for example cut short.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -167,7 +167,7 @@ def _header(file: Path) -> list[tuple[str, str, int]]:
 
 
 def _is_pointer(file: Path) -> bool:
-    """True if a file only stands for one that Git LFS keeps elsewhere."""
+    """True if a file is a Git LFS pointer."""
     try:
         if not file.is_file() or file.stat().st_size > 1024:
             return False

@@ -1,4 +1,4 @@
-"""What ``ifkv demo`` and ``ifkv ask`` share: encode, ask in several ways, show."""
+"""Steps that ``ifkv demo`` and ``ifkv ask`` share: prefill, compare answers, show them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ifkv.documents.source import Source
     from ifkv.session.session import Session
 
-# How many documents are named in a line.
+# Number of documents that are named in a line.
 _NAMED = 8
 
 
@@ -36,18 +36,18 @@ def add_documents(
     split: int | None = None,
     say: bool = True,
 ) -> list[str]:
-    """Prefill documents and say what that took.
+    """Prefill documents and print how long that took.
 
     Args:
-        console: Where to print.
+        console: Console to print on.
         session: A session over the model.
         texts: The texts.
-        sources: Where each is from.
-        split: As of [ifkv.Session.add][].
-        say: Whether to print.
+        sources: Source of each text.
+        split: As in [ifkv.Session.add][].
+        say: True to print.
 
     Returns:
-        The documents' keys, each once.
+        Keys of the documents, without repetitions.
     """
     started, before = time.perf_counter(), session.prefilled
     added = session.add(texts, split=split, sources=sources, progress=True)
@@ -67,7 +67,7 @@ def add_documents(
 
 
 def say_documents(console: Console, session: Session, keys: Sequence[str]) -> None:
-    """Name the documents that a question is asked over, where somebody else has added them."""
+    """Print the names of the documents that a question is asked over."""
     names = [
         str(sources[0]) if sources else key[:16] for key, sources in session.sources(keys).items()
     ]
@@ -101,24 +101,24 @@ def answer_questions(
     max_new_tokens: int | None,
     html: Path | None,
 ) -> None:
-    """Answer questions by full prefill, stitching alone and ifkv, and show it.
+    """Answer questions by full prefill, by stitching alone and by ifkv, and show the answers.
 
     Args:
-        console: Where to print.
+        console: Console to print on.
         session: A session over the model.
         documents: Keys of the documents.
         questions: The questions.
-        expected: Words that a right answer holds, one per question, if known.
+        expected: Words of a right answer, one text per question; None if not known.
         ratio: Recompute ratio, or ``"auto"`` to have it planned.
-        reorder: Whether to reorder documents.
-        selector: What chooses the tokens to recompute; the session's if None.
-        max_new_tokens: As of [ifkv.Session.ask][].
-        html: Where to write the picture, if anywhere.
+        reorder: True to reorder documents.
+        selector: Selector of the tokens to recompute; the session's if None.
+        max_new_tokens: As in [ifkv.Session.ask][].
+        html: Path of the page to write; None for no page.
     """
     # The first way to be timed would pay for reading what is on a disk only; let it be in memory.
     for key in documents:
         session.store.get(key)
-    # The first forward of each kind pays for threads and buffers; let no way pay for another.
+    # The first forward of each kind allocates threads and buffers, so it is run before the clock.
     compare(session, questions[0], documents=documents[:1], max_new_tokens=1)
 
     settings = overruled(session.model)
@@ -161,7 +161,7 @@ def answer_questions(
 
 
 def _report(session: Session, question: str, ways: Sequence[Way]) -> Report:
-    """What is shown of one question; the picture is that of the last way, ifkv's."""
+    """Build the report of one question; its picture is that of the last way, ifkv's."""
     rows = [
         AnswerRow(
             way=way.name,
@@ -180,13 +180,13 @@ def _report(session: Session, question: str, ways: Sequence[Way]) -> Report:
 
 
 def _summary(reports: Sequence[Report]) -> str:
-    """One line: the median speed-up and divergence of each way over all questions."""
+    """Return a line with the median speed-up and divergence of each way over all questions."""
     parts = []
     for rows in zip(*(report.rows[1:] for report in reports), strict=True):
         speedup = statistics.median(row.speedup or 0.0 for row in rows)
         measured = [row.kl for row in rows if row.kl is not None]
         kl = f", KL {statistics.median(measured):.3f}" if len(measured) == len(rows) else ""
-        parts.append(f"{rows[0].way}: {speedup:.2f}× sooner{kl}")
+        parts.append(f"{rows[0].way}: {speedup:.2f}× faster{kl}")
     return f"\nMedians over {len(reports)} questions. " + "; ".join(parts) + "."
 
 
@@ -202,7 +202,7 @@ def stream_answer(
     max_new_tokens: int | None,
     html: Path | None,
 ) -> None:
-    """Print one answer as it comes and its time to first token, and write its page if asked."""
+    """Stream one answer, print its time to first token, and write its page if asked."""
     answer = session.ask(
         question,
         documents=documents,

@@ -1,4 +1,4 @@
-"""``ifkv demo``: a real model answers over cached documents, several times sooner."""
+"""``ifkv demo``: answers of a small real model over cached documents."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from ifkv.cli.answer_length import MaxNewTokens
 
 def demo(
     ratio: Annotated[
-        float, typer.Option(help="Recompute ratio: share of the context recomputed.", min=0, max=1)
+        float,
+        typer.Option(
+            help="Recompute ratio: share of the context's tokens that is recomputed.", min=0, max=1
+        ),
     ] = 0.15,
-    questions: Annotated[int, typer.Option(help="How many questions to ask.", min=1, max=6)] = 3,
+    questions: Annotated[int, typer.Option(help="Number of questions to ask.", min=1, max=6)] = 3,
     reorder: Annotated[
         bool,
         typer.Option(
             "--reorder",
-            help="Put the documents that matter most last. Where that moves them, no KL to full "
-            "prefill is shown, which reads them in the order given.",
+            help="Put the documents with the highest scores last, next to the question. If "
+            "this moves documents, no KL is shown, because full prefill reads them in the "
+            "given order.",
         ),
     ] = False,
     max_new_tokens: MaxNewTokens = None,
-    html: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path(
-        "ifkv-demo.html"
-    ),
+    html: Annotated[
+        Path,
+        typer.Option(help="Page that shows over the text which tokens the questions attend to."),
+    ] = Path("ifkv-demo.html"),
 ) -> None:
     """Prefill a dozen passages once, then answer questions over them in three ways.
 
-    A small real model (SmolLM2-135M, from an installed package, on the CPU) is asked each question
-    by full prefill, from the stitched documents as they are, and by ifkv. Time to first token,
-    speed-up, share of the arithmetic bound and distance from full prefill are printed, and
-    where the question looked is shown over the text with the recomputed tokens marked.
+    A small real model (SmolLM2-135M, from an installed package, on the CPU) answers each question
+    three times: by full prefill, from stitched documents without recompute, and by ifkv. The table
+    shows time to first token, speed-up, its share of the arithmetic bound S(r), and distance from
+    full prefill (KL). The text below it shows which tokens the question attends to and which were
+    recomputed.
 
     Example: ifkv demo --questions 1 --ratio 0.3
     """

@@ -1,4 +1,4 @@
-"""``ifkv encode``: build a store for a corpus."""
+"""``ifkv encode``: build a store of prefilled documents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def encode(
     store: Annotated[
         str | None,
         typer.Option(
-            "--store", "-s", help="A folder or URL; the user's cache folder if not given."
+            "--store",
+            "-s",
+            help="Store to write to, a folder or a URL. Default: the user's cache folder.",
         ),
     ] = None,
     split: Split = None,
@@ -39,44 +41,46 @@ def encode(
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"{DTYPE_HELP} Take the one in which questions will be asked: documents of "
-            "another are not found."
+            help=f"{DTYPE_HELP} Ask questions in the same dtype: documents of another are not "
+            "found."
         ),
     ] = AUTO,
     device: Device = AUTO,
     codec: Annotated[
         str,
         typer.Option(
-            help="How rows are kept: exact; or fp8 or int8, rounded to 8 bits a number, in a "
-            "quarter of float32's room."
+            help="Storage format of keys and values: exact; or fp8 or int8, rounded to 8 bits "
+            "a number, a quarter of float32's size."
         ),
     ] = "exact",
     max_bytes: Annotated[
         str | None,
         typer.Option(
-            help="What the store may hold, such as 20GiB; beyond it the least recently used go."
+            help="Largest size of the store, such as 20GiB. Beyond it, the least recently "
+            "used documents are evicted. Default: no limit."
         ),
     ] = None,
     sensitivities: Annotated[
         bool,
         typer.Option(
             "--sensitivities",
-            help="Also keep how far each token's values move behind other text, which the selector "
-            "sensitivity-aware goes by; for another prefill of each document. Documents that are "
-            "there without are encoded again.",
+            help="Also store the sensitivities that the selector sensitivity-aware needs: how "
+            "far each token's values change after other text. This takes another prefill of "
+            "each document, and encodes stored documents without sensitivities again.",
         ),
     ] = False,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens that are computed at once; a longer document goes alone. 1024 on a CPU, "
-            "4096 elsewhere if not given: give fewer if memory runs out, more on a large GPU.",
+            help="Tokens that are computed at once; a longer document is computed alone. Give "
+            "fewer if memory runs out, more on a large GPU. Default: 1024 on a CPU, 4096 "
+            "elsewhere.",
             min=1,
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Prefill a corpus into a store, skipping what is there; interrupted, it can be run again.
+    """Prefill files into a store; documents that are stored already are skipped.
 
     Example: ifkv encode notes/*.md corpus.jsonl --model path/to/model --store documents
     """

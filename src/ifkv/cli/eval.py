@@ -1,4 +1,4 @@
-"""``ifkv eval``: which way of choosing tokens answers best, at what cost."""
+"""``ifkv eval``: compare selectors by quality and cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 def evaluate(
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder of the results; made if it does not exist.",
+            show_default=False,
+        ),
     ],
     model: Annotated[
         str,
@@ -30,8 +36,9 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="hotpotqa, squad, needle, needle-multikey, needle-multivalue, needle-chain; or a "
-            ".jsonl in LongBench's format; or the official .json of HotpotQA or SQuAD.",
+            help="Data set: hotpotqa, squad, needle, needle-multikey, needle-multivalue or "
+            "needle-chain; or a .jsonl file in LongBench's format; or the official .json file "
+            "of HotpotQA or SQuAD.",
             show_default=False,
         ),
     ] = "",
@@ -40,8 +47,8 @@ def evaluate(
         typer.Option(
             "--selectors",
             "-s",
-            help="Selectors by name, with options behind a colon, separated by commas; may be "
-            "given several times. All that there are by default.",
+            help="Selectors to compare, separated by commas, each with options after a colon. "
+            "May be given several times. Default: all selectors.",
             show_default=False,
         ),
     ] = None,
@@ -52,47 +59,64 @@ def evaluate(
     budgets: Annotated[
         str,
         typer.Option(
-            help="Further budgets, separated by commas: number=200, mass=.5+cap=.3, "
-            ".15+sentences, .15+window=5.",
+            help="More budgets than the ratios, separated by commas. Examples: number=200, "
+            "mass=.5+cap=.3, .15+sentences, .15+window=5.",
             show_default=False,
         ),
     ] = "",
     geometries: Annotated[
         str,
         typer.Option(
-            help="Also score in these geometries, where a selector can: global, hl-hp, tl-tp, "
-            "hl-tp.",
+            help="Also score in these position geometries, separated by commas, with the "
+            "selectors that can: global, hl-hp, tl-tp, hl-tp.",
             show_default=False,
         ),
     ] = "",
     reorder: Annotated[
-        bool, typer.Option("--reorder", help="Also with the richest documents put last.")
+        bool,
+        typer.Option(
+            "--reorder",
+            help="Also measure every selector with the documents of the highest scores put last.",
+        ),
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Questions at most.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Largest number of questions. Default: all.", min=1)
+    ] = None,
     passages: Annotated[
         int | None,
-        typer.Option(help="Passages a question; those its answer needs stay.", min=2),
+        typer.Option(
+            help="Passages per question; those that its answer needs are kept. "
+            "Default: as the data set says.",
+            min=2,
+        ),
     ] = None,
     split: Annotated[
         int | None,
-        typer.Option(help="Cut passages into documents of so many tokens.", min=1),
+        typer.Option(
+            help="Cut passages into documents of this many tokens. Default: one "
+            "document per passage.",
+            min=1,
+        ),
     ] = None,
     system: System = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
     control_tokens: ControlTokens = "text",
     answers: Annotated[
-        bool, typer.Option(help="Decode answers too, for F1 and exact match.")
+        bool,
+        typer.Option(
+            help="Also decode answers, for token F1 and exact match. --no-answers is much faster."
+        ),
     ] = True,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer at most.", min=1)
+        int, typer.Option(help="Largest number of tokens of an answer.", min=1)
     ] = DEFAULT_MAX_NEW_TOKENS,
     short_answer: Annotated[
         str | None,
         typer.Option(
-            help="A sentence put behind every question, so that answers are as short as the data "
-            "set's and can be compared with them; an English one if not given. Write it in the "
-            "questions' language, or give '' where the data asks for whole sentences.",
+            help="Sentence put after every question, so that answers are as short as the data "
+            "set's and can be compared with them. Write it in the language of the questions; "
+            "'' adds none. Default: an English one.",
             show_default=False,
         ),
     ] = None,
@@ -101,27 +125,29 @@ def evaluate(
     seed: Annotated[
         int,
         typer.Option(
-            help="Any number: it decides which questions are drawn, what made-up ones say, which "
-            "passages stand beside the needed ones and in what order, and the intervals' "
-            "resamples. The same seed gives the same run; take another, and another OUT, to see "
-            "whether a finding holds on other questions."
+            help="Seed of everything random: which questions are drawn, what synthetic ones "
+            "say, which other passages are added and in what order, and the resamples of the "
+            "intervals. The same seed repeats a run; another seed, with another OUT, tests a "
+            "finding on other questions."
         ),
     ] = 0,
     summarize_only: Annotated[
         bool,
-        typer.Option("--summarize-only", help="Only write the summary of what OUT holds already."),
+        typer.Option(
+            "--summarize-only", help="Only write the summary of the results that OUT holds."
+        ),
     ] = False,
 ) -> None:
-    """Compare selectors over many questions: quality against full prefill, and cost.
+    """Compare selectors over many questions: distance from full prefill, and cost.
 
     Example: ifkv eval --model path/to/model --data needle --limit 20
     --selectors "attention-norm,attention-norm:layers=0.0-1.0,query=question,epic"
     --ratios .05,.15 --out results
 
     Each question is answered by full prefill, by stitching alone, and with every selector at every
-    ratio. Results go to OUT one question at a time: after an interruption the same command goes
-    on where it stopped, and more selectors, ratios or questions are added to what is there. The
-    summary is written as a page with plots, Markdown and CSV.
+    ratio. Results are written to OUT question by question: after an interruption, the same command
+    continues where it stopped. More selectors, ratios or questions can be added to an existing OUT.
+    The summary is written as a page with plots, as Markdown and as CSV.
     """
     from rich.console import Console
 
@@ -206,7 +232,7 @@ def evaluate(
 
 
 def _finished(out: Path, questions: list[str], ways: list[str], *, answers: bool) -> str:
-    """How many questions need not be asked again, in a sentence."""
+    """Return a sentence about the questions that need not be asked again."""
     from ifkv.cli.wording import count
     from ifkv.evaluation.results_log import SETTINGS, Ledger
 
@@ -221,7 +247,7 @@ def _finished(out: Path, questions: list[str], ways: list[str], *, answers: bool
 
 
 def _show(console: Console, summary: Summary, written: list[Path]) -> None:
-    """The main table in the terminal, and where the rest is."""
+    """Print the main table and the paths of the other results."""
     from rich.table import Table
 
     from ifkv.cli.output_paths import say_written

@@ -1,4 +1,4 @@
-"""A model's ``generation_config.json``, read before its weights are."""
+"""Checks of a model's ``generation_config.json``, before its weights are read."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def check_generation(name: str, max_new_tokens: int | None = None) -> GenerationSettings:
-    """Refuse what a model's ``generation_config.json`` asks for and no answer has a place for.
+    """Refuse settings of a model's ``generation_config.json`` that ifkv does not support.
 
     Args:
         name: Folder or hub id of the model.
-        max_new_tokens: Length of an answer at most, which comes before the file's.
+        max_new_tokens: Largest length of an answer; it overrides the file's.
 
     Returns:
-        What is said there and here.
+        Settings of the file and of the arguments.
 
     Raises:
-        InvalidInputError: It asks for such, or cannot be read.
+        InvalidInputError: The file holds such a setting, or cannot be read.
     """
     from transformers import GenerationConfig
 

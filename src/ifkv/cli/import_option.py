@@ -1,4 +1,4 @@
-"""``--import``: a user's own modules, whose selectors can then be named."""
+"""``--import``: modules of the user, whose selectors can then be named."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Imports = Annotated[
     list[str] | None,
     typer.Option(
         "--import",
-        help="A Python file or installed module to run first: selectors that it registers can be "
-        "named. May be given several times.",
+        help="Python file or installed module to run first, so that the selectors it "
+        "registers can be named. May be given several times.",
         show_default=False,
     ),
 ]
 
 
 def import_all(names: Sequence[str]) -> None:
-    """Import modules by name, and files that end in ``.py``; none is imported twice.
+    """Import modules by name, and files that end in ``.py``, each once.
 
     Args:
-        names: Modules and files.
+        names: Names of modules, and paths of files.
 
     Raises:
-        InvalidInputError: One of them is not there, or fails.
+        InvalidInputError: A module does not exist, or fails.
     """
     for name in names:
         try:
@@ -50,7 +50,7 @@ def import_all(names: Sequence[str]) -> None:
 
 
 def _import_file(path: Path) -> None:
-    """Import a file under a name of its own, which its dataclasses are looked up by."""
+    """Import a file under a unique module name, by which its dataclasses are looked up."""
     path = path.resolve()
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:

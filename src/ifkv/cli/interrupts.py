@@ -1,4 +1,4 @@
-"""Ctrl-C: one line that says what is kept, and exit code 130."""
+"""Ctrl-C: one line about what has been saved so far, and exit code 130."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXIT_CODE = 130  # as shells count it: 128, and the number of the signal
 
 
 class Kept:
-    """What an interruption finds done, in a sentence; set anew as the work goes on."""
+    """Message printed on Ctrl-C: what has been saved so far."""
 
     def __init__(self) -> None:
         self.sentence: Callable[[], str] = lambda: "Nothing had been computed yet."
@@ -27,19 +27,19 @@ class Kept:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Kept]:
-    """Turn Ctrl-C in the block into a line that says what is kept.
+    """Turn Ctrl-C in the block into a line about what has been saved.
 
     Yields:
-        Where the sentence about it is set.
+        The message, whose sentence the block sets as its work advances.
 
     Raises:
-        typer.Exit: It was interrupted.
+        typer.Exit: The block was interrupted.
     """
     kept = Kept()
     try:
         yield kept
     except KeyboardInterrupt:
-        # On a line of its own: the terminal shows ^C, perhaps behind half an answer.
+        # The line begins anew: the terminal shows ^C, perhaps after half an answer.
         typer.echo(f"\nInterrupted. {kept.sentence()}", err=True)
         raise typer.Exit(EXIT_CODE) from None
 
@@ -50,13 +50,13 @@ def documents_kept(
     documents: Sequence[list[int]],
     prefix: Sequence[int],
 ) -> Callable[[], str]:
-    """A function that says how many documents a store has.
+    """Return a function that says how many documents a store holds.
 
     Args:
-        store: The store, which lasts longer than the process.
-        model: A patched model; it need not be when the function is called.
+        store: A store that outlives the process.
+        model: A patched model; it need not be patched when the function is called.
         documents: Token ids of each.
-        prefix: What they are encoded behind.
+        prefix: Prefix that they are encoded after.
     """
     keys = {store.key_for(model, ids, prefix) for ids in documents}
 

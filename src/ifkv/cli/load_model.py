@@ -1,4 +1,4 @@
-"""Load the models that command lines name, refusing what can be refused before any weights."""
+"""Load models by folder or hub id; refuse what can be refused before weights are read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Checked:
-    """A model that can be loaded, as far as that can be told before its weights are read.
+    """Model whose files passed all checks that need no weights.
 
     Attributes:
         name: Folder or hub id.
         config: Its config.
-        dtype: In which it will be computed; one of `DTYPES`.
-        device: Where.
-        nbytes: What its weights will take there; None if that is not known.
+        dtype: Dtype of the computation; one of `DTYPES`.
+        device: Device of the computation.
+        nbytes: Bytes of its weights there; None if unknown.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Checked:
 
     @property
     def sentence(self) -> str:
-        """What will be loaded, and what that takes."""
+        """Return a sentence that says what will be loaded and how large it is."""
         from rich.filesize import decimal
 
         size = "" if self.nbytes is None else f", {decimal(self.nbytes)} of weights"
@@ -51,7 +51,7 @@ class Checked:
 
 
 def check_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> Checked:
-    """Refuse all that can be refused of a model before its weights are read.
+    """Check a model as far as possible before its weights are read.
 
     Args:
         name: Folder or hub id.
@@ -59,8 +59,8 @@ def check_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> Checked:
         device: A device, or ``auto``.
 
     Raises:
-        InvalidInputError: The dtype is unknown, there is no such model or it is damaged, no such
-            device, or no room for the weights.
+        InvalidInputError: The dtype is unknown, the model is missing or damaged, there is no such
+            device, or the weights do not fit.
         UnsupportedModelError: No family covers the model.
     """
     from ifkv.cli.available_memory import check_room
@@ -79,7 +79,7 @@ def check_model(name: str, *, dtype: str = AUTO, device: str = AUTO) -> Checked:
 
 
 def _weights(name: str, config: PretrainedConfig) -> Weights | None:
-    """Return what the checkpoint of a folder holds, or of a model of the hub if it can be asked.
+    """Return the weights of a checkpoint, of a folder or the hub; None if unknown.
 
     Raises:
         InvalidInputError: A folder's files are missing or damaged.
@@ -98,11 +98,10 @@ def _weights(name: str, config: PretrainedConfig) -> Weights | None:
 
 
 def load_model(checked: Checked) -> PreTrainedModel:
-    """A causal language model whose weights are all its checkpoint's, in ``eval()`` mode.
+    """Load a causal language model in ``eval()`` mode, with all weights from its checkpoint.
 
     Raises:
-        InvalidInputError: Weights are missing, damaged or contradict the config, or there is no
-            room for them.
+        InvalidInputError: Weights are missing, damaged or contradict the config, or do not fit.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -150,7 +149,7 @@ def _no_room(checked: Checked, error: Exception) -> InvalidInputError:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers' own table of missing weights out of the log; we say it in a sentence."""
+    """Keep transformers' table of missing weights out of the log; a sentence says it instead."""
 
     def wanted(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -164,7 +163,7 @@ def _without_report() -> Iterator[None]:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a model by folder or hub id; no weights are read.
+    """Return the config of a model by folder or hub id; no weights are read.
 
     Raises:
         InvalidInputError: There is no such model, or its files are damaged.
@@ -188,7 +187,7 @@ def load_config(name: str) -> PretrainedConfig:
 
 
 def _check_place(name: str) -> None:
-    """Refuse a path that leads to no model, before transformers takes it for a hub id.
+    """Refuse a path without a model, before transformers takes it for a hub id.
 
     Raises:
         InvalidInputError: There is no such folder, or no model in it.
@@ -213,10 +212,10 @@ def _check_place(name: str) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model that is there.
+    """Load the tokenizer of a model that passed `check_model`.
 
     Raises:
-        InvalidInputError: It has none, or one that is damaged.
+        InvalidInputError: The model has no tokenizer, or a damaged one.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Files and folders that commands write: looked at before any work, and named afterwards."""
+"""Checks of the files and folders that commands write, before any work."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def check_page(page: Path | None) -> None:
-    """Refuse a page that cannot be written where it is wanted; a mistyped folder is not made.
+    """Refuse the path of a page that cannot be written; its folder is not made.
 
     Raises:
-        InvalidInputError: Its folder is missing or closed to us, or it is a folder itself.
+        InvalidInputError: Its folder does not exist or cannot be written, or the path is a folder.
     """
     if page is None:
         return
@@ -32,13 +32,13 @@ def check_page(page: Path | None) -> None:
 
 
 def check_store(where: str | None) -> None:
-    """Refuse a store that is asked over and is not there; a mistyped folder is not made.
+    """Refuse a store to ask over that does not exist; it is not made.
 
     Args:
-        where: As of ``--store``: a folder or URL; the user's cache folder if None.
+        where: Value of ``--store``: a folder or URL; the user's cache folder if None.
 
     Raises:
-        InvalidInputError: There is none, or it is ``memory``.
+        InvalidInputError: The store does not exist, or is ``memory``.
     """
     from ifkv.store import default_store_path
 
@@ -61,7 +61,7 @@ def check_results(folder: Path) -> None:
     """Refuse a folder of results that can neither be made nor written.
 
     Raises:
-        InvalidInputError: It is a file, lies in one, or is closed to us.
+        InvalidInputError: The path is a file, lies in one, or cannot be written.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -77,5 +77,5 @@ def _check_writable(folder: Path, option: str, wanted: Path) -> None:
 
 
 def say_written(console: Console, path: Path) -> None:
-    """Name a file that was written, as the user named it."""
+    """Print the path of a written file as the user gave it."""
     console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Where a command computes, and in which numbers: the options and what they mean by themselves."""
+"""Options for device and dtype of a command, and their defaults."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 AUTO = "auto"
 
 DTYPE_HELP = (
-    "float32, float64, bfloat16 or float16; auto is the checkpoint's own, but float32 on a CPU "
-    "that computes half precision no faster."
+    "Dtype of weights and cache: float32, float64, bfloat16 or float16. auto is the "
+    "checkpoint's dtype, or float32 on a CPU that computes half precision no faster."
 )
 Dtype = Annotated[str, typer.Option(help=DTYPE_HELP)]
 Device = Annotated[
-    str, typer.Option(help="cpu or cuda, for example; auto is the CUDA card if there is one.")
+    str, typer.Option(help="Device, such as cpu or cuda. auto is the GPU if CUDA has one.")
 ]
 
-# What torch calls the instructions that multiply these numbers, on x86 and on ARM.
+# Names in torch of the instructions that multiply these numbers, on x86 and on ARM.
 _ARITHMETIC = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "avx10_2", "bf16"),
     "float16": ("avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"),
@@ -35,7 +35,7 @@ def check_dtype(dtype: str) -> None:
     """Refuse the name of a dtype that is neither ``auto`` nor one of `DTYPES`.
 
     Raises:
-        InvalidInputError: It is none.
+        InvalidInputError: The name is unknown.
     """
     if dtype not in (AUTO, *DTYPES):
         raise InvalidInputError(
@@ -44,10 +44,10 @@ def check_dtype(dtype: str) -> None:
 
 
 def chosen_device(device: str) -> str:
-    """Return the device that is meant: for ``auto`` the CUDA card if there is one, else the CPU.
+    """Return the device; for ``auto`` a GPU if CUDA has one, else the CPU.
 
     Raises:
-        InvalidInputError: Nothing can be computed there.
+        InvalidInputError: The device cannot be used here.
     """
     import torch
 
@@ -64,18 +64,18 @@ def chosen_device(device: str) -> str:
 
 
 def chosen_dtype(dtype: str, config: PretrainedConfig, device: str) -> str:
-    """Return the dtype that is meant: for ``auto`` the one that suits the checkpoint and device.
+    """Return the dtype; for ``auto`` the one that suits checkpoint and device.
 
-    That is the checkpoint's own. On a CPU without the arithmetic for a half precision it is
-    float32, which holds the same weights and is no slower there.
+    This is the checkpoint's dtype. On a CPU without arithmetic for its half precision it is
+    float32, which represents the same weights and is no slower there.
 
     Args:
         dtype: ``auto``, or one of `DTYPES`.
         config: The model's config.
-        device: Where the model runs.
+        device: Device that the model runs on.
 
     Raises:
-        InvalidInputError: The checkpoint's own dtype is none to compute in.
+        InvalidInputError: The checkpoint's dtype cannot be computed in.
     """
     if dtype != AUTO:
         return dtype
@@ -97,7 +97,7 @@ def own_dtype(config: PretrainedConfig) -> str:
 
 
 def _cpu_computes(dtype: str) -> bool:
-    """True if this CPU multiplies numbers of a half precision by itself."""
+    """True if this CPU has instructions that multiply numbers of a half precision."""
     import torch
 
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -105,6 +105,6 @@ def _cpu_computes(dtype: str) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """Return the beginning of another library's message, as part of a sentence."""
+    """Return the first line of another library's message, as part of a sentence."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".: ") if text else repr(error)

@@ -1,4 +1,4 @@
-"""``ifkv plan``: how soon would a request answer here, and at which ratio?"""
+"""``ifkv plan``: predicted times to first token, and a recommended recompute ratio."""
 
 from __future__ import annotations
 
@@ -12,39 +12,46 @@ from ifkv.cli.placement import AUTO, Device, Dtype
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="Folder or hub id of a model; its config is read, no weights."),
+        typer.Argument(help="Folder or hub id of the model; only its config is read, no weights."),
     ],
     tokens: Annotated[
         int,
-        typer.Option("--tokens", "-n", help="Tokens of the context.", min=1, show_default=False),
+        typer.Option(
+            "--tokens",
+            "-n",
+            help="Tokens of the context: of all documents together.",
+            min=1,
+            show_default=False,
+        ),
     ],
     documents: Annotated[
         int,
         typer.Option(
-            help="How many documents these tokens are, equally long: as many as your retriever "
-            "gives for a question. It matters where they are few (the first is never recomputed) "
-            "or very many (each takes a moment to load and stitch).",
+            help="Number of documents, as many as your retriever returns per question; they "
+            "count as equally long. It matters if there are few (the first is never "
+            "recomputed) or very many (each takes a moment to load and stitch).",
             min=1,
         ),
     ] = 8,
     query: Annotated[
-        int, typer.Option(help="Tokens of the prompt: the question, in its chat template.", min=1)
+        int, typer.Option(help="Tokens of the prompt: the question in its chat template.", min=1)
     ] = 32,
     question: Annotated[
-        int, typer.Option(help="Tokens of the bare question, which the selector looks by.", min=1)
+        int,
+        typer.Option(help="Tokens of the bare question, for selectors that score by it.", min=1),
     ] = 16,
     selector: Annotated[
         str,
         typer.Option(
-            help="What chooses the tokens: sink-aware, sensitivity-aware, value-aware or "
-            "attention-norm, with options behind a colon."
+            help="Selector of the tokens: sink-aware, sensitivity-aware, value-aware or "
+            "attention-norm, with options after a colon."
         ),
     ] = "sink-aware",
     ratio: Annotated[
         list[float] | None,
         typer.Option(
-            help="A recompute ratio to consider; may be given several times. 0.05, 0.15 and 0.3 "
-            "if not given.",
+            help="Recompute ratio to consider. May be given several times. Default: 0.05, "
+            "0.15 and 0.3.",
             min=0,
             max=1,
             show_default=False,
@@ -53,25 +60,25 @@ def plan(
     speedup: Annotated[
         float,
         typer.Option(
-            help="How many times as soon as plain prefill the first token must come; the largest "
-            "ratio that is predicted to keep this is recommended. More where users wait, at the "
-            "price of answers that are further from plain prefill's; less, down to 1, where "
-            "those matter most."
+            help="Wanted speed-up to the first token over full prefill; the largest ratio "
+            "predicted to reach it is recommended. A higher value gives faster answers that "
+            "are further from full prefill's; 1 gives the nearest answers that are not slower."
         ),
     ] = 2.0,
     dtype: Dtype = AUTO,
     device: Device = AUTO,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Measure this machine anew.")
+        bool, typer.Option("--recalibrate", help="Measure this machine again.")
     ] = False,
 ) -> None:
     """Predict times to first token on this machine, and recommend a recompute ratio.
 
-    What the machine does with layers of the model's shape is measured once, in ten to fifteen
-    seconds, on random weights, and kept. hot: the documents' keys and values are in memory; warm:
-    in a store on the disk that the system has in its page cache; cold: past the page cache. Give
-    the machine rest while it measures: rates that look like those of a busy machine are kept, too,
-    and every plan made from them says so.
+    The first run measures how fast this machine runs layers of the model's shape, with random
+    weights. That takes ten to fifteen seconds, and the rates are kept. Do not run other work
+    meanwhile: plans from rates that look like those of a busy machine say so.
+
+    Times are given for three places of the documents' keys and values. hot: in memory. warm: in a
+    store on disk, and in the system's page cache. cold: in a store on disk only.
 
     Example: ifkv plan path/to/model --tokens 4000 --documents 12 --ratio 0.1 --ratio 0.2
     """
@@ -114,7 +121,7 @@ def plan(
             config, dtype=getattr(torch, dtype), device=device, recalibrate=recalibrate
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # is said below, behind the table
+        warnings.simplefilter("ignore", CalibrationWarning)  # printed below the table
         made = planner.plan(
             tokens,
             documents=documents,
@@ -127,10 +134,10 @@ def plan(
     name = Path(model).resolve().name if Path(model).is_dir() else model
     table = Table(
         title=escape(f"{name}, {dtype}, {device}, {torch.get_num_threads()} threads"),
-        caption="Predicted times to first token; how many times as soon as plain prefill hot is, "
-        "and the bound S(r) on that.",
+        caption="Predicted times to first token; how many times faster hot is than full prefill, "
+        "and S(r), the bound on that.",
     )
-    for heading in ("", "tokens", "hot", "warm", "cold", "sooner", "bound"):
+    for heading in ("", "tokens", "hot", "warm", "cold", "speed-up", "bound"):
         table.add_column(heading, justify="right", no_wrap=True)
     for each in made.forecasts:
         table.add_row(
@@ -141,7 +148,7 @@ def plan(
             f"{each.bound:.2f}×",
             style="bold" if each.ratio == made.ratio else None,
         )
-    table.add_row("plain prefill", str(tokens), _seconds(made.prefill), style="dim")
+    table.add_row("full prefill", str(tokens), _seconds(made.prefill), style="dim")
     console.print(table)
     console.print(
         f"{tokens} tokens in {documents} documents, and a prompt of {query}. Their keys "
@@ -149,7 +156,7 @@ def plan(
     )
     if made.doubt is not None:
         console.print(f"[yellow]{escape(made.doubt[0].upper() + made.doubt[1:])}[/]")
-    advice = "plain prefill" if made.ratio is None else f"r = {made.ratio:g}"
+    advice = "full prefill" if made.ratio is None else f"r = {made.ratio:g}"
     console.print(f"[green]Recommended: {advice}[/] ({made.reason}).")
 
 

@@ -1,4 +1,4 @@
-"""How command lines say what a prompt has besides documents and question."""
+"""Options for the parts of a prompt other than documents and question."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 
 def variables_of(text: str) -> dict[str, Any]:
-    """Variables of a chat template as written on the command line.
+    """Return the variables of a chat template as written on the command line.
 
     Raises:
-        typer.BadParameter: They are no JSON object.
+        typer.BadParameter: The text is not a JSON object.
     """
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{text!r} is no JSON ({error}).") from error
+        raise typer.BadParameter(f"{text!r} is not JSON ({error}).") from error
     if not isinstance(found, dict):
-        raise typer.BadParameter(f"{text!r} is no JSON object, such as '{{\"name\": false}}'.")
+        raise typer.BadParameter(f"{text!r} is not a JSON object such as '{{\"name\": false}}'.")
     return found
 
 
 System = Annotated[
     str | None,
     typer.Option(
-        help="The system prompt; what the chat template says by itself if not given.",
+        help="System prompt. Default: what the chat template says without one.",
         show_default=False,
     ),
 ]
@@ -46,16 +46,16 @@ ChatTemplateKwargs = Annotated[
 Date = Annotated[
     str | None,
     typer.Option(
-        help="What the chat template prints for today's date: a date such as 2026-01-31, or "
-        "'today', with which documents are not found tomorrow. Always the same if not given.",
+        help="Date that the chat template prints as today's, such as 2026-01-31. With "
+        "'today', stored documents are not found tomorrow. Default: always the same date.",
         show_default=False,
     ),
 ]
 ControlTokens = Annotated[
     Literal["text", "parse"],
     typer.Option(
-        help="What control tokens such as <|im_end|> are in files and questions: letters like any "
-        "others (text), or what they are in the chat template (parse)."
+        help="Meaning of control tokens such as <|im_end|> in files and questions: ordinary "
+        "text (text), or what they are in the chat template (parse)."
     ),
 ]
 
@@ -66,7 +66,7 @@ def prompt_options(
     date: str | None,
     control_tokens: Literal["text", "parse"],
 ) -> PromptOptions:
-    """These options as `PromptFormat` takes them; questions need the same."""
+    """Return these options as `PromptFormat` takes them, and as questions need them too."""
     return {
         "system": system,
         "chat_template_kwargs": chat_template_kwargs,

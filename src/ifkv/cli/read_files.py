@@ -1,4 +1,4 @@
-"""Read the text files that command lines name, and say which cannot be read and why."""
+"""Read the text files that command lines name; refuse unreadable ones with the reason."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ifkv.documents.source import Source
 from ifkv.errors import InvalidInputError
 
 FILES_HELP = (
-    "Text or Markdown files, one document each, and .jsonl files, one document a line; longer ones "
-    "become several with --split."
+    "Text or Markdown files, one document each, and .jsonl files, one document per line. "
+    "--split cuts long ones into several documents."
 )
-Field = Annotated[str, typer.Option(help="The field of a JSONL line that has the text.")]
+Field = Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")]
 
 _LINES = (".jsonl", ".ndjson")
-# What formats that are often taken for text begin with.
+# First bytes of formats that are often taken for text.
 _BINARY = {b"%PDF": "a PDF", b"PK\x03\x04": "a ZIP archive or an office document"}
 _KINDS: dict[type, str] = {
     dict: "an object",
@@ -32,10 +32,10 @@ _KINDS: dict[type, str] = {
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
-    """One document per text file.
+    """Return one document per text file.
 
     Raises:
-        InvalidInputError: Files are missing, blank, or not UTF-8 text; all of them are named.
+        InvalidInputError: Files are missing, blank, or not UTF-8 text; the message names them all.
     """
     texts, bad = [], []
     for file in files:
@@ -51,10 +51,10 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 
 def _read(file: Path) -> str:
-    """A file's text.
+    """Return a file's text.
 
     Raises:
-        InvalidInputError: It is missing, blank, or not UTF-8 text.
+        InvalidInputError: The file is missing, blank, or not UTF-8 text.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -72,14 +72,14 @@ def _read(file: Path) -> str:
         ) from error
     if "\0" in text:
         raise InvalidInputError(_not_text(file))
-    text = text.removeprefix("\ufeff")  # a byte order mark, which is no part of the text
+    text = text.removeprefix("\ufeff")  # a byte order mark is not part of the text
     if not text.strip():
         raise InvalidInputError(f"{file} is blank; leave it out or give it some text.")
     return text
 
 
 def _not_utf8(file: Path, error: UnicodeDecodeError) -> str:
-    """What a file is whose bytes are not UTF-8."""
+    """Return a sentence about a file whose bytes are not UTF-8."""
     data = error.object
     for start, name in _BINARY.items():
         if data.startswith(start):
@@ -99,14 +99,14 @@ def _not_text(file: Path) -> str:
 
 
 def read_corpus(files: Sequence[Path], field: str) -> list[tuple[Source, str]]:
-    """Documents of files: one per text or Markdown file, one per line of a JSONL file.
+    """Return the documents of files: one per text or Markdown file, one per line of a JSONL file.
 
     Args:
         files: The files.
-        field: Where a JSONL line has its text.
+        field: Field of a JSONL line that holds the text.
 
     Returns:
-        Where each document is from, and its text.
+        The source of each document, and its text.
 
     Raises:
         InvalidInputError: Files cannot be read, or a document has no text.
@@ -124,10 +124,10 @@ def read_corpus(files: Sequence[Path], field: str) -> list[tuple[Source, str]]:
 
 
 def _field_of(line: str, field: str, where: str) -> str:
-    """The text of a JSONL line.
+    """Return the text of a JSONL line.
 
     Raises:
-        InvalidInputError: It has none.
+        InvalidInputError: The line has no text.
     """
     try:
         entry = json.loads(line)
@@ -161,5 +161,5 @@ def _field_of(line: str, field: str, where: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value is in the words of JSON."""
+    """Return the kind of a value in the words of JSON."""
     return _KINDS.get(type(value), "a text")

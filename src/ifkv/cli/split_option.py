@@ -1,4 +1,4 @@
-"""Texts that command lines name become documents of token ids, none longer than the model."""
+"""Cut the texts that command lines name into documents that fit the model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 Split = Annotated[
     int | None,
     typer.Option(
-        help="Cut texts that are longer into documents of at most so many tokens, at headings, "
-        "paragraphs and sentences; 512, say. A text is one document if not given.",
+        help="Cut longer texts into documents of at most this many tokens, such as 512, at "
+        "headings, paragraphs and sentences. Default: one document per text.",
         min=1,
         show_default=False,
     ),
 ]
-# How many texts a refusal names.
+# Number of texts that a refusal names.
 _NAMED = 5
 
 
 class CutDocument(NamedTuple):
-    """A document of a command line: what it is named in messages, its tokens and its source."""
+    """Document of a command line: its name in messages, its tokens and its source."""
 
     name: str
     ids: list[int]
@@ -43,20 +43,20 @@ def cut(
     texts: Sequence[tuple[Source, str]],
     split: int | None,
 ) -> list[CutDocument]:
-    """The documents that texts become, as [ifkv.Session.add][] cuts them.
+    """Return the documents that texts become, cut as [ifkv.Session.add][] cuts them.
 
     Args:
-        layout: How the model's requests are laid out.
+        layout: Layout of the model's requests.
         config: The model's config.
-        texts: Where each is from, and its text.
-        split: Tokens of a document at most; None makes every text a document.
+        texts: Source and text of each.
+        split: Largest number of tokens of a document; None makes every text one document.
 
     Returns:
         The documents; pieces of one text are numbered.
 
     Raises:
-        InvalidInputError: Documents are longer than the model's positions allow, or cannot be
-            tokenised for it; it says which.
+        InvalidInputError: A document is longer than the model's positions allow, or cannot be
+            tokenized for it; the message names it.
     """
     from ifkv.models.rope import position_limit
     from ifkv.session.splitting import pieces_of
@@ -103,14 +103,14 @@ def check_request(
     """Refuse a question over more documents than the model has positions for.
 
     Args:
-        layout: How the model's requests are laid out.
+        layout: Layout of the model's requests.
         config: The model's config.
         documents: Token ids of each.
         question: The question.
-        settings: How the answer is generated, which needs room, too.
+        settings: Settings of the answer, which needs room too.
 
     Raises:
-        InvalidInputError: They are too many, or leave the answer no room.
+        InvalidInputError: The documents are too many, or leave the answer no room.
     """
     from ifkv.models.rope import position_limit
 

@@ -1,4 +1,4 @@
-"""``ifkv store``: look into a store of documents and keep it in order."""
+"""``ifkv store``: inspect a store of documents and keep it in order."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 store_app = typer.Typer(
     name="store",
-    help="Look into a store of prefilled documents and keep it in order. "
-    "Example: ifkv store ls --store documents",
+    help="Look into a store of prefilled documents and keep it in order. Example: ifkv store "
+    "ls --store documents",
     no_args_is_help=True,
 )
 
 Folder = Annotated[
     Path | None,
-    typer.Option("--store", "-s", help="The store's folder; the user's cache folder if not given."),
+    typer.Option("--store", "-s", help="Folder of the store. Default: the user's cache folder."),
 ]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes, such as ``500M``, ``2GiB`` or ``1000``.
+    """Return a number of bytes from text such as ``500M``, ``2GiB`` or ``1000``.
 
     Raises:
-        InvalidInputError: It is none.
+        InvalidInputError: The text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?", text.strip().lower())
     if match is None:
@@ -44,7 +44,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _existing(folder: Path | None) -> Path:
-    """The folder of an existing store: a mistyped path must not make an empty one."""
+    """Return the folder of an existing store; a mistyped path must not make an empty one."""
     from ifkv.store.default_path import default_store_path
 
     path = default_store_path() if folder is None else folder
@@ -68,7 +68,7 @@ def _open(folder: Path | None) -> DiskStore:
 
 
 def _look(folder: Path | None) -> Inventory:
-    """What needs no torch, which takes seconds to import."""
+    """Return what can be read without torch, whose import takes seconds."""
     from ifkv.store.inventory import Inventory
 
     return Inventory(_existing(folder))
@@ -81,7 +81,7 @@ def _size(nbytes: int) -> str:
 
 
 def _named(sources: Sequence[Source]) -> str:
-    """Where a document is from, in one line; what it holds cannot reach the terminal as control."""
+    """Return a document's sources in one line, without control characters."""
     if not sources:
         return ""
     location = sources[0].location
@@ -96,7 +96,7 @@ def _entries(number: int) -> str:
 
 @store_app.command("ls")
 def list_entries(folder: Folder = None) -> None:
-    """List entries, the most recently used first."""
+    """List the entries, the most recently used first."""
     with _look(folder) as store:
         sources = store.sources()
         typer.echo(
@@ -112,7 +112,7 @@ def list_entries(folder: Folder = None) -> None:
 
 @store_app.command()
 def stats(folder: Folder = None) -> None:
-    """Say how much there is, and of how many models."""
+    """Print the number of documents, tokens and bytes."""
     with _look(folder) as store:
         entries = store.entries()
         prefixes = {entry.prefix_key for entry in entries if entry.prefix_key}
@@ -133,10 +133,14 @@ def stats(folder: Folder = None) -> None:
 def prune(
     folder: Folder = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Evict the least recently used beyond this, such as 2GiB.")
+        str | None,
+        typer.Option(
+            help="Evict the least recently used entries until the store "
+            "is no larger than this, such as 2GiB."
+        ),
     ] = None,
 ) -> None:
-    """Evict down to a size; remove leftovers and what was set aside."""
+    """Evict entries down to a size, and remove leftover and quarantined files."""
     budget = None if max_bytes is None else parse_bytes(max_bytes)
     with _open(folder) as store:
         evicted = store.prune(budget)
@@ -146,7 +150,7 @@ def prune(
 
 @store_app.command()
 def verify(folder: Folder = None) -> None:
-    """Check every byte of every entry; exit with 1 if any cannot be trusted."""
+    """Check every byte of every entry; exit with 1 if any is damaged."""
     with _open(folder) as store:
         checked = len(store)
         found = store.verify()
@@ -161,10 +165,13 @@ def verify(folder: Folder = None) -> None:
 
 @store_app.command()
 def rm(
-    keys: Annotated[list[str], typer.Argument(help="Keys, or what they begin with.")],
+    keys: Annotated[
+        list[str],
+        typer.Argument(help="Keys of entries, or their first digits, as ifkv store ls shows them."),
+    ],
     folder: Folder = None,
 ) -> None:
-    """Remove entries; a prefix takes the documents behind it along."""
+    """Remove entries; with a prefix, also the documents encoded after it."""
     with _open(folder) as store:
         for start in keys:
             matching = [key for key in list(store.keys()) if key.startswith(start)]

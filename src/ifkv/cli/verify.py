@@ -1,4 +1,4 @@
-"""``ifkv verify``: do the method's properties hold on your model?"""
+"""``ifkv verify``: check the method's properties on your model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ def verify(
         str, typer.Argument(help="Folder or hub id of a Llama, Qwen, Mistral or Phi-3 model.")
     ],
     dtype: Dtype = AUTO,
-    length: Annotated[int, typer.Option(help="Tokens of each test document.", min=8)] = 48,
+    length: Annotated[
+        int, typer.Option(help="Approximate tokens of each test document.", min=8)
+    ] = 48,
     device: Device = AUTO,
 ) -> None:
-    """Check the method's properties on your own model, and print the measured errors.
+    """Check on your own model that the method is exact where it promises to be.
 
-    Random tokens run through the model natively and through ifkv: recomputing everything must equal
-    full prefill, untouched slots must keep their bits, and so on. Exits with 1 if one does not
-    hold.
+    Random tokens run through the model's own forward and through ifkv. Recomputing everything must
+    equal full prefill, slots that were not selected must keep their bits, and so on. The table
+    shows the largest error of each property beside the error that is allowed. Exits with 1 if a
+    property does not hold.
 
     Example: ifkv verify path/to/model
     """

@@ -1,6 +1,6 @@
-"""Compare ways of answering over many questions: data sets, metrics, and the runs between them.
+"""Comparison of ways of answering over many questions: data sets, metrics, runs and summaries.
 
-The command ``ifkv eval`` is built from these parts:
+The command ``ifkv eval`` consists of these parts:
 
     >>> from ifkv.evaluation import draw, load, matrix
     >>> questions = draw(load("needle"), limit=2, passages=4)

@@ -1,8 +1,8 @@
 """Means, pooled shares and paired differences over questions, with bootstrap intervals.
 
 Questions are drawn with replacement (Efron 1979, the percentile interval), the same ones for every
-way of answering: what is hard for all of them then cancels in a difference. Resamples are kept as
-how often each question was drawn, so that every statistic is a matrix product.
+way of answering, so that the difficulty of a question cancels in a difference. Resamples are kept
+as counts of how often each question was drawn, so that every statistic is a matrix product.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ifkv.utils.checks import check_positive
 
 Values = NDArray[np.float64]
 
-# Added to both sides of a ratio of KLs, in nats: nobody asks which of two answers that are as good
-# as full prefill's is nearer to it.
+# Added to both sides of a ratio of KLs, in nats. Below it, both answers are as good as full
+# prefill's, and it does not matter which is nearer.
 NEGLIGIBLE = 1e-3
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -27,13 +27,13 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number and how far it may be off.
+    """Estimate of a number, with its interval.
 
     Attributes:
-        value: From all questions.
+        value: Value over all questions.
         low: Lower end of the interval.
         high: Upper end.
-        count: Questions.
+        count: Number of questions.
     """
 
     value: float
@@ -43,17 +43,17 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
+        """True if the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
 
 class Bootstrap:
-    """Resamples of a number of questions.
+    """Bootstrap resamples of questions.
 
     Args:
-        count: Questions.
-        resamples: How often they are drawn anew.
-        seed: Decides the draws.
+        count: Number of questions.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
 
     Examples:
         >>> import numpy as np
@@ -71,17 +71,19 @@ class Bootstrap:
         self._times = draws.multinomial(count, [1 / count] * count, size=resamples).astype(float)
 
     def mean(self, values: Values) -> Estimate:
-        """The mean of one value per question, ``[count]``."""
+        """Return the mean of one value per question, ``[count]``."""
         return self.of(lambda sums: sums[:, 0] / sums[:, 1], values, np.ones(self.count))
 
     def difference(self, first: Values, second: Values) -> Estimate:
-        """The mean of ``first - second``, question by question."""
+        """Return the mean of ``first - second``, question by question."""
         return self.mean(self._checked(first) - self._checked(second))
 
     def gap_share(self, values: Values, stitched: Values, full: Values) -> Estimate:
-        """Share of the gap between stitching alone and full prefill that a way recovers, pooled.
+        """Return the share of the gap between stitching alone and full prefill that a way recovers.
 
-        Sums are taken over questions before the division: a question without a gap then neither
+        0 is stitching alone, 1 a full prefill. Sums over questions are taken before the division,
+        so a question without a gap neither counts nor divides by zero. The sign of a metric
+        cancels. NaN if there is no gap.
         counts nor divides by zero. 0 is stitching alone, 1 a full prefill; the signs of a metric
         cancel. NaN where there is no gap.
         """
@@ -96,7 +98,7 @@ class Bootstrap:
     def gap_share_difference(
         self, first: Values, second: Values, stitched: Values, full: Values
     ) -> Estimate:
-        """How much more of the gap the first way recovers than the second."""
+        """Return how much more of the gap the first way recovers than the second."""
 
         def share(sums: Values) -> Values:
             gap = sums[:, 2] - sums[:, 3]
@@ -106,14 +108,14 @@ class Bootstrap:
         return self.of(share, first, second, stitched, full)
 
     def typical_ratio(self, first: Values, second: Values) -> Estimate:
-        """By what factor ``first`` is larger than ``second`` on a typical question.
+        """Return by what factor ``first`` is larger than ``second`` on a typical question.
 
-        The geometric mean of the questions' own ratios. One question with huge values decides a
-        ratio of sums; here it counts like any other.
+        This is the geometric mean of the questions' ratios. One question with huge values would
+        decide a ratio of sums; here it counts like any other.
 
         Args:
-            first: Not negative.
-            second: Not negative.
+            first: One value per question, not negative.
+            second: One value per question, not negative.
 
         >>> one, two = np.array([2.0, 2.0, 900.0]), np.array([4.0, 4.0, 9.0])
         >>> round(Bootstrap(3).typical_ratio(one, two).value, 1)
@@ -125,10 +127,10 @@ class Bootstrap:
         return self.of(lambda sums: np.exp(sums[:, 0] / sums[:, 1]), logs, np.ones(self.count))
 
     def of(self, statistic: Callable[[Values], Values], *columns: Values) -> Estimate:
-        """Any function of sums over questions.
+        """Return the estimate of any function of sums over questions.
 
         Args:
-            statistic: From sums ``[n, columns]`` to ``[n]``, row by row.
+            statistic: Function from sums ``[n, columns]`` to ``[n]``, row by row.
             *columns: One value per question each, ``[count]``.
 
         Returns:
@@ -152,24 +154,24 @@ class Bootstrap:
         if values.shape != (self.count,) or not np.isfinite(values).all():
             raise InvalidInputError(
                 f"values have shape {values.shape} and {int((~np.isfinite(values)).sum())} of them "
-                f"are not finite; one finite value for each of {self.count} questions is wanted."
+                f"are not finite; give one finite value for each of {self.count} questions."
             )
         return values
 
 
 def at_costs(costs: Values, quality: Values, wanted: Values) -> Values:
-    """Quality at given costs, question by question, on the straight lines between measured points.
+    """Return the quality at given costs, question by question, between measured points.
 
-    A point on a line is what answering some requests in the one way and the others in the other
-    way costs and gives on average.
+    Points are joined by straight lines. A point on the line between two ways is the average cost
+    and quality of answering some requests in one way and the others in the other.
 
     Args:
-        costs: Of each measured point, ``[questions, points]``, in any order.
-        quality: As costs.
-        wanted: ``[questions]``.
+        costs: Cost of each measured point, ``[questions, points]``, in any order.
+        quality: Quality of each measured point, likewise.
+        wanted: Costs to interpolate at, ``[questions]``.
 
     Returns:
-        ``[questions]``; NaN where a cost lies outside what was measured.
+        ``[questions]``; NaN where a cost lies outside the measured range.
 
     >>> at_costs(np.array([[0.0, 1.0]]), np.array([[4.0, 2.0]]), np.array([0.25]))
     array([3.5])

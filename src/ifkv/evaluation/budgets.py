@@ -1,4 +1,4 @@
-"""Budgets as a command line gives them and as tables show them."""
+"""Budgets as text: read from a command line, and labelled in tables."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _HOW = (
 
 
 def parse_budgets(text: str) -> list[Budget]:
-    """Budgets separated by commas.
+    """Return the budgets in a text, which separates them by commas.
 
     Raises:
-        InvalidInputError: Something else among them, or a budget that cannot be.
+        InvalidInputError: A part is not a budget, or its values are not allowed.
 
     Examples:
         >>> [label(one) for one in parse_budgets(".15+sentences, number=200, mass=.5+cap=.3")]
@@ -49,13 +49,13 @@ def _budget(text: str) -> Budget:
 
 
 def amount(budget: Budget) -> float:
-    """The number that it is about: ratio, slots, or share of the mass."""
+    """Return the amount of a budget: its ratio, number of slots, or share of the mass."""
     found = next(n for n in (budget.ratio, budget.number, budget.mass) if n is not None)
     return float(found)
 
 
 def kind(budget: Budget) -> str:
-    """Everything else about it; empty for a plain ratio.
+    """Return the kind of a budget, without its amount; empty for a plain ratio.
 
     >>> kind(Budget(mass=0.5, cap=0.3)), kind(Budget(ratio=0.15, window=5)), kind(Budget.of(0.1))
     ('mass+cap=0.3', '+window=5', '')
@@ -69,7 +69,7 @@ def kind(budget: Budget) -> str:
 
 
 def label(budget: Budget) -> str:
-    """A budget as `parse_budgets` reads it; a plain ratio is its number."""
+    """Return a budget as `parse_budgets` reads it; a plain ratio is its number."""
     found = kind(budget)
     number = f"{amount(budget):g}" if budget.number is None else str(budget.number)
     head, plus, rest = found.partition("+")

@@ -1,4 +1,4 @@
-"""One plot of quality against cost, laid out in pixels; the page's template draws it as SVG."""
+"""Plot of quality against cost, laid out in pixels; the page's template draws it as SVG."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 WIDTH, HEIGHT = 460, 330
 LEFT, RIGHT, TOP, BOTTOM = 52, 30, 14, 46
 COLOURS, MARKERS, DASHES = 8, 5, 3
-# Pixels between the letters at the ends of two lines.
+# Least distance in pixels between the letters at the ends of two lines.
 _APART = 13.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A measured point, in the data's units.
+    """Measured point, in the data's units.
 
     Attributes:
         x: Cost.
         y: Quality.
-        low: Lower end of its interval; not finite where there is none.
+        low: Lower end of its interval; not finite if there is none.
         high: Upper end.
-        title: What it says when pointed at.
+        title: Text shown when the mouse is on it.
     """
 
     x: float
@@ -34,13 +34,13 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The points of one way of answering.
+    """Line of one way of answering.
 
     Attributes:
-        number: Decides letter, colour, marker and dashes.
-        name: The way.
-        points: In the order they are joined.
-        ceiling: Whether it knows what a request cannot, and is drawn as a reference.
+        number: Number that gives letter, colour, marker and dashes.
+        name: Name of the way.
+        points: Points, in the order in which they are joined.
+        ceiling: True if the way knows what a request cannot; it is drawn as a reference.
     """
 
     number: int
@@ -50,7 +50,7 @@ class Line:
 
     @property
     def letter(self) -> str:
-        """A, B, ..., Z, AA, AB, ..."""
+        """Return the line's letter: A, B, ..., Z, AA, AB, ..."""
         letters, rest = "", self.number + 1
         while rest:
             rest, last = divmod(rest - 1, 26)
@@ -59,14 +59,14 @@ class Line:
 
     @property
     def style(self) -> str:
-        """Classes of its colour and dashes; no two of the first 120 lines look the same."""
+        """Return the CSS classes of its colour and dashes; the first 120 lines all differ."""
         if self.ceiling:
             return "line ceiling"
         return f"line c{self.number % COLOURS} d{self.number // COLOURS % DASHES}"
 
     @property
     def marker(self) -> str:
-        """An SVG path around the origin."""
+        """Return the marker, an SVG path around the origin."""
         return _MARKERS[self.number % MARKERS]
 
 
@@ -81,14 +81,14 @@ _MARKERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A plot.
+    """Plot of one metric against cost.
 
     Attributes:
-        title: What is plotted.
-        hint: Which direction is better, and what the unit is.
+        title: Name of the metric.
+        hint: Note on which direction is better, and the unit.
         lines: The ways of answering.
         levels: Names and values of the horizontal lines.
-        percent: Whether y is shown in percent.
+        percent: True if y is shown in percent.
     """
 
     title: str
@@ -99,12 +99,12 @@ class Chart:
 
     @property
     def x_range(self) -> tuple[float, float]:
-        """From 0 to a little beyond the costliest point."""
+        """Return the range of x: from 0 to a little beyond the costliest point."""
         return 0.0, 1.06 * max([p.x for line in self.lines for p in line.points] or [1.0])
 
     @property
     def y_range(self) -> tuple[float, float]:
-        """Around all points and levels; intervals that reach further are cut off there."""
+        """Return the range of y, around all points and levels; longer intervals are cut off."""
         values = [p.y for line in self.lines for p in line.points]
         values += [value for _, value in self.levels]
         low, high = min(values), max(values)
@@ -112,24 +112,24 @@ class Chart:
         return low - room, high + room
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Return a cost in pixels from the left."""
         low, high = self.x_range
         return round(LEFT + (value - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        """Pixels from the top, within the plot."""
+        """Return a quality in pixels from the top, within the plot."""
         low, high = self.y_range
         value = min(max(value, low), high)
         return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Pixels and texts."""
+        """Return the position in pixels and the text of each tick."""
         return [(self.x(value), f"{value:.4g}") for value in ticks(*self.x_range)]
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Pixels and texts."""
+        """Return the position in pixels and the text of each tick."""
         return [
             (self.y(value), f"{100 * value:.4g} %" if self.percent else f"{value:.4g}")
             for value in ticks(*self.y_range)
@@ -137,7 +137,7 @@ class Chart:
 
     @property
     def ends(self) -> list[tuple[Line, float, float]]:
-        """Where each line's letter stands: behind its last point, none on top of another."""
+        """Return the position of each line's letter: after its last point, without overlaps."""
         placed: list[tuple[Line, float, float]] = []
         drawn = [line for line in self.lines if line.points]
         for line in sorted(drawn, key=lambda line: self.y(line.points[-1].y)):
@@ -153,7 +153,7 @@ class Chart:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within a range, ascending.
+    """Return round numbers within a range, ascending.
 
     >>> ticks(0.03, 0.98)
     [0.2, 0.4, 0.6, 0.8]

@@ -1,4 +1,4 @@
-"""The same question answered in several ways, side by side: full prefill, stitch only, ifkv."""
+"""Comparison of one question's answers: full prefill, stitch only, ifkv."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
+from ifkv.evaluation.decoding import teacher_forced
+from ifkv.evaluation.token_metrics import divergence
 from ifkv.generation.finish_reason import FinishReason, finish_reason
 from ifkv.models.compat import cache_keyword
 from ifkv.planning.support import check_plannable
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from ifkv.session.ratio import Ratio
     from ifkv.session.session import Session
 
-# What a comparison says of decoding, before any generation config does.
+# Decoding of a comparison, whatever the generation config says.
 GREEDY = {"do_sample": False, "num_beams": 1}
 
 
 def overruled(model: PreTrainedModel) -> str:
-    """Settings of a model's generation config that a comparison does not follow, in words."""
+    """Return the settings of a model's generation config that a comparison overrides, in words."""
     config = model.generation_config
     found = {name: getattr(config, name, None) for name in GREEDY}
     return ", ".join(
@@ -43,20 +44,20 @@ def overruled(model: PreTrainedModel) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Way:
-    """One way of answering.
+    """Way of answering a question, with its measurements.
 
     Attributes:
         name: ``"full prefill"``, ``"stitch only"`` or ``"ifkv, r = ..."``.
-        ttft_seconds: From the question's arrival to the first token's logits.
-        speedup: Full prefill's TTFT over this one's.
+        ttft_seconds: Seconds from the question's arrival to the first token's logits.
+        speedup: Full prefill's time to first token over this way's.
         bound: S(r), or None for full prefill.
-        kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats. None where
-            documents were moved: full prefill read them in another order, so the distance would
-            be that between two contexts.
+        kl: Mean over the tokens of full prefill's answer of KL(full || this), in nats. None if
+            documents were moved: full prefill read them in another order, so this would be the
+            distance between two contexts.
         text: The answer.
-        answer: The answer with everything about it; None for full prefill.
-        finish_reason: As of [ifkv.Answer][].
-        tokens: How many tokens the answer has.
+        answer: The full `Answer`; None for full prefill.
+        finish_reason: As in [ifkv.Answer][].
+        tokens: Number of tokens of the answer.
     """
 
     name: str
@@ -83,12 +84,12 @@ def compare(
 ) -> list[Way]:
     """Answer a question by full prefill and at several recompute ratios.
 
-    Full prefill is the model's own forward over the same token ids, asked for the last row's
-    logits only. Every way decodes greedily, whatever the model's generation config says of sampling
-    and beams: only so do answers differ by what they were read from.
+    Full prefill is the model's own forward over the same token ids, asked for the last row's logits
+    only. Every way decodes greedily, whatever the model's generation config says of sampling and
+    beams, so that answers differ only by the context they were read from.
 
     Args:
-        session: Where the documents are.
+        session: The session that holds the documents.
         question: The question.
         documents: As in `Session.ask`.
         ratios: Recompute ratios, as in `Session.ask`; 0 is stitch only.
@@ -100,7 +101,7 @@ def compare(
         Full prefill first, then one way per ratio.
 
     Raises:
-        InvalidInputError: A ratio is ``"auto"``, but no plan is made of such requests.
+        InvalidInputError: A ratio is ``"auto"``, but such a request cannot be planned.
     """
     if "auto" in ratios:
         check_plannable(
@@ -136,7 +137,7 @@ def compare(
     reason = finish_reason(settings, session.tokenizer, reply.cpu(), limit=limit)
     # generate() left all but the reply's last token in the cache; read the reply's rows anew.
     cache.crop(-(cache.get_seq_length() - ids.shape[1]))
-    truth = _reply_logits(model, cache, first.logits[0, -1], reply)
+    truth = teacher_forced(model, cache, first.logits[0, -1], reply)
     text = session.tokenizer.decode(reply, skip_special_tokens=True).strip()
     ways = [Way("full prefill", full_seconds, 1.0, None, 0.0, text, None, reason, len(reply))]
     del first, cache
@@ -150,8 +151,7 @@ def compare(
             reorder=reorder and not stitched,
             selector=selector,
         )
-        logits = _reply_logits(model, ready.cache, ready.logits, reply)
-        ready.cache.crop(-(len(reply) - 1))
+        logits = teacher_forced(model, ready.cache, ready.logits, reply)
         (answer,) = complete(session.engine, [ready], settings)
         moved = list(answer.order) != sorted(answer.order)
         ways.append(
@@ -160,7 +160,7 @@ def compare(
                 ttft_seconds=ready.ttft_seconds,
                 speedup=full_seconds / ready.ttft_seconds,
                 bound=ready.speedup_bound,
-                kl=None if moved else _mean_kl(truth, logits),
+                kl=None if moved else divergence(truth, logits),
                 text=answer.text,
                 answer=answer,
                 finish_reason=answer.finish_reason,
@@ -173,31 +173,13 @@ def compare(
 def _name(ready: Prepared, ratio: Ratio) -> str:
     by = "" if ready.selector == DEFAULT_SELECTOR else f", {ready.selector}"
     if ready.plan is not None:
-        planned = "plain prefill" if ready.plan.ratio is None else f"r = {ready.plan.ratio:g}"
+        planned = "full prefill" if ready.plan.ratio is None else f"r = {ready.plan.ratio:g}"
         return f"ifkv, planned: {planned}{by}"
     shown = f"{ratio:g}" if isinstance(ratio, float | int) else str(ratio)
     return f"ifkv, r = {shown}{by}"
 
 
 def _shorter(cache: Any) -> Any:
-    """A cache without its last row, which generate() needs to run."""
+    """Return the cache without its last row, which generate() needs to run."""
     cache.crop(-1)
     return cache
-
-
-def _reply_logits(model: Any, cache: Any, first: Tensor, reply: Tensor) -> Tensor:
-    """Logits of every token of a reply that follows the cache, ``[reply, vocabulary]``."""
-    if len(reply) == 1:
-        return first[None].double()
-    ids = reply[None, :-1].to(model.device)
-    seen = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
-    named = cache_keyword(model, cache)
-    rest = model(ids, attention_mask=seen, use_cache=True, **named).logits[0]
-    return torch.cat((first[None], rest)).double()
-
-
-def _mean_kl(truth: Tensor, logits: Tensor) -> float:
-    divergence = torch.nn.functional.kl_div(
-        logits.log_softmax(dim=-1), truth.log_softmax(dim=-1), log_target=True, reduction="none"
-    )
-    return float(divergence.sum(dim=-1).mean())

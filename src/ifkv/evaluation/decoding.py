@@ -1,4 +1,4 @@
-"""Read and write answers behind a cache that holds context and prompt, and leave it as it was.
+"""Answers read or decoded after a cache of context and prompt, which is left as it was.
 
 Any transformers cache will do: a plain one after a full prefill, a stitched one after
 ``recompute(..., prompt_ids=...)``.
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 def teacher_forced(
     model: PreTrainedModel, cache: Any, first_logits: Tensor, token_ids: Tensor
 ) -> Tensor:
-    """Logits that predict each token of a given answer.
+    """Return the logits that predict each token of a given answer.
 
     Args:
         model: A patched model.
-        cache: Context and prompt; afterwards the same again.
-        first_logits: Of the prompt's last row, ``[vocabulary]``.
-        token_ids: The answer, long ``[tokens]``.
+        cache: Cache of context and prompt; unchanged afterwards.
+        first_logits: Logits of the prompt's last row, ``[vocabulary]``.
+        token_ids: Token ids of the answer, long ``[tokens]``.
 
     Returns:
         ``[tokens, vocabulary]``; row i predicts token i.
@@ -51,17 +51,17 @@ def greedy(
     draft: Tensor | None = None,
     draft_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The most likely token, again and again.
+    """Decode greedily.
 
     Args:
         model: A patched model.
-        cache: Context and prompt; afterwards the same again.
-        first_logits: Of the prompt's last row, ``[vocabulary]``.
-        max_new_tokens: Tokens at most.
-        stop: Ids that end the answer; the one that did is kept.
-        draft: An answer to go along with as far as it is the most likely, ``[tokens]``. Answers
-            to the same question agree mostly, so little is left to decode.
-        draft_logits: What `teacher_forced` gave for the draft.
+        cache: Cache of context and prompt; unchanged afterwards.
+        first_logits: Logits of the prompt's last row, ``[vocabulary]``.
+        max_new_tokens: Largest number of tokens.
+        stop: Ids that end the answer; the one found is kept.
+        draft: An answer ``[tokens]`` to follow as far as its tokens are the most likely. Answers to
+            the same question mostly agree, so few tokens are left to decode.
+        draft_logits: Logits of the draft, from `teacher_forced`.
 
     Returns:
         Token ids, long ``[tokens]`` on the model's device, and the logits that chose them,
@@ -85,7 +85,7 @@ def greedy(
 
 
 def _forward(model: PreTrainedModel, cache: Any, token_ids: Tensor) -> Tensor:
-    """Append tokens to the cache; logits of each, ``[tokens, vocabulary]``."""
+    """Append tokens to the cache and return the logits of each, ``[tokens, vocabulary]``."""
     ids = token_ids[None].to(model.device)
     seen = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.long, device=ids.device)
     run: Any = model

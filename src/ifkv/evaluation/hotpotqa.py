@@ -1,4 +1,4 @@
-"""HotpotQA (1809.09600), the distractor setting: two passages answer, eight only look alike."""
+"""HotpotQA (arXiv 1809.09600), distractor setting: two passages answer, eight only look alike."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ifkv.evaluation.questions import Dataset, Passage, Question
 
 
 def hotpotqa(content: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Questions of the official file's content.
+    """Return the questions of the official file's content.
 
     Args:
         content: The parsed JSON: a list of ``_id``, ``question``, ``answer``,
             ``supporting_facts`` and ``context`` as ``[[title, [sentences]], ...]``.
 
     Returns:
-        The data set. Questions with fewer paragraphs than others can be filled up from theirs.
+        The data set. Questions with fewer paragraphs than others can get some of theirs.
 
     Raises:
-        KeyError, TypeError, ValueError: The content is something else.
+        KeyError, TypeError, ValueError: The content has another format.
     """
     questions = []
     pool: dict[str, Passage] = {}

@@ -1,4 +1,4 @@
-"""Files in LongBench's format (2308.14508): one JSON object a line, the context one long text."""
+"""LongBench's file format (arXiv 2308.14508): one JSON object per line, one long context each."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.questions import Dataset, Passage, Question
 
-# How LongBench's multi-document sets (2WikiMQA, MuSiQue, HotpotQA) head each passage.
+# Heading of a passage in LongBench's multi-document sets (2WikiMQA, MuSiQue, HotpotQA).
 _HEADING = re.compile(r"^Passage \d+:[ \t]*\n?", re.MULTILINE)
 
 
 def longbench(path: Path) -> Dataset:
-    """Questions of a file with ``input``, ``context`` and ``answers`` on every line.
+    """Return the questions of a file with ``input``, ``context`` and ``answers`` on every line.
 
-    A context is cut where "Passage 1:", "Passage 2:" and so on head its passages, which are left
-    out; one without such headings stays a single passage, to be cut by length.
+    A context is cut at the headings "Passage 1:", "Passage 2:" and so on, which are left out. A
+    context without such headings is a single passage, to be cut by length.
 
     Args:
         path: The file.
@@ -28,7 +28,8 @@ def longbench(path: Path) -> Dataset:
         The data set, in which passages keep their order.
 
     Raises:
-        InvalidInputError: The file cannot be read, or a line, named by its number, is wrong.
+        InvalidInputError: The file cannot be read, or a line is wrong; the message gives its
+            number.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -58,9 +59,9 @@ def _question(line: str, where: str, number: int) -> Question:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InvalidInputError(f"{where}: no JSON ({error}); mend or remove the line.") from error
+        raise InvalidInputError(f"{where}: not JSON ({error}); mend or remove the line.") from error
     if not isinstance(entry, Mapping):
-        raise InvalidInputError(f"{where}: a {type(entry).__name__}; a JSON object is wanted.")
+        raise InvalidInputError(f"{where}: a {type(entry).__name__}; give a JSON object.")
     text, context = (_text(entry, key, where) for key in ("input", "context"))
     answers = entry.get("answers")
     if isinstance(answers, str):
@@ -90,7 +91,7 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def split_context(context: str) -> list[str]:
-    r"""Passages of a context, cut at headings like "Passage 3:" where there are any.
+    r"""Return the passages of a context, cut at headings like "Passage 3:" if there are any.
 
     >>> split_context("Passage 1:\nAnn\nAnn is tall.\nPassage 2:\nBob\nBob is not.")
     ['Ann\nAnn is tall.', 'Bob\nBob is not.']

@@ -1,4 +1,4 @@
-"""A summary as one page for the browser, which needs nothing else: no script and no network."""
+"""Summary as a page for the browser: one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def render(
     sections: Sequence[tuple[str, str, list[str], list[list[str]]]],
     settings: dict[str, Any],
 ) -> str:
-    """Render the page.
+    """Return the page.
 
     Args:
-        title: What was evaluated.
-        rows: What is plotted: full prefill, stitching alone, then the ways.
+        title: Title of the page.
+        rows: Rows to plot: full prefill, stitching alone, then the other ways.
         sections: Title, explanation, headings and cells of each table.
-        settings: What all results share.
+        settings: Settings that all results share.
 
     Returns:
         A complete HTML document.
@@ -58,7 +58,7 @@ def render(
 
 
 def _chart(rows: Sequence[Row], what: str, title: str, hint: str, percent: bool) -> Chart | None:
-    """The plot of one metric; None if full prefill or stitching alone does not have it."""
+    """Return the plot of one metric; None if full prefill or stitching alone lacks it."""
     levels = []
     for row in rows:
         value: Estimate | None = getattr(row, what)
@@ -84,7 +84,7 @@ def _point(row: Row, what: str, percent: bool, ceiling: bool) -> Point | None:
     value: Estimate | None = getattr(row, what)
     if value is None or not math.isfinite(value.value):
         return None
-    # What a full prefill told it is no cost of the slots it names.
+    # The cost of a full prefill that names slots is not a cost of these slots.
     cost = row.flops - row.selecting if ceiling else row.flops
     text = estimate(value, percent=percent)
     title = f"{row.way}, r = {row.budget}: {text} at {cost:.3f} of full prefill's operations"
@@ -93,13 +93,13 @@ def _point(row: Row, what: str, percent: bool, ceiling: bool) -> Point | None:
 
 
 def _plain(note: str) -> str:
-    """A Markdown sentence without its emphasis."""
+    """Return a Markdown sentence without its emphasis."""
     return re.sub(r"\*([^*]+)\*", r"\1", note)
 
 
 @cache
 def _template() -> Template:
-    """The page's template; every text put into it is escaped."""
+    """Return the page's template, which escapes every text."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""A bar for a long evaluation, on standard error."""
+"""Progress bar of a long evaluation, on standard error."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def ways_bar(total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar over all ways of all questions.
+    """Show a bar over all ways of all questions.
 
     Args:
-        total: How many there are.
+        total: Number of ways, over all questions.
 
     Yields:
-        A function that is given how many are done more, and what is going on.
+        A function that takes the number of ways just done, and a note on the current work.
     """
     from rich.console import Console
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Write the summary of a folder into it: Markdown, a page, CSV, and a CSV of all pairs of ways."""
+"""Summary files of a folder: Markdown, a page, CSV, and a CSV of all pairs of ways."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PAGE = "summary.html"
 def publish(
     ledger: Ledger, *, seed: int = 0, only: Sequence[str] | None = None
 ) -> tuple[Summary, list[Path]]:
-    """Summarise what a folder holds and write it there.
+    """Summarise the results of a folder and write the summary there.
 
     Args:
         ledger: The folder.
-        seed: Of the bootstrap's resamples.
-        only: Ids of the questions to look at; all if None.
+        seed: Seed of the bootstrap's resamples.
+        only: Ids of the questions to use; all if None.
 
     Returns:
         The summary, and the files that were written.

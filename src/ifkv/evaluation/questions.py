@@ -1,4 +1,4 @@
-"""What a data set is made of: questions, the passages they are asked over, and their answers."""
+"""Data sets: questions, the passages they are asked over, and their answers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ifkv.utils.checks import check_positive
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A text that becomes one document.
+    """Text that becomes one document.
 
     Attributes:
         text: The text, without its title.
-        title: Put on a line of its own before the text, if there is one.
-        gold: Whether the answer needs it, as far as the data set says.
+        title: Title, put on its own line before the text if there is one.
+        gold: True if the data set says that the answer needs it.
     """
 
     text: str
@@ -28,20 +28,20 @@ class Passage:
 
     @property
     def document(self) -> str:
-        """The document's text: title, line break, text."""
+        """Return the document's text: title, line break, text."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question.
+    """Question with its answers and passages.
 
     Attributes:
         id: Unique within its data set.
         text: The question.
-        answers: Answers that count as right; the first is the one whose likelihood is measured.
-        passages: What it is asked over, in order.
-        metadata: Whatever else the data set says of it.
+        answers: Right answers; the likelihood of the first is measured.
+        passages: Passages it is asked over, in order.
+        metadata: Other facts of the data set about it.
     """
 
     id: str
@@ -53,14 +53,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Questions, and passages that any of them may be given as distractors.
+    """Data set: questions, and passages that any of them may get as distractors.
 
     Attributes:
-        name: What it is called in results.
+        name: Name in results.
         questions: All questions.
-        pool: Passages to draw distractors from, beyond a question's own.
-        ordered: Whether the order of a question's passages means something and is kept.
-        passages: Passages a question gets if the caller does not say; None for all of its own.
+        pool: Passages to draw distractors from, besides a question's own.
+        ordered: True if the order of a question's passages matters and is kept.
+        passages: Default number of passages of a question; None for all of its own.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """A short name of what it holds, the same for equal contents."""
+        """Return a short hash of the content, the same for equal contents."""
         held = hashlib.sha256()
         for part in (*self.questions, *self.pool):
             held.update(repr(part).encode())
@@ -81,18 +81,18 @@ class Dataset:
 def draw(
     dataset: Dataset, *, limit: int | None = None, passages: int | None = None, seed: int = 0
 ) -> list[Question]:
-    """Choose questions, and the passages each is asked over.
+    """Choose questions, and the passages that each is asked over.
 
-    Questions are chosen by shuffling them all, so that a larger limit only adds to a smaller one.
-    What a question is given depends on the seed and its id, not on the other questions. Passages
-    that its answer needs are always among them.
+    Questions are chosen by shuffling all of them, so a larger limit only adds questions. The
+    passages of a question depend on the seed and its id, not on other questions. They always
+    include those that the answer needs.
 
     Args:
         dataset: The data set.
-        limit: How many questions at most; all if None.
-        passages: How many passages each, drawn from its own and then from the data set's pool;
-            the data set's own number if None.
-        seed: Decides which questions, which passages, and in which order.
+        limit: Largest number of questions; all if None.
+        passages: Number of passages of each question, drawn from its own and then from the data
+            set's pool; the data set's default if None.
+        seed: Seed of the choice of questions and passages, and of their order.
 
     Returns:
         The questions.
@@ -145,7 +145,7 @@ def _drawn(dataset: Dataset, question: Question, count: int, draws: random.Rando
     kept = sorted(draws.sample(range(len(others)), min(wanted, len(others))))
     found = [others[i] for i in kept]
     texts = {passage.text for passage in question.passages}
-    # A sample larger than what is missing, since some of it may be the question's own passages.
+    # Some of the sample may be the question's own passages, so it is larger than what is missing.
     spare = draws.sample(range(len(dataset.pool)), min(wanted + len(texts), len(dataset.pool)))
     for index in spare:
         if len(found) == wanted:

@@ -1,8 +1,8 @@
-"""The folder of an evaluation: its settings, and one line for each question that is finished.
+"""Results of an evaluation in a folder: its settings, and one line per finished question.
 
-A line is written whole and flushed before the next question begins. What an interruption leaves of
-a line is cut off when the next run opens the folder, and its question is asked again. One run
-writes into a folder at a time; reading it meanwhile is safe.
+A line is written whole and flushed before the next question begins. After an interruption, the next
+run cuts off a partial line and asks its question again. One run writes into a folder at a time;
+reading meanwhile is safe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCK = ".lock"
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if it is not there.
+    """Keep other runs out of a folder, which is made if it does not exist.
 
     Two runs would measure the same questions, and one could cut off a line that the other is
     writing. The system frees the folder when the process ends, however it ends.
@@ -52,17 +52,17 @@ def only_run(folder: Path) -> Iterator[None]:
 
 
 class Ledger:
-    """Results that are there, and room for more.
+    """Log of results in a folder, to which further ones can be added.
 
     Args:
-        folder: The folder; made if it is not there.
-        settings: What every result in it shares; for a run, inside of `only_run`. None opens
-            a folder to read it, and changes nothing there.
+        folder: The folder; made if it does not exist.
+        settings: Settings that all its results share; for a run, inside of `only_run`. None opens a
+            folder to read it, and changes nothing there.
 
     Attributes:
         settings: The folder's settings.
-        references: Full prefill of each question, by its id.
-        results: What was measured, by question and way (`Way.key`).
+        references: Full prefill of each question, by the question's id.
+        results: Measurements by question and way (`Way.key`).
 
     Raises:
         InvalidInputError: The folder's results were made with other settings, a line is broken, or
@@ -90,7 +90,7 @@ class Ledger:
         self._read(mend=settings is not None)
 
     def missing(self, question: str, keys: Sequence[str], *, answers: bool) -> list[str]:
-        """Which ways of a question are still to be measured; those without an answer if needed."""
+        """Return the ways of a question that are still to be measured or lack a needed answer."""
         found = self.results.get(question, {})
         return [
             key
@@ -117,7 +117,7 @@ class Ledger:
         self.references[question] = line["full"]
         found = self.results.setdefault(question, {})
         for way in line["ways"]:
-            # Plain ratios have no label of their own.
+            # Plain ratios have no label.
             found[f"{way['way']} @{way.get('budget') or format(way['ratio'], 'g')}"] = way
 
     def _read(self, *, mend: bool) -> None:

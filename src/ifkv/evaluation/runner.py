@@ -1,4 +1,4 @@
-"""Run a matrix of ways over questions, picking up where an earlier run stopped."""
+"""Runs of a matrix of ways over questions, which continue where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ifkv.evaluation.trial import Trial
 from ifkv.evaluation.ways import Way
 from ifkv.patching.handle import handle_of
 
-# Raised when what a result means changes, so that old and new ones are not mixed.
+# Version of the results; raise it when their meaning changes, so that old and new are not mixed.
 FORMAT = 1
-# A mistake in the set-up fails every question; no need to prefill hundreds to say so.
+# A mistake in the setup fails every question; the run stops after this many.
 _GIVE_UP_AFTER = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one run did.
+    """Result of one run.
 
     Attributes:
-        ledger: The folder with all results, those of earlier runs included.
+        ledger: The folder with all results, including those of earlier runs.
         seconds: Wall time of each question asked in this run.
-        failures: What went wrong, by question.
+        failures: Error of each question that failed.
     """
 
     ledger: Ledger
@@ -39,12 +39,12 @@ class Run:
 
 
 def settings_of(bench: Bench, dataset: Dataset, **further: Any) -> dict[str, Any]:
-    """What all results in one folder share.
+    """Return the settings that all results in a folder share.
 
     Args:
         bench: Model and layout.
-        dataset: Where the questions are from.
-        **further: What else decides how questions are asked: seed, passages.
+        dataset: Data set of the questions.
+        **further: Other settings of the questions: seed, passages.
     """
     model: Any = bench.model
     text = bench.format.prefix_text + "\0" + bench.tokenizer.decode(bench.format.prompt_ids("?"))
@@ -75,24 +75,25 @@ def run(
     answers: bool = True,
     advance: Callable[[int, str], None] = lambda done, text: None,
 ) -> Run:
-    """Measure what is not in the folder yet.
+    """Measure the ways and questions that the folder lacks.
 
     Args:
         bench: Model and layout.
         questions: The questions; ids must differ.
         ways: The ways of answering each.
-        folder: Where results are kept.
-        settings: As of `settings_of`; a folder made with others is refused.
-        answers: Whether to decode answers, too, which takes longer than everything else.
-        advance: Called after every way with how many are done more, and what is going on.
+        folder: Folder of the results.
+        settings: From `settings_of`; a folder made with others is refused.
+        answers: True to decode answers too, which takes longer than everything else.
+        advance: Called after every way with the number of ways done, and a note on the current
+            work.
 
     Returns:
-        What was done. A question that fails with one of our errors is named there, and asked
+        Result of the run. A question that fails with one of our errors is named there, and asked
         again by the next run.
 
     Raises:
-        InvalidInputError: Other settings, questions that share an id, none that can be asked, or
-            another run is writing into the folder.
+        InvalidInputError: The settings differ, questions share an id, none can be asked, or another
+            run is writing into the folder.
     """
     ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
@@ -112,7 +113,7 @@ def _measure(
     answers: bool,
     advance: Callable[[int, str], None],
 ) -> Run:
-    """What the ledger lacks, question by question."""
+    """Measure what the ledger lacks, question by question."""
     done = Run(ledger, [], {})
     for number, question in enumerate(questions, start=1):
         keys = [way.key for way in ways]

@@ -1,4 +1,4 @@
-"""A model, and how questions are put to it."""
+"""Setup of an evaluation: a model, and how questions are put to it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ SHORT_ANSWER = "Answer with as few words as possible and without a sentence arou
 
 @dataclasses.dataclass
 class Bench:
-    """A model and how questions are put to it.
+    """Setup of an evaluation: a model, and how questions are put to it.
 
     Attributes:
-        model: It is patched if it is not.
-        tokenizer: Its tokenizer; requests are laid out as [ifkv.Session][] does.
-        short_answer: Put behind every question, so that answers can be compared with gold ones;
-            the bare question that selectors may score does not have it.
-        split: Tokens of a document, cut from the passages one after another; None makes every
-            passage a document.
-        max_new_tokens: Length of an answer at most.
-        layout: How requests are laid out beyond that: ``system`` and so on.
+        model: The model; it is patched if it is not yet.
+        tokenizer: Its tokenizer; requests are laid out as in [ifkv.Session][].
+        short_answer: Text after every question, so that answers can be compared with the right
+            ones. The bare question that selectors may score does not have it.
+        split: Tokens of a document, cut from the passages in turn; None makes every passage a
+            document.
+        max_new_tokens: Largest length of an answer.
+        layout: Further options of the layout, such as ``system``.
     """
 
     model: PreTrainedModel
@@ -55,13 +55,13 @@ class Bench:
         self._prefix: DocumentCache | None = None
 
     def documents(self, question: Question) -> list[DocumentCache]:
-        """The question's passages, or pieces of them, prefilled."""
+        """Return the question's passages, or pieces of them, prefilled."""
         parts = [self.format.document_ids(passage.document) for passage in question.passages]
         if self.split is not None:
             parts = fixed_length(parts, self.split)
         if len(parts) < 2:
             raise InvalidInputError(
-                f"question {question.id!r} has one document, which is exact as it is: there is "
+                f"question {question.id!r} has one document, which is exact already: there is "
                 "nothing to recompute. Cut it into pieces of a fixed length (split)."
             )
         made = prefill_documents(
@@ -74,18 +74,18 @@ class Bench:
         return made
 
     def prompt(self, question: Question) -> list[int]:
-        """Token ids of the prompt."""
+        """Return the token ids of the prompt."""
         text = f"{question.text}\n{self.short_answer}" if self.short_answer else question.text
         return self.format.prompt_ids(text)
 
     def gold(self, question: Question, prompt: Sequence[int]) -> Tensor:
-        """Token ids of the first gold answer, as they follow the prompt, long ``[tokens]``."""
+        """Return the token ids of the first right answer after a prompt, long ``[tokens]``."""
         space = "" if self.tokenizer.decode(prompt)[-1:].isspace() else " "
         return torch.tensor(self.format.encode(space + question.answers[0]))
 
     @property
     def stop(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """Return the ids that end an answer."""
         config: Any = self.model.generation_config
         ends = config.eos_token_id if config is not None else None
         ends = self.tokenizer.eos_token_id if ends is None else ends

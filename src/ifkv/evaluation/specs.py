@@ -1,4 +1,4 @@
-"""Lists as a command line gives them."""
+"""Lists on a command line."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 
 from ifkv.errors import InvalidInputError
 
-# A piece like "query=prompt" goes on with the options of the selector before it; a piece with no
-# "=", or a ":" before it, names the next selector.
+# A piece like "query=prompt" is a further option of the selector before it. A piece without "=", or
+# with a ":" before it, names the next selector.
 _OPTION = re.compile(r"[^:=]+=")
 
 
 def split_specs(text: str) -> list[str]:
-    """Selectors separated by commas, some of which have options separated by commas.
+    """Return the selectors of a text that separates them, and their options, by commas.
 
     Args:
-        text: Names with their options, or an empty text.
+        text: Names with their options; may be empty.
 
     Raises:
-        InvalidInputError: It starts with an option.
+        InvalidInputError: The text starts with an option.
 
     >>> split_specs("attention-norm:layers=0-1,query=prompt,epic,random:seed=1")
     ['attention-norm:layers=0-1,query=prompt', 'epic', 'random:seed=1']
@@ -40,10 +40,10 @@ def split_specs(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers separated by commas.
+    """Return the numbers of a text, which separates them by commas.
 
     Raises:
-        InvalidInputError: There is none, or something else among them.
+        InvalidInputError: There is no number, or a part is not one.
 
     >>> numbers(".05, .15")
     [0.05, 0.15]
@@ -52,7 +52,7 @@ def numbers(text: str) -> list[float]:
         found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise InvalidInputError(
-            f"{text!r} is no list of numbers ({error}); write for example .05,.15."
+            f"{text!r} is not a list of numbers ({error}); write for example .05,.15."
         ) from error
     if not found:
         raise InvalidInputError("there is no number; write for example .05,.15.")

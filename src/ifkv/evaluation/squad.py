@@ -1,4 +1,4 @@
-"""SQuAD v2 (1806.03822) as retrieval: a question's paragraph among others drawn at random."""
+"""SQuAD v2 (arXiv 1806.03822) as retrieval: a question's paragraph among others drawn at random."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ifkv.evaluation.questions import Dataset, Passage, Question
 
 
 def squad(content: Mapping[str, Any], *, unanswerable: bool = False) -> Dataset:
-    """Questions of the official file's content.
+    """Return the questions of the official file's content.
 
     Args:
         content: The parsed JSON, with ``data``, ``paragraphs``, ``qas``.
-        unanswerable: Keep the questions that the paragraph does not answer, too; their answer is
+        unanswerable: True to keep the questions that the paragraph does not answer; their answer is
             "unanswerable".
 
     Returns:
-        The data set: five passages a question if the caller does not say.
+        The data set, by default with five passages per question.
 
     Raises:
-        KeyError, TypeError: The content is something else.
+        KeyError, TypeError: The content has another format.
     """
     questions, pool = [], []
     for article in content["data"]:

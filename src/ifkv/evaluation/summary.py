@@ -1,4 +1,4 @@
-"""What an evaluation found: every way's quality and cost, and paired differences between them."""
+"""Summary of an evaluation: quality and cost of every way, and paired differences."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ifkv.evaluation.summary_rows import FULL, Difference, Row
 from ifkv.evaluation.ways import STITCH_ONLY
 
 SOLVED_F1 = 0.5
-# Where fewer questions than this share have a measured cost on both sides, nothing is compared.
+# Two ways are not compared if a smaller share of the questions has a measured cost for both.
 _COVERED = 0.9
 
 Key = tuple[str, float]
 
 
 class Summary:
-    """Results of a folder, by way.
+    """Summary of a folder's results, by way.
 
     Args:
         ledger: The folder.
-        seed: Of the resamples.
-        solved: Look only at the questions that full prefill answers with an F1 of 0.5 or more.
-        only: Look only at these questions.
+        seed: Seed of the resamples.
+        solved: True to use only the questions that full prefill answers with an F1 of at least 0.5.
+        only: Ids of the questions to use; all if None.
 
     Raises:
-        InvalidInputError: There is no question left.
+        InvalidInputError: No question is left.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Summary:
             )
         self._references = ledger.references
         keys: dict[Key, None] = {}
-        self._texts: dict[Key, str] = {}  # what the ledger calls it
-        self._budgets: dict[Key, str] = {}  # what tables call its budget
+        self._texts: dict[Key, str] = {}  # names in the ledger
+        self._budgets: dict[Key, str] = {}  # labels of the budget in tables
         self._plain: set[Key] = set()  # budgets that are a ratio, smoothed or not
         for results in self._results.values():
             for text, way in results.items():
@@ -72,30 +72,31 @@ class Summary:
 
     @property
     def count(self) -> int:
-        """Questions."""
+        """Return the number of questions."""
         return len(self._results)
 
     @property
     def ways(self) -> list[str]:
-        """Names of the ways that recompute, in the order they were measured."""
+        """Return the names of the ways that recompute, in the order in which they were measured."""
         return list(dict.fromkeys(way for way, _ in self.keys if way != STITCH_ONLY))
 
     def ratios(self, way: str) -> list[float]:
-        """The ratios, numbers of slots or shares of mass a way was measured at, ascending."""
+        """Return the ratios, numbers of slots or shares of mass of a way, ascending."""
         return sorted(ratio for name, ratio in self.keys if name == way)
 
     @functools.cached_property
     def rows(self) -> list[Row]:
-        """Full prefill, stitching alone, then every way by ratio."""
+        """Return the rows: full prefill, stitching alone, then every way by ratio."""
         named = [(way, ratio) for way in self.ways for ratio in self.ratios(way)]
         return [self._full(), *(self._row(key) for key in [(STITCH_ONLY, 0.0), *named])]
 
     def differences(self, *, equal_cost: bool = False) -> Iterator[Difference]:
-        """Every way against every other, at each of the first one's ratios.
+        """Yield the difference of every pair of ways, at each of the first one's ratios.
 
         Args:
-            equal_cost: Against the other's quality at the first one's operations, on the line
-                between measured points (stitching alone is one), instead of at the same ratio.
+            equal_cost: True to compare at equal operations instead of equal ratio: with the other
+                way's quality on the line between its measured points, of which stitching alone is
+                one.
         """
         for first in self.ways:
             for ratio in self.ratios(first):
@@ -110,7 +111,7 @@ class Summary:
                         yield found
 
     def best(self, ratio: float, exclude: Sequence[str] = ()) -> str | None:
-        """The way that recovers most at a ratio; ways whose names start with ``exclude`` aside."""
+        """Return the way that recovers most at a ratio, except ways that start with ``exclude``."""
         rows = [
             row
             for row in self.rows
@@ -124,7 +125,7 @@ class Summary:
         return _bootstrap(count, self._seed)
 
     def _questions(self, *keys: Key) -> list[str]:
-        """Questions that were asked in all of these ways."""
+        """Return the questions that were asked in all of these ways."""
         wanted = [self._texts[key] for key in keys]
         return [
             question
@@ -211,7 +212,7 @@ class Summary:
         return self._difference(keys[0], second, one, two, questions, f1)
 
     def _at_equal_cost(self, first: str, second: str, ratio: float) -> Difference | None:
-        """None if the second was not measured around the first one's cost."""
+        """Return the difference at equal cost; None if the second way has no points around."""
         key: Key = (first, ratio)
         points: list[Key] = [(STITCH_ONLY, 0.0)]
         points += [(second, other) for other in self.ratios(second) if other > 0]
@@ -239,7 +240,7 @@ class Summary:
         questions: Sequence[str],
         f1: Estimate | None,
     ) -> Difference:
-        """From both ways' KL, question by question."""
+        """Return the difference of two ways, from their KL question by question."""
         boot = self._bootstrap(len(questions))
         stitched = self._column((STITCH_ONLY, 0.0), "kl", questions)
         return Difference(
@@ -259,7 +260,7 @@ def _bootstrap(count: int, seed: int) -> Bootstrap:
 
 
 def _key(way: dict[str, Any]) -> Key:
-    """Name and amount of a result; every other kind of budget is a way of its own."""
+    """Return name and amount of a result; every other kind of budget counts as another way."""
     if "budget" not in way:
         return way["way"], float(way["ratio"])
     number = way["budget"].partition("+")[0].rpartition("=")[2]

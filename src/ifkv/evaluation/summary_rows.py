@@ -1,4 +1,4 @@
-"""What a summary says of one way of answering, and of two ways beside each other."""
+"""Rows of a summary: one way of answering, or the difference of two."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ FULL = "full prefill"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way over all questions that were asked in it.
+    """Measurements of one way over all questions that were asked in it.
 
     Attributes:
-        way: Its name: the selector's string, "full prefill" or "stitch only".
-        ratio: Its recompute ratio; None under a budget by number or mass.
-        count: Questions.
-        rows: Slots recomputed, as a share of the context; mean over questions.
+        way: Name: the selector's string, "full prefill" or "stitch only".
+        ratio: Recompute ratio; None for a budget by number or mass.
+        count: Number of questions.
+        rows: Recomputed slots as a share of the context; mean over questions.
         flops: Operations to the first token, as a share of full prefill's, pooled.
-        selecting: The part of it that choosing takes.
-        gap: Share of the KL gap between stitching alone and full prefill recovered, pooled.
-        nll_gap: The same of the gold answer's likelihood.
+        selecting: Part of these operations that selection takes.
+        gap: Share of the KL gap between stitching alone and full prefill that is recovered, pooled.
+        nll_gap: The same for the likelihood of the right answer.
         kl: KL(full || this), mean over the answer's tokens and over questions, nats.
-        top1: Share of tokens with the same most likely continuation.
-        nll: -log p of the gold answer's tokens, nats.
+        top1: Share of tokens with the same most likely next token.
+        nll: -log p of the right answer's tokens, nats.
         f1: Token F1 of the answers; None if not every question has one.
         em: Exact match; None likewise.
-        budget: The budget as tables show it; a plain ratio is its number.
+        budget: Budget as tables show it; a plain ratio is its number.
     """
 
     way: str
@@ -49,16 +49,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much nearer to full prefill one way is than another, over the same questions.
+    """Difference between two ways over the same questions: which is nearer to full prefill.
 
     Attributes:
         first: The way that is compared.
-        second: What it is compared with.
-        ratio: The first one's ratio; None under a budget by number or mass.
+        second: The way that it is compared with.
+        ratio: The first one's ratio; None for a budget by number or mass.
         gap: Difference of the shares of the gap, first minus second.
         kl_ratio: The first one's KL over the second one's on a typical question: the geometric mean
             of the questions' ratios.
-        f1: Difference of F1, at equal ratio and if both have answers.
+        f1: Difference of F1, at equal ratio; None unless both have answers.
         budget: The first one's budget, as tables show it.
     """
 
@@ -72,7 +72,7 @@ class Difference:
 
 
 def as_dict(row: Row | Difference) -> dict[str, Any]:
-    """A row's numbers side by side, intervals as ``name_low`` and ``name_high``."""
+    """Return a row's numbers by name, intervals as ``name_low`` and ``name_high``."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)

@@ -1,7 +1,7 @@
-"""Needle and RULER-like tasks (2404.06654), made up from a seed: only who reads can answer.
+"""Synthetic needle tasks, RULER-like (arXiv 2404.06654): only reading the passages helps.
 
-Passages are short reports in plain English. Somewhere among them stand one or several sentences
-that the question asks for; nothing in a model's weights can know them.
+Passages are short reports in plain English. One or several sentences in them answer the question;
+no model can know them from its weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _THINGS = (
 
 
 def _report(draws: random.Random) -> list[str]:
-    """Sentences that say nothing anybody asks for."""
+    """Return sentences that no question asks about."""
     place = draws.choice(_PLACES)
     return [
         f"{draws.choice(_PEOPLE)} at the {place} {draws.choice(_DEEDS)}." for _ in range(SENTENCES)
@@ -51,12 +51,12 @@ def _number(draws: random.Random) -> str:
 def _place_into(
     draws: random.Random, sentences: list[str], only: int | None = None
 ) -> list[Passage]:
-    """Reports with the sentences hidden in different ones.
+    """Return reports with the sentences hidden in different ones.
 
     Args:
-        draws: Decides where.
-        sentences: What to hide.
-        only: How many of them, from the first, are needed for the answer; all if None.
+        draws: Random source of the places.
+        sentences: Sentences to hide.
+        only: Number of sentences, from the first, that the answer needs; all if None.
     """
     needed = len(sentences) if only is None else only
     hosts = draws.sample(range(max(PASSAGES, len(sentences))), len(sentences))
@@ -72,14 +72,14 @@ def _place_into(
 
 
 def _needle(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passage]]:
-    """One number for one word."""
+    """Make a question for one number of one word."""
     thing, number = draws.choice(_THINGS), _number(draws)
     hidden = [f"The special number for {thing} is {number}."]
     return f"What is the special number for {thing}?", (number,), _place_into(draws, hidden)
 
 
 def _multikey(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passage]]:
-    """One number for one word, among others for other words."""
+    """Make a question for one number of one word, among numbers of other words."""
     things = draws.sample(_THINGS, 4)
     numbers = [_number(draws) for _ in things]
     hidden = [
@@ -91,7 +91,7 @@ def _multikey(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passage]
 
 
 def _multivalue(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passage]]:
-    """Three numbers for one word, each in another passage, in the passages' order."""
+    """Make a question for three numbers of one word, each in another passage."""
     thing = draws.choice(_THINGS)
     numbers = [_number(draws) for _ in range(3)]
     hidden = [f"One of the special numbers for {thing} is {number}." for number in numbers]
@@ -101,7 +101,7 @@ def _multivalue(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passag
 
 
 def _chain(draws: random.Random) -> tuple[str, tuple[str, ...], list[Passage]]:
-    """A value handed on from one word to the next, each step in another passage."""
+    """Make a question for a value passed from word to word, each step in another passage."""
     things = draws.sample(_THINGS, 3)
     number = _number(draws)
     hidden = [f"The special number for {things[0]} is {number}."]
@@ -119,19 +119,19 @@ TASKS: Mapping[str, Callable[[random.Random], tuple[str, tuple[str, ...], list[P
     "needle-multivalue": _multivalue,
     "needle-chain": _chain,
 }
-"""Makers of one question by the task's name: question, answers, passages."""
+"""Functions that make one question, by task: question, answers, passages."""
 
 
 def synthetic(name: str, *, seed: int = 0, questions: int = QUESTIONS) -> Dataset:
-    """A made-up data set.
+    """Return a synthetic data set.
 
     Args:
         name: One of ``TASKS``.
-        seed: Decides everything in it.
-        questions: How many to make.
+        seed: Seed of everything in it.
+        questions: Number of questions.
 
     Returns:
-        The data set; its pool has reports to be drawn as further distractors.
+        The data set; its pool has reports to draw further distractors from.
 
     Raises:
         InvalidInputError: The name is unknown.

@@ -1,4 +1,4 @@
-"""A summary as Markdown and CSV."""
+"""Summary as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNEVEN = (
 def estimate(
     value: Estimate | None, digits: int = 3, percent: bool = False, brief: bool = False
 ) -> str:
-    """A number, and its interval unless it is to be brief; a dash where there is none.
+    """Return an estimate as text: with its interval unless brief, a dash if there is none.
 
     >>> estimate(Estimate(0.5, 0.25, 0.75, 9), percent=True)
     '50 % [25, 75]'
@@ -38,7 +38,7 @@ def estimate(
     if value is None or not math.isfinite(value.value):
         return "–"
     if percent:
-        # Adding 0 makes of -0 a plain one.
+        # Adding 0 turns -0 into 0.
         middle, low, high = (round(100 * x) + 0 for x in (value.value, value.low, value.high))
         return f"{middle} % [{low}, {high}]"
     if brief:
@@ -47,7 +47,7 @@ def estimate(
 
 
 def factor(value: Estimate) -> str:
-    """A factor and its interval.
+    """Return a factor and its interval as text.
 
     >>> factor(Estimate(0.5, 0.25, 0.75, 9))
     '0.50× [0.25, 0.75]'
@@ -56,9 +56,9 @@ def factor(value: Estimate) -> str:
 
 
 def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of what each way reached; of how many questions, where that differs.
+    """Return headings and cells of the quality table, with counts of questions if they differ.
 
-    In brief, only the gap has its interval.
+    If brief, only the gap has its interval.
     """
     heads = ["way", "r", "cost", "gap", "KL", "top-1", "NLL", "F1", "EM"]
     uneven = len({row.count for row in rows}) > 1
@@ -83,13 +83,13 @@ def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str
         )
         if uneven:
             cells[-1].insert(2, str(row.count))
-    if not answered:  # full prefill alone has an answer, which is compared with nothing
+    if not answered:  # only full prefill has an answer, and there is nothing to compare it with
         heads, cells = heads[:-2], [line[:-2] for line in cells]
     return heads, cells
 
 
 def difference_table(found: Iterable[Difference]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of paired differences."""
+    """Return headings and cells of the table of paired differences."""
     heads = ["way", "against", "r", "more of the gap", "clear", "KL, typically", "F1"]
     cells = [
         [
@@ -107,7 +107,7 @@ def difference_table(found: Iterable[Difference]) -> tuple[list[str], list[list[
 
 
 def leaders(summary: Summary, found: Iterable[Difference]) -> list[Difference]:
-    """Of all differences, those of the way that recovers most at each ratio."""
+    """Return the differences of the way that recovers most at each ratio."""
     chosen = []
     best: dict[float, str | None] = {}
     for one in found:
@@ -121,12 +121,12 @@ def leaders(summary: Summary, found: Iterable[Difference]) -> list[Difference]:
 
 
 def evaluation_only() -> list[str]:
-    """Selectors that know what a request cannot."""
+    """Return the names of selectors that know what a request cannot."""
     return [name for name in names() if selector_class(name).evaluation_only]
 
 
 def markdown(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *cells]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
@@ -139,7 +139,7 @@ def sections(
     equal_ratio: Sequence[Difference],
     equal_cost: Sequence[Difference],
 ) -> list[tuple[str, str, list[str], list[list[str]]]]:
-    """What every form of the summary shows: title, explanation, headings, cells."""
+    """Return the sections of every form of the summary: title, explanation, headings, cells."""
     uneven = len({row.count for row in summary.rows}) > 1
     note = _NOTE + (_UNEVEN if uneven else "")
     parts = [(f"All {summary.count} questions", note, *quality_table(summary.rows))]
@@ -177,7 +177,7 @@ def sections(
 
 
 def comma_separated(lines: Sequence[dict[str, Any]]) -> str:
-    """CSV with a heading, full precision."""
+    """Return CSV with a heading, in full precision."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
@@ -186,5 +186,5 @@ def comma_separated(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def csv_of(rows: Iterable[Row | Difference], **further: Any) -> list[dict[str, Any]]:
-    """Rows for `comma_separated`, with further columns in front."""
+    """Return rows for `comma_separated`, with further columns in front."""
     return [{**further, **as_dict(row)} for row in rows]

@@ -1,4 +1,4 @@
-"""Token F1 and exact match, as LongBench (2308.14508) and SQuAD (1606.05250) score answers."""
+"""Token F1 and exact match, as in LongBench (arXiv 2308.14508) and SQuAD (arXiv 1606.05250)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(text: str) -> list[str]:
-    """Words of an answer: lower case, without punctuation and articles.
+    """Return the words of an answer: lower case, without punctuation and articles.
 
     >>> normalise("The Eiffel Tower, in Paris!")
     ['eiffel', 'tower', 'in', 'paris']
@@ -21,7 +21,7 @@ def normalise(text: str) -> list[str]:
 
 
 def token_f1(answer: str, gold: str) -> float:
-    """Harmonic mean of precision and recall over words; 0 if either side has none.
+    """Return the harmonic mean of precision and recall over words; 0 if either side has no words.
 
     >>> token_f1("in the year 1889", "1889")
     0.5
@@ -35,7 +35,7 @@ def token_f1(answer: str, gold: str) -> float:
 
 
 def exact_match(answer: str, gold: str) -> float:
-    """1 if both are the same words in the same order, else 0.
+    """Return 1 if both have the same words in the same order, else 0.
 
     >>> exact_match("The lamp.", "lamp"), exact_match("a red lamp", "lamp")
     (1.0, 0.0)
@@ -44,5 +44,5 @@ def exact_match(answer: str, gold: str) -> float:
 
 
 def best(metric: Callable[[str, str], float], answer: str, golds: Sequence[str]) -> float:
-    """A metric against the gold answer that it likes best."""
+    """Return the best value of a metric over the right answers."""
     return max(metric(answer, gold) for gold in golds)

@@ -1,4 +1,4 @@
-"""How near two ways of computing the same answer's tokens are, from their logits."""
+"""Metrics of two ways of computing the same answer's tokens, from their logits."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def divergence(truth: Tensor, logits: Tensor) -> float:
-    """Mean over tokens of KL(truth || other), in nats.
+    """Return the mean over tokens of KL(truth || other), in nats.
 
     Args:
         truth: Logits ``[tokens, vocabulary]``.
-        logits: The other's, of the same shape.
+        logits: Logits of the other, of the same shape.
 
     >>> import torch
     >>> logits = torch.tensor([[0.0, 1.0]])
@@ -22,12 +22,12 @@ def divergence(truth: Tensor, logits: Tensor) -> float:
 
 
 def agreement(truth: Tensor, logits: Tensor) -> float:
-    """Share of tokens whose most likely continuation is the same; arguments as above."""
+    """Return the share of tokens with the same most likely next token; arguments as above."""
     return float((truth.argmax(dim=-1) == logits.argmax(dim=-1)).double().mean())
 
 
 def negative_log_likelihood(logits: Tensor, token_ids: Tensor) -> float:
-    """Mean over tokens of -log p(token), in nats.
+    """Return the mean over tokens of -log p(token), in nats.
 
     Args:
         logits: ``[tokens, vocabulary]``; row i predicts token i.

@@ -1,4 +1,4 @@
-"""One question on one model: what full prefill says, and what every other way of answering does."""
+"""Trial: one question on one model, by full prefill and in every other way."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """A question, prefilled in full and stitched; ways of answering are then measured on it.
+    """Question, prefilled in full and stitched, on which ways of answering are measured.
 
     Args:
         bench: Model and layout.
         question: The question.
 
     Attributes:
-        reference: Full prefill's answer and what the ways are compared with.
+        reference: Full prefill's answer, which the ways are compared with.
 
     Raises:
         InvalidInputError: There are fewer than two documents, or too many tokens for the model.
@@ -60,18 +60,18 @@ class Trial:
         self.reference = self._full_prefill()
 
     def measure(self, ways: Sequence[Way], *, answers: bool = True) -> Iterator[Result]:
-        """Measure ways of answering, one after the other.
+        """Yield the measured result of each way, one after the other.
 
         Args:
-            ways: The ways. Those that differ in the budget alone share one ranking.
-            answers: Whether to decode answers, and score them against the gold ones, too.
+            ways: The ways. Those that differ only in the budget share one ranking.
+            answers: True to decode answers too, and score them against the right ones.
         """
         for way in ways:
             yield self._measured(way, answers)
 
     @torch.no_grad()
     def _full_prefill(self) -> Reference:
-        """The model's own forward over the same ids; its answer is the others' yardstick."""
+        """Run the model's own forward over the same ids, and return it as the reference."""
         bench, model = self._bench, self._bench.model
         ids = torch.cat([d.token_ids for d in self._parts()] + [torch.tensor(self._prompt)])
         # A plain cache keeps every key, so that it can be cropped where layers slide.
@@ -86,7 +86,7 @@ class Trial:
         self._reply, _ = greedy(
             model, cache, first, max_new_tokens=bench.max_new_tokens, stop=bench.stop
         )
-        # Read anew in one forward, as the other ways read it: rows alone round differently.
+        # Read in one forward, as the other ways read it: single rows round differently.
         self._truth = teacher_forced(model, cache, first, self._reply)
         gold_logits = teacher_forced(model, cache, first, self._gold)
         text = self._text(self._reply)
@@ -148,7 +148,7 @@ class Trial:
         )
 
     def _order(self, way: Way) -> tuple[tuple[int, ...] | None, Cost]:
-        """The documents' order, if it is not the one given, and what finding it cost."""
+        """Return the documents' order, None for the given one, and the cost of finding it."""
         if not way.reorder:
             return None, Cost()
         model = self._bench.model
@@ -165,7 +165,7 @@ class Trial:
         return self._orders[ratio], cost
 
     def _stitched(self, order: tuple[int, ...] | None) -> StitchedCache:
-        """The documents stitched in an order; read, never written."""
+        """Return the documents stitched in an order, to be read only."""
         if order not in self._caches:
             self._caches[order] = stitch(self._bench.model, self._documents, order=order)
         return self._caches[order]

@@ -1,4 +1,4 @@
-"""Ways of answering, and what is measured of each."""
+"""Ways of answering, and their measurements."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ STITCH_ONLY = "stitch only"
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way of answering from stitched documents.
+    """Way of answering from stitched documents.
 
     Attributes:
-        selector: What chooses the slots to recompute; None recomputes none.
+        selector: Selector of the slots to recompute; None recomputes none.
         ratio: The recompute ratio.
-        reorder: Whether documents are put in the order [ifkv.reorder][] finds first.
-        other: A budget that is no plain ratio; it counts instead of the ratio.
+        reorder: True if documents are first ordered by [ifkv.reorder][].
+        other: A budget that is not a plain ratio; it replaces the ratio.
     """
 
     selector: Selector | None = None
@@ -33,36 +33,36 @@ class Way:
 
     @property
     def budget(self) -> Budget:
-        """How many slots it may recompute."""
+        """Return the budget of slots that it may recompute."""
         return Budget.of(self.ratio) if self.other is None else self.other
 
     @property
     def name(self) -> str:
-        """The selector as a string, and whether documents are reordered."""
+        """Return the selector as a string, with a note if documents are reordered."""
         if self.selector is None:
             return STITCH_ONLY
         return f"{self.selector} +reorder" if self.reorder else str(self.selector)
 
     @property
     def key(self) -> str:
-        """What tells it from every other way."""
+        """Return the string that identifies it among all ways."""
         return f"{self.name} @{label(self.budget)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A question's full prefill.
+    """Full prefill of a question.
 
     Attributes:
         context: Tokens of prefix and documents, T.
         prompt: Tokens of the prompt, Q.
-        documents: How many.
+        documents: Number of documents.
         tokens: Length of the answer.
         flops: Operations of the prefill.
-        nll: Mean -log p of the gold answer's tokens, in nats.
+        nll: Mean -log p of the right answer's tokens, in nats.
         answer: The greedy answer.
-        f1: Its token F1 against the best gold answer.
-        em: Its exact match.
+        f1: Token F1 of the answer against the best right one.
+        em: Exact match of the answer, likewise.
     """
 
     context: int
@@ -78,20 +78,20 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One question answered in one way.
+    """Result of one question answered in one way.
 
     Attributes:
         way: The way.
-        rows: Slots recomputed.
-        flops: Operations until the first token: choosing, recomputing, prompt.
-        selecting_flops: Of these, what choosing took, reordering included.
-        selecting_bytes: Bytes that choosing read and wrote.
+        rows: Number of recomputed slots.
+        flops: Operations to the first token: selection, recompute, prompt.
+        selecting_flops: Part of these operations that selection takes, including reordering.
+        selecting_bytes: Bytes that selection reads and writes.
         kl: Mean over full prefill's answer of KL(full || this), in nats.
-        top1: Share of these tokens for which both find the same one most likely.
-        nll: Mean -log p of the gold answer's tokens, in nats.
-        answer: The greedy answer, or None if none was decoded.
-        f1: Its token F1 against the best gold answer.
-        em: Its exact match.
+        top1: Share of these tokens for which both find the same token most likely.
+        nll: Mean -log p of the right answer's tokens, in nats.
+        answer: The greedy answer; None if none was decoded.
+        f1: Token F1 of the answer against the best right one.
+        em: Exact match of the answer, likewise.
     """
 
     way: Way
@@ -107,7 +107,7 @@ class Result:
     em: float | None
 
     def record(self) -> dict[str, Any]:
-        """What is written of it: plain JSON."""
+        """Return what the log keeps of it, as plain JSON."""
         values = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -128,21 +128,22 @@ def matrix(
     reorder: bool = False,
     budgets: Sequence[Budget] = (),
 ) -> list[Way]:
-    """Every way that a matrix asks for: stitching alone first, then selector by selector.
+    """Return every way of a matrix: stitching alone first, then selector by selector.
 
     Args:
         selectors: Selectors, or strings that name them with their options.
         ratios: Recompute ratios.
-        geometries: Try each selector that has an option ``geometry`` in each of these; as the
-            selector says if empty.
-        reorder: Try every selector with documents reordered, too.
-        budgets: Further budgets than the ratios: numbers, shares of the scores, smoothed ones.
+        geometries: Geometries to try with each selector that has an option ``geometry``; if empty,
+            the selector's own.
+        reorder: True to try every selector with documents reordered too.
+        budgets: Budgets besides the ratios: numbers, shares of the scores, smoothed ones.
 
     Returns:
         The ways, each once.
 
     Raises:
-        InvalidInputError: An unknown selector, option or geometry, a ratio outside [0, 1], or none.
+        InvalidInputError: A selector, option or geometry is unknown, or a ratio is outside [0, 1];
+            or there is no selector or ratio.
 
     Examples:
         >>> [way.key for way in matrix(["random"], [0.05, 0.15])]
@@ -152,7 +153,7 @@ def matrix(
         raise InvalidInputError(
             f"there are {len(selectors)} selectors and {len(ratios)} ratios; give one of each."
         )
-    # A plain ratio is one, in whatever form it is given.
+    # A plain ratio is recognised in whatever form it is given.
     ratios = [*ratios, *(one.ratio for one in budgets if one.ratio is not None and not kind(one))]
     others = list(dict.fromkeys(one for one in budgets if kind(one)))
     for ratio in ratios:

@@ -1,4 +1,4 @@
-"""Tiny models, a dense oracle and precision assertions, for those who test or extend the library.
+"""Tiny models, a dense oracle and precision assertions, for tests and extensions of the library.
 
 To check a new family, build a small random model of it and compare the library's results with the
 oracle's:

@@ -1,15 +1,15 @@
-"""A dense transformer written from the formulas: one forward pass, made to be read.
+"""Dense transformer written from the formulas: one forward pass, made to be read.
 
-It reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model and nothing else:
-no upstream forward runs, no cache object, no attention kernel, no code of this library.
-`dense_rows` sends some rows through all layers under an explicit boolean mask over all slots;
-`oracle` says which rows, which positions and which mask make up the method.
+The pass reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model and nothing
+else: no upstream forward runs, no cache object, no attention kernel, no code of this library.
+`dense_rows` sends rows through all layers under an explicit boolean mask over all slots. `oracle`
+says which rows, positions and mask make up the method.
 
 A *slot* is an index in the cache, a *position* is the number RoPE rotates by. Keys are kept before
 RoPE (and after qk-norm). Shapes: L layers, H heads, H_kv kv heads, D head_dim, N slots, R rows,
 V vocabulary.
 
-Arithmetic is the model's own dtype with upstream's casts: RMS norms and the cosines and sines are
+Arithmetic runs in the model's dtype with upstream's casts. RMS norms, cosines and sines are
 computed in float32 (norms in float64 where the module says so, see `models.widen_norms`), softmax
 in float32 or wider.
 """
@@ -26,11 +26,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseTrace:
-    """What the rows of one dense pass computed.
+    """Trace of one dense pass: what its rows computed.
 
     Attributes:
         keys_before_rope: Keys of all slots after the pass, `[L, H_kv, N, D]`.
-        keys: The same after RoPE at the slots' positions.
+        keys: The same keys after RoPE at the slots' positions.
         values: Values of all slots after the pass, `[L, H_kv, N, D]`.
         logits: Next-token logits of the rows, `[R, V]`.
         attention: Attention weights of the rows, one `[H, R, N]` a layer.
@@ -126,12 +126,12 @@ def dense_rows(
     Args:
         model: A Hugging Face `*ForCausalLM`.
         token_ids: The rows' tokens, `[R]`.
-        slots: Where the rows' keys and values go, `[R]`.
+        slots: Slots of the rows' keys and values, `[R]`.
         positions: RoPE position of every slot, `[N]`; a row's own position is that of its slot.
         mask: Boolean `[R, N]`, true where a row may look. A layer's sliding window, measured in
             positions, is applied on top.
-        keys_before_rope: What the slots hold beforehand, `[L, H_kv, N, D]`; None for nothing.
-        values: As `keys_before_rope`.
+        keys_before_rope: Keys that the slots hold beforehand, `[L, H_kv, N, D]`; None for none.
+        values: Values that the slots hold beforehand, likewise.
     """
     layers = model.model.layers[: model.config.num_hidden_layers]
     ids, slots, positions = (torch.as_tensor(x) for x in (token_ids, slots, positions))

@@ -1,4 +1,4 @@
-"""Made-up documents: what a store holds, without a model that made it."""
+"""Random documents for tests of stores, without a model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def random_document(
     fingerprint: str = "0" * 32,
     sensitivity: bool = False,
 ) -> DocumentCache:
-    """A document of random tokens and rows; the same seed makes the same document.
+    """Build a document of random tokens and rows; the same seed builds the same document.
 
     Args:
-        seed: Decides tokens and rows.
-        length: Tokens.
-        prefix: What it claims to have been encoded behind.
-        dtype: Of the rows.
-        layers: Decoder layers.
-        kv_heads: Key and value heads.
+        seed: Seed of tokens and rows.
+        length: Number of tokens.
+        prefix: Prefix that it claims to have been encoded after.
+        dtype: Dtype of the rows.
+        layers: Number of decoder layers.
+        kv_heads: Number of key and value heads.
         head_dim: Width of a head.
-        fingerprint: Which model it claims to be of.
-        sensitivity: Whether it has sensitivities.
+        fingerprint: Fingerprint of the model it claims to be of.
+        sensitivity: True to give it sensitivities.
 
     Returns:
         A document cache that no model can use.

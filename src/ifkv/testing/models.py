@@ -81,8 +81,8 @@ def tiny_model(
         sliding_window: Window in tokens, the token itself included. Qwen families slide in every
             layer but the first, Mistral and Phi-3 in all layers.
         max_position_embeddings: Longest sequence.
-        wide_norms: Whether to compute norms in the model's own dtype, see `widen_norms`. None means
-            yes for float64 and no otherwise.
+        wide_norms: True to compute norms in the model's dtype, see `widen_norms`. None means True
+            for float64 and False otherwise.
         **config_options: Further fields of the family's config.
 
     Returns:
@@ -140,7 +140,7 @@ def tiny_model(
 
 @functools.cache
 def shared_tiny_model(family: str = "llama", **options: Any) -> PreTrainedModel:
-    """`tiny_model`, built once per set of options; leave it as you found it.
+    """Return a `tiny_model` that is built once per set of options; do not change it.
 
     Options must be hashable: name the RoPE type instead of giving a dict.
     """
@@ -174,7 +174,7 @@ def _rope_parameters(rope: str, rotary_dim: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fill(model: nn.Module, seed: int) -> None:
-    """Draw every weight from a generator of its own, seeded by `seed` and the weight's name."""
+    """Draw every weight from its own generator, seeded by `seed` and the weight's name."""
     for name, weight in model.named_parameters():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
@@ -189,9 +189,9 @@ def _fill(model: nn.Module, seed: int) -> None:
 
 
 class WideRMSNorm(nn.Module):
-    """RMS norm in the dtype of its input, where upstream rounds to float32 on the way.
+    """RMS norm in the dtype of its input; upstream rounds to float32 on the way.
 
-    `compute_dtype` is what tells the oracle which of the two a module does.
+    `compute_dtype` tells the oracle which of the two a module does.
     """
 
     compute_dtype = torch.float64
@@ -211,8 +211,8 @@ def widen_norms(model: nn.Module) -> None:
     """Replace the RMS norms of a float64 model by `WideRMSNorm`, in place, sharing their weights.
 
     Upstream norms round their input to float32 even in a float64 model. Rounding is a step
-    function: it hides differences of 1e-16, mostly, and now and then makes 1e-8 of one. Without the
-    steps float64 comparisons at 1e-12 are both safe and sharp.
+    function: mostly it hides differences of 1e-16, and now and then it turns one into 1e-8. Without
+    the steps, float64 comparisons at 1e-12 are both safe and sharp.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -224,8 +224,8 @@ def widen_norms(model: nn.Module) -> None:
 def truth_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a float64 copy of a half- or single-precision model: the truth it approximates.
 
-    Weights are converted exactly, norms are widened, and `inv_freq` stays float32, so the copy
-    differs from `model` in the rounding of its arithmetic alone.
+    Weights are converted exactly, norms are widened, and `inv_freq` stays float32. So the copy
+    differs from `model` only in the rounding of its arithmetic.
     """
     twin = copy.deepcopy(model)
     with torch.no_grad():

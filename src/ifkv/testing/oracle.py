@@ -1,7 +1,8 @@
-"""The truth the library is tested against: each step of the method as one dense pass.
+"""Oracle that the library is tested against: each step of the method as one dense pass.
 
-Every function here is `dense.dense_rows` with the rows, positions and mask that define the step. No
-code of this library takes part. See `dense` for the vocabulary, the shapes and the arithmetic.
+Every function is `dense.dense_rows` with the rows, positions and mask that define the step. No
+other code of this library takes part. See `dense` for the vocabulary, the shapes and the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from ifkv.testing.dense import DenseTrace, dense_rows
 
 @dataclass(frozen=True)
 class DenseContext:
-    """A context of N slots: prefix, then documents one after the other.
+    """Context of N slots: prefix, then documents one after the other.
 
     Attributes:
-        token_ids: `[N]`, in slot order.
-        keys_before_rope: `[L, H_kv, N, D]`.
-        values: `[L, H_kv, N, D]`.
+        token_ids: Token ids `[N]`, in slot order.
+        keys_before_rope: Keys before RoPE, `[L, H_kv, N, D]`.
+        values: Values, `[L, H_kv, N, D]`.
         prefix_length: Number of prefix slots.
         document_slices: The slots of each document, in slot order.
     """
@@ -38,12 +39,12 @@ class DenseContext:
 def dense_forward(
     model: Any, token_ids: Sequence[int] | Tensor, positions: Sequence[int] | Tensor, mask: Tensor
 ) -> DenseTrace:
-    """Forward of T tokens at any `positions` `[T]` under any boolean `mask` `[T, T]`."""
+    """Run T tokens at any `positions` `[T]` under any boolean `mask` `[T, T]`."""
     return dense_rows(model, token_ids, range(len(token_ids)), positions, mask)
 
 
 def dense_prefill(model: Any, token_ids: Sequence[int] | Tensor) -> DenseTrace:
-    """Plain causal prefill of T tokens at positions 0 to T - 1."""
+    """Run a plain causal prefill of T tokens at positions 0 to T - 1."""
     length = len(token_ids)
     return dense_forward(model, token_ids, range(length), torch.ones(length, length).tril().bool())
 
@@ -54,10 +55,10 @@ def dense_stitched(
     documents: Sequence[Sequence[int]],
     order: Sequence[int] | None = None,
 ) -> DenseContext:
-    """Caches of documents computed alone, each behind the prefix, laid out one after the other.
+    """Return documents computed alone, each after the prefix, laid out one after the other.
 
     A document sees the prefix and itself, at local positions `len(prefix), len(prefix) + 1, ...`.
-    Keys are before RoPE, so where the documents end up later does not matter here.
+    Keys are before RoPE, so the documents' later positions do not matter here.
     """
     arranged = [list(documents[i]) for i in (range(len(documents)) if order is None else order)]
     start, slices = len(prefix), []
@@ -89,8 +90,8 @@ def dense_recompute(
 ) -> DenseTrace:
     """Recompute the rows in `slots` layer by layer against the mixed cache, then answer a prompt.
 
-    Slot and position coincide; a row sees every key whose position is at most its own. Prompt rows
-    follow the context. Slots may come in any order.
+    Slot and position coincide, and a row sees every key whose position is at most its own. Prompt
+    rows follow the context. Slots may come in any order.
 
     Returns:
         Keys and values of the T context slots and the Q prompt slots (`N = T + Q`), and the logits
@@ -117,11 +118,11 @@ def dense_scores(
     query_positions: Sequence[int] | Tensor | None = None,
     reduction: Literal["l2", "sum"] = "l2",
 ) -> Tensor:
-    """Attention norm of every context slot (arXiv 2603.05353), `[T]`.
+    """Return the attention norm of every context slot (arXiv 2603.05353), `[T]`.
 
-    Query tokens see the whole context, wherever its slots are positioned, and each other causally.
-    Attention is averaged over heads, reduced over query tokens by the L2 norm or the sum, and
-    averaged over `layers`.
+    Query tokens see the whole context, at whatever positions its slots are, and each other
+    causally. Attention is averaged over heads, reduced over query tokens by the L2 norm or the sum,
+    and averaged over `layers`.
 
     Args:
         model: A Hugging Face `*ForCausalLM`.
@@ -130,7 +131,7 @@ def dense_scores(
         layers: Layer indices, negative ones counting from the last.
         key_positions: Position of every context slot, `[T]`; None means the slot number.
         query_positions: Positions of the query tokens, `[Q]`; None means T, T + 1, ...
-        reduction: "l2" or "sum".
+        reduction: Reduction over query tokens, "l2" or "sum".
     """
     total, queries = len(context.token_ids), len(query_ids)
     keys_at = torch.arange(total) if key_positions is None else torch.as_tensor(key_positions)

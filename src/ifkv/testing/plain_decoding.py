@@ -1,4 +1,4 @@
-"""Decode as the logits say, whatever a model's generation config makes of them."""
+"""Decoding by the logits alone, whatever a model's generation config says."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def plain_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Set a model's generation config aside for a block, so that nothing but tokens is decided.
+    """Set a model's generation config aside for a block, so that only the logits decide the tokens.
 
     Args:
-        model: The model, which nobody else may use meanwhile.
+        model: The model; nobody else may use it meanwhile.
     """
     from transformers import GenerationConfig
 

@@ -74,8 +74,8 @@ def assert_bit_equal(
     """Assert same shape, same dtype and the same number in every element.
 
     Args:
-        actual: What was computed.
-        expected: What it must be.
+        actual: The tensor that was computed.
+        expected: The tensor it must equal.
         what: Name of the tensor for the message, such as "keys after stitching".
         axes: Names of its axes for the message; guessed from the number of dimensions if None.
 
@@ -103,15 +103,15 @@ def assert_close(
     Dtypes may differ; NaN and infinity are never close to anything.
 
     Args:
-        actual: What was computed.
-        expected: What it must be, up to rounding.
+        actual: The tensor that was computed.
+        expected: The tensor it must equal, up to rounding.
         what: Name of the tensor for the message, such as "values after recompute".
         tolerance: None means that of `TOLERANCES` for the dtype of `actual`.
         axes: Names of its axes for the message; guessed from the number of dimensions if None.
 
     Raises:
         AssertionError: They differ; the message names the axes, the worst element and its index.
-        ValueError: No tolerance was given and the dtype has none of its own.
+        ValueError: No tolerance was given, and the dtype has no default.
     """
     if tolerance is None:
         if actual.dtype not in TOLERANCES:
@@ -139,22 +139,22 @@ def assert_within_floor(
 ) -> None:
     """Assert that `actual` is at most `factor` times as far from the truth as `plain` is.
 
-    The rule for half precision, from flash-attention's tests: what plain full prefill loses in a
-    dtype is the floor nobody can be asked to beat. Rounding the truth itself to the dtype is always
-    accepted.
+    This is the rule for half precision, from flash-attention's tests: the error of plain full
+    prefill in a dtype is the floor that nothing can be asked to beat. Rounding the truth itself to
+    the dtype is always accepted.
 
     Args:
-        actual: What the library computed.
-        plain: The plain implementation's result in the same dtype.
-        truth: The result in float32 or float64, for instance from `models.truth_model`.
+        actual: Result of the library.
+        plain: Result of the plain implementation in the same dtype.
+        truth: Result in float32 or float64, for instance from `models.truth_model`.
         what: Name of the tensor for the message.
-        factor: How many times the plain error is allowed.
+        factor: Multiple of the plain error that is allowed.
         measure: "max" compares largest errors, "rms" root mean squares (steadier on few elements).
         axes: Names of its axes for the message; guessed from the number of dimensions if None.
 
     Raises:
         AssertionError: The error is larger, or not finite; the message gives both errors.
-        ValueError: `actual` and `plain` differ in dtype, so that the comparison says nothing.
+        ValueError: `actual` and `plain` differ in dtype, so the comparison would say nothing.
     """
     if actual.dtype != plain.dtype:
         raise ValueError(f"{what}: actual is {actual.dtype} but plain is {plain.dtype}")

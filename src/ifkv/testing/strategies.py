@@ -1,6 +1,7 @@
 """Hypothesis strategies for the library's inputs. Import this module only where hypothesis is.
 
 Sizes are small on purpose: hypothesis finds a mistake at three tokens as well as at three thousand,
+    and shrinks to an example that can be read.
 and shrinks to an example that can be read.
 """
 
@@ -24,7 +25,7 @@ class Request:
         prefix: Prefix tokens, possibly none.
         documents: At least one document, none of them empty.
         query: Scoring tokens, at least one.
-        prompt: Answered tokens, at least one.
+        prompt: Prompt tokens, at least one.
     """
 
     prefix: list[int]
@@ -34,7 +35,7 @@ class Request:
 
     @property
     def context(self) -> list[int]:
-        """Prefix and documents as one sequence."""
+        """Return prefix and documents as one sequence."""
         return [*self.prefix, *(token for document in self.documents for token in document)]
 
 
@@ -53,12 +54,12 @@ class ModelOptions:
 def token_ids(
     min_size: int = 1, max_size: int = 12, vocab_size: int = VOCAB_SIZE
 ) -> st.SearchStrategy[list[int]]:
-    """Sequences of token ids."""
+    """Draw sequences of token ids."""
     return st.lists(st.integers(0, vocab_size - 1), min_size=min_size, max_size=max_size)
 
 
 def prefixes(max_size: int = 4, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
-    """Prefixes, the empty one included."""
+    """Draw prefixes, including the empty one."""
     return token_ids(0, max_size, vocab_size)
 
 
@@ -68,18 +69,18 @@ def documents(
     vocab_size: int = VOCAB_SIZE,
     min_documents: int = 1,
 ) -> st.SearchStrategy[list[list[int]]]:
-    """Ragged lists of documents, none of them empty."""
+    """Draw lists of documents of different lengths, none of them empty."""
     one = token_ids(1, max_length, vocab_size)
     return st.lists(one, min_size=min_documents, max_size=max_documents)
 
 
 def queries(max_size: int = 6, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
-    """Scoring tokens."""
+    """Draw scoring tokens."""
     return token_ids(1, max_size, vocab_size)
 
 
 def prompts(max_size: int = 6, vocab_size: int = VOCAB_SIZE) -> st.SearchStrategy[list[int]]:
-    """Answered tokens."""
+    """Draw prompt tokens."""
     return token_ids(1, max_size, vocab_size)
 
 
@@ -91,7 +92,7 @@ def requests(
     max_length: int = 12,
     vocab_size: int = VOCAB_SIZE,
 ) -> Request:
-    """Whole requests."""
+    """Draw whole requests."""
     return Request(
         prefix=draw(prefixes(vocab_size=vocab_size)),
         documents=draw(documents(max_documents, max_length, vocab_size, min_documents)),
@@ -101,7 +102,7 @@ def requests(
 
 
 def slot_subsets(total: int, *, min_size: int = 0, first: int = 0) -> st.SearchStrategy[list[int]]:
-    """Ascending sets of distinct slots out of `first, ..., total - 1`.
+    """Draw ascending sets of distinct slots out of `first, ..., total - 1`.
 
     Args:
         total: Number of slots of the context.
@@ -115,34 +116,34 @@ def slot_subsets(total: int, *, min_size: int = 0, first: int = 0) -> st.SearchS
 
 
 def orders(count: int) -> st.SearchStrategy[list[int]]:
-    """Permutations of `count` documents."""
+    """Draw permutations of `count` documents."""
     return st.permutations(range(count)).map(list)
 
 
 def ratios() -> st.SearchStrategy[float]:
-    """Recompute ratios, both ends included."""
+    """Draw recompute ratios, including 0 and 1."""
     return st.floats(0.0, 1.0, allow_nan=False)
 
 
 def families() -> st.SearchStrategy[str]:
-    """Model families that `models.tiny_model` builds."""
+    """Draw model families that `models.tiny_model` builds."""
     return st.sampled_from(FAMILIES)
 
 
 def seeds(count: int = 4) -> st.SearchStrategy[int]:
-    """Seeds for weights; few of them, so that `models.shared_tiny_model` is found built."""
+    """Draw one of few seeds for weights, so that `models.shared_tiny_model` finds built models."""
     return st.integers(0, count - 1)
 
 
 @st.composite
 def model_options(draw: st.DrawFn, *, sliding: bool = True) -> ModelOptions:
-    """Combinations of family, RoPE type with fixed frequencies, head geometry and sliding window.
+    """Draw combinations of family, RoPE type with fixed frequencies, heads and sliding window.
 
     Pass them on as `shared_tiny_model(**dataclasses.asdict(options))`.
 
     Args:
         draw: Given by hypothesis.
-        sliding: Whether to draw sliding windows too.
+        sliding: True to draw sliding windows too.
     """
     family = draw(families())
     fixed = [rope for rope in rope_types(family) if rope not in ("dynamic", "longrope")]

@@ -1,4 +1,4 @@
-"""A tokenizer built in memory, so that text goes in and out of a tiny model without a download."""
+"""Tokenizer built in memory, so that tiny models read and write text without a download."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The properties of the method, checked on one model: what ``ifkv verify`` runs.
+"""Properties of the method, checked on one model: the work of ``ifkv verify``.
 
-Each compares the fast path with a native forward of the same model on the same token ids, so
-nothing but the model is trusted. Tolerances: 1e-10 in float64 and 1e-5 in float32, relative to the
-largest value compared; in half precision, and of quantized models, twice what the model's own
-computations lie apart (`ifkv.testing.yardsticks`). Those that promise equal bits are held to equal
-bits. Names are those of the list in ``docs/method.md``. Tokens are not compared: of two that are as
-good as equally likely either may be chosen.
+Each check compares the fast path with a native forward of the same model on the same token ids, so
+nothing but the model is trusted. Tolerances are relative to the largest value compared: 1e-10 in
+float64 and 1e-5 in float32; in half precision, and for quantized models, twice the distance between
+the model's own computations (`ifkv.testing.yardsticks`). Properties that promise equal bits must
+give equal bits. Tokens are not compared, since any of several equally likely ones may be chosen.
+The names are those of the list in ``docs/method.md``.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ POISON = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class LawResult:
-    """One property, measured.
+    """Measured result for one property of the method.
 
     Attributes:
-        law: What must hold.
+        law: The property, in words.
         error: Largest deviation, relative to the largest value compared.
-        tolerance: The largest that is allowed; 0 where bits must be equal.
+        tolerance: Largest error that is allowed; 0 if bits must be equal.
     """
 
     law: str
@@ -70,16 +70,16 @@ class LawResult:
 
 @torch.no_grad()
 def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[LawResult]:
-    """Check the method's properties on a model with random token ids.
+    """Check the properties of the method on a model, with random token ids.
 
     Args:
-        model: A causal language model in ``eval()`` mode. It is patched for the time
-            being, and not patched afterwards. A half-precision one is copied to float32.
+        model: A causal language model in ``eval()`` mode. It is patched during the checks only. A
+            half-precision model is copied to float32.
         seed: Seed of the token ids.
-        length: Tokens of each of three documents, roughly.
+        length: Approximate number of tokens of each of three documents.
 
     Yields:
-        One result per property, as soon as it is measured.
+        One result per property, once it is measured.
 
     Raises:
         IfkvError: The model is not supported; nothing has been measured then.
@@ -111,7 +111,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
         mask = no_padding(parts)  # random ids may end in one that ends texts
         documents = prefill_documents(model, parts, attention_mask=mask, prefix=prefix)
         sizes = _Sizes(total, first, range(len(truth.cache.layers)))
-        yield from _laws(model, documents, prompt, truth, sizes, allowed)
+        yield from _properties(model, documents, prompt, truth, sizes, allowed)
         alone = prefill_documents(model, [parts[1]], prefix=prefix)[0]
         yield LawResult(
             "documents are alone: a cache does not depend on its neighbours",
@@ -125,14 +125,14 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Slots of the context, the first slot that is not exact already, and all layers."""
+    """Sizes of the context: its slots, the first slot that is not exact already, and all layers."""
 
     total: int
     first: int
     layers: range
 
 
-def _laws(
+def _properties(
     model: PreTrainedModel,
     documents: list[DocumentCache],
     prompt: list[int],
@@ -184,7 +184,7 @@ def _laws(
             output_logits=True,
         )
     yield LawResult(
-        "generate() goes on from these logits",
+        "generate() continues from these logits",
         error(answer.logits[0][0], expected),
         max(tolerance, SINGLE),  # transformers hands them out in float32
     )
@@ -197,10 +197,10 @@ def _laws(
         max(allowed.scores, SINGLE),  # eager attention is computed in float32
     )
     slots = select(stitched, scores, ratio=0.2)
-    yield from _selection_laws(model, stitched, slots, prompt, truth, tolerance)
+    yield from _selection_properties(model, stitched, slots, prompt, truth, tolerance)
 
 
-def _selection_laws(
+def _selection_properties(
     model: PreTrainedModel,
     stitched: StitchedCache,
     slots: Tensor,

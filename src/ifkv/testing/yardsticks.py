@@ -1,11 +1,11 @@
-"""What a model computes by itself, and how far its own computations of one thing lie apart.
+"""Native results of a model, and how far two native computations of the same thing may differ.
 
-Two ways that are equal in mathematics differ in a model's rounding. In half precision a model lies
-as far from a float32 copy of itself as its dtype rounds. A quantized one has no such copy, and its
-rows can depend on which others are computed with them: where kernels go by the number of rows, or
-activations are quantized together; and where it rounds to few bits, the last bit of what comes in
-decides sometimes. It is held to how far its own prefill lies from its prefill in pieces, and from
-that of embeddings which are off by a rounding, in float32 by a few.
+Two computations that are equal in mathematics differ in a model's rounding. In half precision, a
+model differs from a float32 copy of itself by the rounding of its dtype. A quantized model has no
+such copy. Its rows can depend on which others are computed with them, if kernels go by the number
+of rows or activations are quantized together. Where it rounds to few bits, the last bit of an input
+can decide. So its yardsticks are the distance of its own prefill from its prefill in pieces, and
+from a prefill of embeddings that are off by a few roundings in float32.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _OBSERVING = "ifkv-observing"
 
 @dataclasses.dataclass(frozen=True)
 class NativePass:
-    """What a model computes by itself of a context and a prompt behind it.
+    """Native results of a model for a context and the prompt after it.
 
     Attributes:
         cache: Keys and values of both.
-        logits: Of the prompt's last row, ``[vocabulary]``.
+        logits: Logits of the prompt's last row, ``[vocabulary]``.
         scores: The context's attention norms under the prompt, ``[T]``, as [ifkv.score][]
             defines them.
     """
@@ -51,11 +51,11 @@ class NativePass:
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """How far two right computations of one model may lie apart, relative to the largest value.
+    """Largest deviation of two correct computations of one model, relative to the largest value.
 
     Attributes:
-        rows: Of keys, values and logits.
-        scores: Of attention norms.
+        rows: Deviation of keys, values and logits.
+        scores: Deviation of attention norms.
     """
 
     rows: float
@@ -88,7 +88,7 @@ def native_pass(
     Args:
         model: The model.
         rows: Token ids of both, ``[1, T + Q]``, or embeddings, ``[1, T + Q, hidden]``.
-        total: T.
+        total: Length of the context, T.
         pieces: Rows to run at a time, in order; all at once if None.
     """
     cuts = list(pieces or [rows.shape[1]])
@@ -101,13 +101,13 @@ def native_pass(
 def native_scores(
     model: PreTrainedModel, rows: Tensor, total: int, cache: Any, pieces: Sequence[int]
 ) -> Tensor:
-    """Attention norms of a context, from the attentions of the model's own forward.
+    """Return attention norms of a context, from the attentions of the model's own forward.
 
     Args:
         model: The model.
-        rows: What is run over the cache, as in `native_pass`; the last are the prompt.
+        rows: Rows to run over the cache, as in `native_pass`; the last are the prompt.
         total: Slots of the context.
-        cache: What is there already; it is appended to.
+        cache: Cache to append to.
         pieces: Rows to run at a time.
 
     Returns:
@@ -128,13 +128,13 @@ def native_scores(
 
 
 def yardstick(model: PreTrainedModel, ids: Tensor, total: int, whole: NativePass) -> Yardstick:
-    """How far right computations of this model may lie from its own.
+    """Return how far correct computations of this model may differ from its own.
 
     Args:
         model: The model.
         ids: A context and a prompt of at least two tokens, ``[1, T + Q]``.
-        total: T, at least 3.
-        whole: What the model computes of them at once.
+        total: Length of the context, T, at least 3.
+        whole: The model's results for them in one pass.
     """
     least = TOLERANCE.get(whole.logits.dtype, 0.0)
     if any(map(is_quantized, model.modules())):
@@ -157,15 +157,15 @@ def yardstick(model: PreTrainedModel, ids: Tensor, total: int, whole: NativePass
         for each in others
     ]
     scores = [error(whole.scores, each.scores) for each in others]
-    # Two computations that each keep within it may lie twice as far apart.
+    # Two computations that each keep within it may differ by twice as much.
     return Yardstick(max(least, 2 * max(rows)), max(least, 2 * max(scores)))
 
 
 def _off_by_a_rounding(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yield embeddings of tokens a few times, each time with other last bits."""
+    """Yield embeddings of tokens a few times, each time with different last bits."""
     exact: Tensor = model.get_input_embeddings()(ids)
     eps = torch.finfo(exact.dtype).eps
-    # A wide dtype's roundings add up on the way to where few bits are kept.
+    # Roundings of a wide dtype add up on the way to a place where few bits are kept.
     size = max(eps, min(8 * eps, 1e-6))
     draw = torch.Generator().manual_seed(0)
     for _ in range(6):
@@ -174,7 +174,7 @@ def _off_by_a_rounding(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
 
 
 def _forward(model: Any, rows: Tensor, cache: Any) -> Tensor:
-    """Run rows behind a cache and return the last one's logits, ``[vocabulary]``."""
+    """Run rows after a cache and return the last one's logits, ``[vocabulary]``."""
     given = {"inputs_embeds" if rows.is_floating_point() else "input_ids": rows}
     out = model(**given, use_cache=True, **cache_keyword(model, cache))
     logits: Tensor = out.logits[0, -1]
@@ -183,12 +183,12 @@ def _forward(model: Any, rows: Tensor, cache: Any) -> Tensor:
 
 @contextmanager
 def _attentions(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
-    """Let a model compute its attention in the eager way, and show every layer's weights.
+    """Make a model compute eager attention in the block, and collect every layer's weights.
 
     ``output_attentions`` would leave hooks on the model.
 
     Yields:
-        By layer, the weights of the last forward, ``[1, heads, rows, slots]``.
+        The weights ``[1, heads, rows, slots]`` of the last forward, by layer.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
