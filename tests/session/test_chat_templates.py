@@ -150,6 +150,11 @@ def test_documents_are_found_the_next_day(tomorrow: Any) -> None:
     assert second.prefilled == 0
 
 
+def test_a_time_of_day_is_noticed_like_a_date() -> None:
+    with pytest.warns(PromptWarning, match="date or time"):
+        session_of("{{ 'At ' + strftime_now('%H:%M') }}" + QWEN3)
+
+
 def test_a_session_goes_on_over_midnight(tomorrow: Any) -> None:
     session = session_of(LLAMA3, date="today")
     today = datetime.date.today()
@@ -277,6 +282,15 @@ def test_a_conversation_whose_template_drops_empty_thoughts_is_refused() -> None
     session.add(TEXTS)
     with pytest.raises(InvalidInputError, match=r"earlier turns cannot be kept.*ask\(\)"):
         session.conversation()
+
+
+def test_what_is_no_text_and_what_names_no_variables_is_refused() -> None:
+    for given in (3, None, ["Read."]):
+        with pytest.raises(InvalidInputError, match=r"instruction is .*give the text"):
+            PromptFormat(tokenizer_with(QWEN3), given)  # type: ignore[arg-type]
+    wrong: Any = [1]
+    with pytest.raises(InvalidInputError, match=r"chat_template_kwargs is \[1\]"):
+        PromptFormat(tokenizer_with(QWEN3), chat_template_kwargs=wrong)
 
 
 def test_variables_that_nothing_reads_are_refused() -> None:

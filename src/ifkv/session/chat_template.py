@@ -21,8 +21,8 @@ Message = dict[str, str]
 # The date that is written where a template prints today's: the one that Llama's own templates
 # print where there is no clock. Any other would do that stays the same.
 FROZEN_DATE = datetime.date(2024, 7, 26)
-# Two days that are written differently in every format.
-_DAYS = (datetime.date(2001, 2, 3), datetime.date(2018, 11, 25))
+# Two moments that are written differently in every format, of dates and of times of day.
+_DAYS = (datetime.date(2001, 2, 3), datetime.datetime(2018, 11, 25, 13, 24, 56))
 # Before a template: its clock, which knows the formats that are written in the template. Upstream
 # hands templates no functions of ours. The line's end goes with the block.
 _CLOCK = (
@@ -66,6 +66,11 @@ class ChatTemplate:
         *,
         system: bool = False,
     ):
+        if not isinstance(variables, Mapping | None):
+            raise InvalidInputError(
+                f"chat_template_kwargs is {variables!r}; give the names and values of variables of "
+                "the chat template, such as {'enable_thinking': False}."
+            )
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self.by_class = _has_own_way(tokenizer)

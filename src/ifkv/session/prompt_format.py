@@ -87,6 +87,10 @@ class PromptFormat:
         control_tokens: ControlTokens = "text",
     ):
         check_vocabulary(tokenizer)
+        if not isinstance(instruction, str):
+            raise InvalidInputError(
+                f"instruction is {instruction!r}; give the text before the documents, '' for none."
+            )
         self._template = ChatTemplate(
             tokenizer, chat_template_kwargs, date, system=system is not None
         )
@@ -228,8 +232,8 @@ class PromptFormat:
         """Token ids of the prefix; warns if the template's date has been frozen in it."""
         if self._freezes:
             warnings.warn(
-                "the tokenizer's chat template prints today's date, with which no document would "
-                f"be found tomorrow; {self._template.date} is printed in its place. Give "
+                "the tokenizer's chat template prints today's date or time, with which no document "
+                f"would be found tomorrow; {self._template.date} is printed in its place. Give "
                 "date='today' to have today's (--date on the command line), or another date.",
                 PromptWarning,
                 stacklevel=1,
