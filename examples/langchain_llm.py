@@ -41,7 +41,7 @@ class IfkvLLM(LLM):
         return {"model": name, "ratio": self.ratio, "max_new_tokens": self.max_new_tokens}
 
     def _options(self, documents: Any = (), **options: Any) -> dict[str, Any]:
-        """What a session is asked with; documents that it does not know are encoded."""
+        """Return the arguments of `Session.ask`; unknown documents are encoded."""
         texts = [getattr(document, "page_content", document) for document in documents]
         keys = list(dict.fromkeys(self.session.add(texts)))  # a passage found twice is read once
         own = {"ratio": self.ratio, "max_new_tokens": self.max_new_tokens}
@@ -63,7 +63,7 @@ class IfkvLLM(LLM):
 
 
 def over_context(llm: Runnable[Any, str]) -> Runnable[dict[str, Any], str]:
-    """A step of a chain: from `{"context": documents, "question": text}` to the answer.
+    """Return a step of a chain: from `{"context": documents, "question": text}` to the answer.
 
     A retriever puts what it found most fitting first. Here that goes last, next to the question.
     """

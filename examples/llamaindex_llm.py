@@ -29,7 +29,7 @@ class IfkvLLM(CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex asks of a model."""
+        """Return the facts that LlamaIndex asks of a model."""
         return LLMMetadata(
             context_window=self.session.model.config.max_position_embeddings,
             num_output=self.max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
@@ -37,7 +37,7 @@ class IfkvLLM(CustomLLM):
         )
 
     def _options(self, documents: Any) -> dict[str, Any]:
-        """What a session is asked with; documents that it does not know are encoded."""
+        """Return the arguments of `Session.ask`; unknown documents are encoded."""
         keys = self.session.add([_text(document) for document in documents])
         return {
             "documents": list(dict.fromkeys(keys)),  # a passage found twice is read once
@@ -97,7 +97,7 @@ class IfkvSynthesizer(BaseSynthesizer):
 
 
 def _text(document: Any) -> Any:
-    """A passage as the model is to read it: a node with the metadata it is to be shown with."""
+    """Return a passage as the model reads it: a node with its metadata for the model."""
     if not hasattr(document, "get_content"):
         return document
     return document.get_content(metadata_mode=MetadataMode.LLM)

@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
-    """A server, not yet running; port 0 takes a free one."""
+    """Return a server that does not run yet; port 0 takes a free one."""
     handler = type("BoundHandler", (Handler,), {"service": service})
     return ThreadingHTTPServer((host, port), handler)
 

@@ -44,7 +44,7 @@ class SqliteStore:
         return sqlite3.connect(self._path, timeout=60)  # one a call: connections have one thread
 
     def key_for(self, model, token_ids: Sequence[int], prefix: Sequence[int] = ()) -> str:
-        """The key of a document."""
+        """Return the key of a document."""
         return key_for(model, token_ids, prefix)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
@@ -75,7 +75,7 @@ class SqliteStore:
             self._prefixes.pop(key, None)
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
-        """The document under a key, checked; `lazy` makes no difference here."""
+        """Return the document under a key, checked; `lazy` makes no difference here."""
         with self._lock:
             if (shared := self._prefixes.get(key)) is not None and key in self:
                 self._hits += 1
@@ -139,12 +139,12 @@ class SqliteStore:
         self._forget(key)
 
     def keys(self) -> Iterator[str]:
-        """Keys of all entries."""
+        """Return the keys of all entries."""
         with closing(self._open()) as db:
             return iter([key for (key,) in db.execute("SELECT key FROM documents ORDER BY rowid")])
 
     def stats(self) -> StoreStats:
-        """What the store holds."""
+        """Return the counts of what the store holds."""
         query = "SELECT count(*), coalesce(sum(tokens), 0), coalesce(sum(length(data)), 0)"
         with closing(self._open()) as db:
             found = db.execute(f"{query} FROM documents").fetchone()

@@ -146,7 +146,7 @@ TABLES: dict[str, Callable[[str, float], str]] = {
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the results have them."""
+    """Return a page with its tables filled from the results."""
     return BLOCK.sub(
         lambda found: (
             found[1] + "\n" + TABLES[found[2]](found[3], float(found[4])) + "\n" + found[5]

@@ -22,7 +22,7 @@ go to standard error."""
 
 
 def reference() -> str:
-    """The page: every command, argument and option."""
+    """Return the page: every command, argument and option."""
     command = typer.main.get_command(app)
     made = get_docs_for_click(
         obj=command, ctx=click.Context(command), name="ifkv", title="Command line"

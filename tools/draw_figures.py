@@ -12,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def figures() -> dict[str, str]:
-    """Every figure's file name and content."""
+    """Return every figure's file name and content."""
     drawn = {
         "arena.svg": arena.draw(),
         "attention.svg": attention.draw(),
