@@ -74,12 +74,12 @@ class StoredDocument(DocumentCache):
 
     @property
     def keys(self) -> Tensor:
-        """``[layers, kv_heads, n, head_dim]``."""
+        """Return all keys, ``[layers, kv_heads, n, head_dim]``."""
         return self._all()[:, 0]
 
     @property
     def values(self) -> Tensor:
-        """``[layers, kv_heads, n, head_dim]``."""
+        """Return all values, ``[layers, kv_heads, n, head_dim]``."""
         return self._all()[:, 1]
 
     @property
