@@ -51,6 +51,8 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
         current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
         if current is not None:
             spec = checked_spec(module, attention_mask, kwargs)
+            if backend is not None:
+                backend.check_spec(spec)
             layer_idx: Any = module.layer_idx
             return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
         scales = scales_of(key)
