@@ -289,7 +289,7 @@ def test_exit_codes(here: Path) -> None:
     for arguments, code, start in (
         ([*ask, "no/such/model"], 2, "Error: 'no/such/model'"),  # what was given is wrong
         ([*ask, "other", "--ratio", "7"], 2, "Usage: "),
-        ([*ask, "other"], 1, "Error: "),  # it cannot be done
+        ([*ask, "other"], 2, "Error: "),  # so is a model of an unknown family
     ):
         run = subprocess.run([*MAIN, *arguments], capture_output=True, text=True, check=False)
         assert run.returncode == code, run.stderr

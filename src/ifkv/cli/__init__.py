@@ -26,6 +26,7 @@ from ifkv.errors import (
     InvalidInputError,
     StoreWarning,
     UnloadedWeightsWarning,
+    UnsupportedModelError,
     UpstreamWarning,
 )
 
@@ -74,7 +75,7 @@ app.add_typer(store_app, name="store")
 def main() -> None:
     """Run the command line; print our errors as one sentence, without a traceback.
 
-    Exit with 2 if an argument is wrong, as typer does, and with 1 for other errors.
+    Exit with 2 if what was given is wrong, an argument or a model, and with 1 for other errors.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal or pipe that is not UTF-8 shows a question mark for what it cannot write.
@@ -85,7 +86,7 @@ def main() -> None:
         app()
     except IfkvError as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
-        sys.exit(2 if isinstance(error, InvalidInputError) else 1)
+        sys.exit(2 if isinstance(error, InvalidInputError | UnsupportedModelError) else 1)
 
 
 def _show_warning(
