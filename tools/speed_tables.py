@@ -151,7 +151,7 @@ def gpu_kernels() -> str:
 
 
 def gpu_ttft() -> str:
-    """Time to first token on a card: every shape, length and ratio."""
+    """Time to first token on a GPU: every shape, length and ratio."""
     found = json.loads((RESULTS / "gpu_ttft.json").read_text(encoding="utf-8"))["rows"]
     rows = [
         [

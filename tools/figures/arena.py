@@ -35,7 +35,11 @@ def draw() -> str:
     )
     canvas.text(20, 28, "What a selector recovers, and what it costs", bold=True, size=15)
     canvas.text(
-        20, 48, "up: nearer to full prefill; left: sooner; markers: ratios", size=12, fill="soft"
+        20,
+        48,
+        "up: nearer to full prefill; left: fewer operations; markers: ratios",
+        size=12,
+        fill="soft",
     )
     for number, (name, title) in enumerate(SETTINGS.items()):
         row, column = divmod(number, COLUMNS)

@@ -66,7 +66,7 @@ class Ratios:
         """What turns a request's documents, prompt tokens and question tokens into its budget.
 
         For ``"auto"`` the machine is measured here if it has to be, before the request's clock
-        starts. A plan that recommends plain prefill becomes a ratio of 1, which equals it.
+        starts. A plan that recommends full prefill becomes a ratio of 1, which equals it.
 
         Raises:
             InvalidInputError: A bad ratio; or ``"auto"`` with what plans know nothing of.
