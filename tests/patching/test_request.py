@@ -78,6 +78,17 @@ def test_every_request_looks_anew(session: ifkv.Session) -> None:
         session.ask(QUESTION, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("how", [{}, {"do_sample": True}], ids=str)
+def test_what_was_prepared_by_other_weights_is_not_answered(
+    session: ifkv.Session, how: Any
+) -> None:
+    ready = session.prepare(QUESTION)
+    with torch.no_grad():
+        session.model.model.layers[0].mlp.up_proj.weight += 1
+    with pytest.raises(FingerprintMismatchError):
+        session.complete(ready, max_new_tokens=2, **how)
+
+
 def test_blocks_nest_and_are_of_one_model_each(looks: Counter[str]) -> None:
     one, other = tiny_model("llama"), tiny_model("llama", seed=1)
     with ifkv.patch(one), ifkv.patch(other):

@@ -1,4 +1,4 @@
-"""What a session hands out: an answer, and a question that is ready to be answered."""
+"""Answers, and questions whose first token is decided."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class AnswerStream(Uncopied, Iterator[str], AsyncIterator[str]):
         await self._pieces.aclose()
 
     def _read_by(self, kind: str, instead: str = "make another stream") -> None:
-        """Begin to read in one way.
+        """Fix the kind of loop that reads the stream.
 
         Raises:
             InvalidInputError: It is read in the other way.
@@ -79,5 +79,5 @@ class AnswerStream(Uncopied, Iterator[str], AsyncIterator[str]):
 
     @property
     def answer(self) -> Answer | None:
-        """The answer, as far as it came; None until the stream is at its end, or closed."""
+        """Return the answer as far as it came; None before the stream has ended or was closed."""
         return self._found[0] if self._found else None

@@ -1,4 +1,4 @@
-"""Where a session's documents are from: what it was told, and what its store keeps."""
+"""Sources of a session's documents: those it was given, and those that its store keeps."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _READ = frozenset({"tools", "documents"})
 
 
 class ChatTemplate:
-    """How a tokenizer lays messages out.
+    """Layout of messages by a tokenizer.
 
     By its Jinja template, by its class's own ``apply_chat_template``, or without either, one text
     after another.
@@ -101,7 +101,7 @@ class ChatTemplate:
             )
 
     def _on(self, date: datetime.date, messages: Sequence[Message]) -> str:
-        """The text of messages on another date."""
+        """Render messages on another date."""
         other = copy.copy(self)
         other.date = date
         return other.render(messages)
@@ -113,7 +113,7 @@ class ChatTemplate:
 
     @property
     def another(self) -> str:
-        """How to get another one, as the end of a sentence."""
+        """Return how to get another template, as the end of a sentence."""
         if self.by_class:
             return (
                 "give a tokenizer that has a Jinja template in place of this "
@@ -122,7 +122,7 @@ class ChatTemplate:
         return "set tokenizer.chat_template to one that does, or to None"
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of messages, ready for an answer.
+        """Render messages, ready for an answer.
 
         Raises:
             InvalidInputError: The template refuses them.
@@ -139,7 +139,7 @@ class ChatTemplate:
         return rendered
 
     def token_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids that the tokenizer itself makes of messages, by its template or class.
+        """Return the token ids that the tokenizer makes of messages, by its template or its class.
 
         Raises:
             InvalidInputError: The template refuses them.
@@ -163,7 +163,7 @@ class ChatTemplate:
             ) from error
 
     def _check_variables(self) -> None:
-        """Refuse variables that change nothing, or what is not theirs to change."""
+        """Raise if a variable changes nothing, or something that it must not change."""
         if not all(isinstance(name, str) for name in self._variables):
             raise InvalidInputError(
                 f"chat_template_kwargs has the names {list(self._variables)}; names are texts."
@@ -195,7 +195,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Its statements as they are."""
+        """Return its statements unchanged."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -207,7 +207,7 @@ def _has_own_way(tokenizer: Any) -> bool:
 
 
 def _source(tokenizer: Any, tools: Any) -> str:
-    """The tokenizer's Jinja template, of which it may have several.
+    """Return the tokenizer's Jinja template; it may have several.
 
     Raises:
         InvalidInputError: It has several, and none by default.
@@ -223,7 +223,7 @@ def _source(tokenizer: Any, tools: Any) -> str:
 
 
 def _tree(source: str) -> nodes.Template:
-    """A template as a tree.
+    """Parse a template into a tree.
 
     Raises:
         InvalidInputError: It is no template.
@@ -242,7 +242,7 @@ def _constants(tree: nodes.Template) -> list[str]:
 
 
 def _written(date: datetime.date, pattern: str) -> str:
-    """A date in a format; nothing in what is none, since most constants are not."""
+    """Format a date; return the empty text for what is no format, as most constants are."""
     try:
         return date.strftime(pattern)
     except ValueError:
@@ -250,7 +250,7 @@ def _written(date: datetime.date, pattern: str) -> str:
 
 
 def _date(date: datetime.date | str | None) -> datetime.date:
-    """The date that a caller names.
+    """Return the date that a caller names.
 
     Raises:
         InvalidInputError: It is none.

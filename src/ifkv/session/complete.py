@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ifkv.cache.checks import check_cache
 from ifkv.generation.decode import decode
 from ifkv.generation.finish_reason import FinishReason, finish_reason
 from ifkv.generation.generate import run_generate
@@ -57,7 +58,10 @@ def complete(
 
     Raises:
         InvalidInputError: There is no room for an answer.
+        FingerprintMismatchError: The model's weights have changed since a question was prepared.
     """
+    for one in ready:
+        check_cache(engine.model, one.cache)  # weights may have changed since it was prepared
     streams = [False] * len(ready) if streams is None else streams
     seeds = [None] * len(ready) if seeds is None else seeds
     greedy = greedy_part(settings)

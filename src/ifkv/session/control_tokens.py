@@ -69,7 +69,7 @@ class TextEncoder:
         )
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of a text; nothing is added to it.
+        """Return the token ids of a text; nothing is added to it.
 
         Without control tokens in a reader's pieces this is what the tokenizer makes of the whole.
 
@@ -114,7 +114,7 @@ class TextEncoder:
         return [token for token in ids if token in self._controls]
 
     def _plainly(self, text: str) -> list[int]:
-        """What the tokenizer makes of a text by itself."""
+        """Return what the tokenizer makes of a text by itself."""
         options: dict[str, Any] = {"add_special_tokens": False}
         # Not verbose: what is too long is refused by us, and a text may yet be cut into pieces.
         options["verbose"] = False
@@ -124,7 +124,7 @@ class TextEncoder:
         return ids
 
     def _around_controls(self, pieces: Sequence[Piece]) -> list[int]:
-        """For tokenizers that never take letters for control tokens: these are put in by id."""
+        """Encode text around control tokens, which are put in by id."""
         ids: list[int] = []
         letters = ""
         for piece in pieces:
@@ -138,7 +138,7 @@ class TextEncoder:
         return ids + (self._plainly(letters) if letters else [])
 
     def _with_letters(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids by a tokenizer that knows the template's control tokens by other names."""
+        """Encode by a tokenizer that knows the template's control tokens under other names."""
         if self._renamed is None:
             return self._plainly("".join(piece.text for piece in pieces))
         core, names, back = self._renamed
@@ -154,7 +154,7 @@ class TextEncoder:
 
     @functools.cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[str, str], dict[int, int]] | None:
-        """A copy that takes names which no text can guess for control tokens, and no others.
+        """Return a copy whose control tokens have names that no text can guess.
 
         A copy, since the tokenizer itself may be in use by other threads: for these, too, a switch
         such as ``split_special_tokens`` would hold.
@@ -189,7 +189,7 @@ class TextEncoder:
 
 
 def _control_ids(tokenizer: Any, written: frozenset[int]) -> dict[str, int]:
-    """Ids of a tokenizer's control tokens, by what they are written as."""
+    """Return the ids of a tokenizer's control tokens by their texts."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     added = getattr(tokenizer, "added_tokens_decoder", None)
     named = frozenset(getattr(tokenizer, "chat_control_tokens", None) or ())
@@ -203,13 +203,13 @@ def _control_ids(tokenizer: Any, written: frozenset[int]) -> dict[str, int]:
 
 
 def _any_of(texts: Any) -> re.Pattern[str]:
-    """A pattern of any of these texts, the longest first; of nothing if there is none."""
+    """Return a pattern that matches any of these texts, the longest first; none matches nothing."""
     longest = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
 
 def _check_decoded(text: str) -> None:
-    """Refuse a text that was decoded wrongly.
+    """Raise if a text was decoded wrongly.
 
     Raises:
         InvalidInputError: It holds half of a surrogate pair.

@@ -75,7 +75,7 @@ class Conversation(Uncopied):
         self.add(documents)
 
     def __copy__(self) -> Conversation:
-        """Another conversation that goes on from here; neither sees the other's turns."""
+        """Return a conversation that goes on from here; neither sees the other's turns."""
         with self._alone():
             twin = object.__new__(type(self))
             twin.__dict__.update(
@@ -98,7 +98,7 @@ class Conversation(Uncopied):
 
     @property
     def token_ids(self) -> Tensor:
-        """All tokens so far, long ``[n]``, on the CPU: documents, questions and answers.
+        """Return all tokens so far, long ``[n]``, on the CPU: documents, questions and answers.
 
         Without the stop token of the last answer, which the next turn begins with, and without
         documents that no question has followed yet.
@@ -178,7 +178,7 @@ class Conversation(Uncopied):
         return self._answer(asked, stream)
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
-        """The next answer, piece by piece as it is generated.
+        """Stream the next answer, piece by piece as it is generated.
 
         Work begins with the first piece. To leave the loop, or to close the iterator, stops the
         answer there: what has been generated is the turn's answer. It is the last of
@@ -199,7 +199,7 @@ class Conversation(Uncopied):
         return AnswerStream(functools.partial(self._answer, asked))
 
     def _answer(self, asked: Asked, stream: Stream, stopping: Closing | None = None) -> Answer:
-        """One turn, from the question to the rows that are kept."""
+        """Run one turn, from the question to the rows that are kept."""
         engine, settings = self._engine, asked.settings
         if stopping is not None:
             settings = settings.stopped_by(stopping)
@@ -243,7 +243,7 @@ class Conversation(Uncopied):
             return answer
 
     def _new_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """What stands before the waiting documents and has no rows yet, and what follows them."""
+        """Return the tokens without rows before the waiting documents, and those behind."""
         layout = self._engine.format
         if self._cache is None:
             return self._engine.prefix_ids, layout.prompt_ids(question)
@@ -252,7 +252,7 @@ class Conversation(Uncopied):
         return [], self._pending + layout.turn_ids(question)
 
     def _check_length(self, new: int, documents: int = 0) -> int:
-        """Refuse tokens that do not fit behind what is there and the waiting documents.
+        """Raise if tokens do not fit behind the cache and the waiting documents.
 
         Returns:
             How many positions there would be.
@@ -264,7 +264,7 @@ class Conversation(Uncopied):
         return length
 
     def _check_room(self, settings: GenerationSettings, before: int, prompt: int) -> None:
-        """Refuse a question, or an answer, that does not fit."""
+        """Raise if a question or its answer does not fit."""
         length = self._check_length(before + prompt)
         context = before + self._waiting_tokens
         if self._cache is not None:
@@ -276,7 +276,7 @@ class Conversation(Uncopied):
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse to be used while an answer is being made."""
+        """Hold the conversation; raise if an answer is being made."""
         if not self._busy.acquire(blocking=False):
             raise InvalidInputError(
                 "an answer of this conversation is still being made; read its stream to the end, "

@@ -31,7 +31,7 @@ _SHOWN = 5
 
 
 class Corpus:
-    """What a session's store holds for its model and prefix.
+    """Documents that a session's store holds for its model and prefix.
 
     Args:
         engine: The session's.
@@ -84,7 +84,7 @@ class Corpus:
 
 
 def _patterns(only: str | Sequence[str]) -> list[str]:
-    """The patterns that a caller gives, as a list.
+    """Return the patterns that a caller gives, as a list.
 
     Raises:
         InvalidInputError: There is none, or one is no text.
@@ -97,7 +97,7 @@ def _patterns(only: str | Sequence[str]) -> list[str]:
 
 
 def _kinds(store: DocumentStore) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Each entry that a store serves: its key, its model's fingerprint and its prefix's key."""
+    """Yield each entry of a store: its key, its model's fingerprint and its prefix's key."""
     while isinstance(store, TieredStore):
         store = store.slow
     if isinstance(store, DiskStore):
@@ -118,7 +118,7 @@ def _kinds(store: DocumentStore) -> Iterator[tuple[str, tuple[str, str | None]]]
 
 
 def _prefix_key(fingerprint: str, prefix_ids: Tensor) -> str | None:
-    """The key of a prefix's own rows; None if there is no prefix."""
+    """Return the key of a prefix's own rows; None without a prefix."""
     if not len(prefix_ids):
         return None
     return document_key(fingerprint, prefix_ids[:0], prefix_ids)
@@ -134,7 +134,7 @@ def _matches(sources: Sequence[Source], pattern: str) -> bool:
 
 
 def _nothing_named(pattern: str, keys: set[str], sources: dict[str, list[Source]]) -> str:
-    """What to say where no document has a name that was asked for."""
+    """Return the refusal for a name that no document has."""
     names = sorted(
         {source.location or source.title for key in keys for source in sources.get(key, [])}
     )
@@ -152,7 +152,7 @@ def _nothing_named(pattern: str, keys: set[str], sources: dict[str, list[Source]
 
 
 def _place(sources: Sequence[Source] | None) -> tuple[bool, str, str, int, int, int]:
-    """What documents are put in order by: file by file, as they follow one another there."""
+    """Return the sort key of a document: its file, then its place in the file."""
     if not sources:
         return (True, "", "", 0, 0, 0)
     first = sources[0]

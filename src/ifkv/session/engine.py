@@ -1,4 +1,4 @@
-"""What answers questions: a model, the layout of its prompts, documents and settings."""
+"""Engine: the model, the prompt layout, the documents and the settings behind answers."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _COUNTING = threading.Lock()
 
 
 class _Origin(NamedTuple):
-    """What a document was made of, to make it again."""
+    """Origin of a document, by which it can be made again."""
 
     token_ids: Tensor
     prefix_ids: Tensor
@@ -85,7 +85,7 @@ class Library:
         self._origins: dict[str, _Origin] = {}
 
     def __copy__(self) -> Library:
-        """Another that begins with the same documents."""
+        """Return a library that begins with the same documents."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, keys=list(self.keys), _origins=dict(self._origins))
         return twin
@@ -134,7 +134,7 @@ class Library:
         return done.keys
 
     def named(self, keys: Sequence[str] | None) -> list[str]:
-        """Keys as a caller gives them; all that were added if None.
+        """Return the keys that a caller gives; all that were added if None.
 
         Raises:
             InvalidInputError: There is none.
@@ -156,7 +156,7 @@ class Library:
         lazy: bool = False,
         made: Mapping[str, DocumentCache] | None = None,
     ) -> list[DocumentCache]:
-        """Documents by key; one that the store cannot give is made again if its tokens are known.
+        """Return documents by key; what the store cannot give is made again from its tokens.
 
         Args:
             keys: Which; all that were added if None.
@@ -195,7 +195,7 @@ class Library:
         *,
         naming: Callable[[int], AbstractContextManager[None]] = naming_request,
     ) -> tuple[list[list[str]], dict[str, DocumentCache]]:
-        """Documents of several requests, each once however many share it.
+        """Return the documents of several requests, each once however many share it.
 
         Rows stay in the store until they are used, so that no more are held than are at work.
 
@@ -278,7 +278,7 @@ class Library:
         return document
 
     def _keep(self, document: DocumentCache, error: StoreError) -> str:
-        """Store a document that was made again; what to say of it if that failed."""
+        """Store a document that was made again; return a sentence if that failed."""
         try:
             if not isinstance(error, StoreUnavailableError):
                 self.store.put(document)
@@ -289,7 +289,7 @@ class Library:
         return ""
 
     def _current_prefix(self) -> DocumentCache | None:
-        """The prefix's rows, unless the model's weights have changed since they were made."""
+        """Return the prefix's rows; None if the model's weights have changed since."""
         identity = handle_of(self._model).identity(self._model)
         if self._prefix is not None and self._prefix.fingerprint != identity:
             self._prefix = None

@@ -1,4 +1,4 @@
-"""How questions shall be answered, as callers say it."""
+"""Options of questions, as callers give them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class PrepareRequest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrepareOptions:
-    """How questions are prepared.
+    """Options of preparing questions.
 
     Attributes:
         selector: What chooses the slots.
@@ -124,7 +124,7 @@ def prepare(
 
 
 def reorder_ratio(budget: Budget) -> float:
-    """Share of the context that counts as found when documents are reordered."""
+    """Return the share of the context that counts as found when documents are reordered."""
     return REORDER_RATIO if budget.ratio is None else budget.ratio
 
 
@@ -174,7 +174,7 @@ def finished(
     spent: Cost,
     timed: Stopwatch,
 ) -> Prepared:
-    """What is known once a request's first token is decided.
+    """Collect the results of a request whose first token is decided.
 
     Args:
         model: The model.

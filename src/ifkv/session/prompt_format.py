@@ -1,4 +1,4 @@
-"""From text to token ids: where a chat template's header ends and a request's prompt begins.
+"""Layout of a request: where a chat template's header ends and the prompt begins.
 
 Token ids are the contract everywhere else. Here, once, text is cut into the parts that a stitched
 cache is made of: a prefix, documents, and the prompt that follows them. Each part is tokenised
@@ -34,7 +34,7 @@ _INNER = re.compile("|".join((_SYSTEM, _SYSTEM_END, _BODY)))
 
 
 class PromptOptions(TypedDict, total=False):
-    """What else decides how a request is laid out; see `PromptFormat`."""
+    """Further options of a request's layout; see `PromptFormat`."""
 
     system: str | None
     chat_template_kwargs: Mapping[str, Any] | None
@@ -43,7 +43,7 @@ class PromptOptions(TypedDict, total=False):
 
 
 def check_question(question: object) -> None:
-    """Refuse what is no question.
+    """Raise if this is no question.
 
     Raises:
         InvalidInputError: It is no text, or blank.
@@ -55,7 +55,7 @@ def check_question(question: object) -> None:
 
 
 class PromptFormat:
-    """How one tokenizer's requests are laid out: prefix, documents, prompt, and further turns.
+    """Layout of one tokenizer's requests: prefix, documents, prompt, and further turns.
 
     With a chat template the prefix is everything the template puts before the documents and the
     prompt carries the question and the template's end; without one they are plain text. A later
@@ -108,7 +108,7 @@ class PromptFormat:
         self._check_ids(self._probe(1))
 
     def _render(self, texts: list[str], system: str | None = None) -> str:
-        """The user's message, an answer, the user's message, and so on: ready for an answer."""
+        """Render messages of the user and answers in turn, ready for an answer."""
         roles = ("user", "assistant")
         turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
         if self._system is not None:
@@ -117,7 +117,7 @@ class PromptFormat:
         return self._template.render(turns)
 
     def _written(self) -> str:
-        """All that the template writes, without anything that it is given to write."""
+        """Return all that the template writes by itself."""
         if not self._template.exists:
             return ""
         blank = "\ue000\ue001"
@@ -125,7 +125,7 @@ class PromptFormat:
         return f"{self._template.literals}\n{rendered.replace(blank, '')}"
 
     def _probe(self, questions: int) -> list[dict[str, str]]:
-        """A conversation of words that no template has anything to say about."""
+        """Return a conversation of words that no template treats specially."""
         roles = ("user", "assistant")
         turns = [
             {"role": roles[i % 2], "content": f"Words {i}, and more.\n\nYes."}
@@ -134,7 +134,7 @@ class PromptFormat:
         return [{"role": "system", "content": "A word."}] * (self._system is not None) + turns
 
     def _check_system(self) -> None:
-        """Refuse a system prompt that is none, or that has no place here."""
+        """Raise if the system prompt is blank, or has no place in the template."""
         if self._system is None:
             return
         if not isinstance(self._system, str) or not self._system.strip():
@@ -153,7 +153,7 @@ class PromptFormat:
             raise InvalidInputError(f"system cannot be given: {error}") from error
 
     def _check_word_for_word(self, instruction: str) -> None:
-        """Refuse a template that documents cannot be cut out of."""
+        """Raise if documents cannot be cut out of the template."""
         bare = f"{instruction}{_MARK}{_ASKING}{_QUESTION}"
         unmarked = _INNER.sub("", self._first) == self._render([bare], self._system)
         once = self._first.count(_BODY) == self._first.count(self._body.strip()) == 1
@@ -174,7 +174,7 @@ class PromptFormat:
             )
 
     def _check_ids(self, turns: list[dict[str, str]]) -> None:
-        """Refuse a tokenizer whose ids of a conversation are not those of its text.
+        """Raise if the tokenizer's ids of a conversation are not those of its text.
 
         Of a Jinja template they are by definition.
         """
@@ -192,7 +192,7 @@ class PromptFormat:
 
     @functools.cached_property
     def opening(self) -> str:
-        """What the template puts between an answer and the next message of the user.
+        """Return what the template puts between an answer and the user's next message.
 
         Raises:
             InvalidInputError: The template does not write all turns alike, or writes one otherwise
@@ -212,7 +212,7 @@ class PromptFormat:
         return opening
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a reader's text; nothing is added to it.
+        """Return the token ids of a reader's text; nothing is added to it.
 
         Raises:
             InvalidInputError: The text holds half of a surrogate pair, or a control token that
@@ -221,7 +221,7 @@ class PromptFormat:
         return self._encoder.encode([Piece(text, template=False)])
 
     def parse(self, text: str) -> list[int]:
-        """Token ids of text whose control tokens are meant, such as a rendered template.
+        """Return the token ids of text whose control tokens are meant, such as a rendered template.
 
         Raises:
             InvalidInputError: The text holds half of a surrogate pair.
@@ -229,7 +229,7 @@ class PromptFormat:
         return self._encoder.encode([Piece(text, template=True)])
 
     def prefix_ids(self) -> list[int]:
-        """Token ids of the prefix; warns if the template's date has been frozen in it."""
+        """Return the token ids of the prefix; warn if the template's date is frozen in it."""
         if self._freezes:
             warnings.warn(
                 "the tokenizer's chat template prints today's date or time, with which no document "
@@ -241,7 +241,7 @@ class PromptFormat:
         return self._encoder.encode(self._prefix)
 
     def document_ids(self, text: str) -> list[int]:
-        """Token ids of a document: its text, set off by a blank line."""
+        """Return the token ids of a document: its text, set off by a blank line."""
         if not isinstance(text, str):
             raise InvalidInputError(
                 f"the text is of type {type(text).__name__}, not str; read files, decode bytes. "
@@ -252,21 +252,21 @@ class PromptFormat:
         return self.encode(text.rstrip("\n") + "\n\n")
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of the prompt that follows the documents."""
+        """Return the token ids of the prompt that follows the documents."""
         check_question(question)
         return self._encoder.encode(self._asked(question))
 
     def turn_ids(self, question: str) -> list[int]:
-        """Token ids of a later prompt, from the end of the answer before it."""
+        """Return the token ids of a later prompt, from the end of the answer before it."""
         check_question(question)
         return self._encoder.encode([Piece(self.opening, True), *self._asked(question)])
 
     def further_ids(self) -> list[int]:
-        """Token ids between an answer and further documents; `prompt_ids` follow those."""
+        """Return the token ids between an answer and further documents."""
         return self._encoder.encode([Piece(self.opening, True), Piece(FURTHER, False)])
 
     def _asked(self, question: str) -> list[Piece]:
-        """A question as it stands in a message, to the message's end."""
+        """Return a question as it stands in a message, to the message's end."""
         return [
             Piece(self._before + question, template=False),
             Piece(self._after, template=True),
@@ -274,14 +274,14 @@ class PromptFormat:
 
 
 def _within(text: str, opening: str, end: str = "") -> str:
-    """A text between marks, which stand where a template that trims texts leaves them."""
+    """Put a text between marks, where a template that trims texts leaves them."""
     core = text.strip()
     lead = text[: len(text) - len(text.lstrip())]
     return f"{lead}{opening}{core}{end}{text[len(lead) + len(core) :]}"
 
 
 def _pieces(head: str) -> list[Piece]:
-    """What stands before the documents, cut at the marks."""
+    """Return what stands before the documents, cut at the marks."""
     pieces, start, template = [], 0, True
     for found in [*_INNER.finditer(head), None]:
         end = len(head) if found is None else found.start()

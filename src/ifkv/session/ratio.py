@@ -21,7 +21,7 @@ Chooser = Callable[["Sequence[DocumentCache]", int, int], "tuple[Budget, Plan | 
 
 
 class Ratios:
-    """What the ratios given to a session and to its requests mean; safe to share by threads.
+    """Recompute ratios of a session and its requests; safe to share by threads.
 
     Args:
         model: A patched model.
@@ -46,7 +46,7 @@ class Ratios:
             Budget.of(default)
 
     def fixed(self, ratio: Ratio | None, where: str) -> Budget:
-        """The budget of a request that cannot be planned.
+        """Return the budget of a request that cannot be planned.
 
         Args:
             ratio: As the request gives it.
@@ -63,7 +63,7 @@ class Ratios:
         return Budget.of(given)
 
     def chooser(self, ratio: Ratio | None, selector: Selector, *, reorder: bool) -> Chooser:
-        """What turns a request's documents, prompt tokens and question tokens into its budget.
+        """Return a function from documents, prompt tokens and question tokens to a budget.
 
         For ``"auto"`` the machine is measured here if it has to be, before the request's clock
         starts. A plan that recommends full prefill becomes a ratio of 1, which equals it.

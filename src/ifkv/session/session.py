@@ -157,7 +157,7 @@ class Session(Uncopied):
         self._corpus = Corpus(self.engine)
 
     def __copy__(self) -> Session:
-        """Another session over the same model and store, with a list of documents of its own."""
+        """Return a session over the same model and store, with its own list of documents."""
         twin = object.__new__(type(self))
         engine = self.engine
         twin.engine = dataclasses.replace(engine, library=copy.copy(engine.library))
@@ -166,47 +166,47 @@ class Session(Uncopied):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model."""
+        """Return the model."""
         return self.engine.model
 
     @property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """Return the model's tokenizer."""
         return self.engine.tokenizer
 
     @property
     def format(self) -> PromptFormat:
-        """The layout of its prompts."""
+        """Return the layout of prompts."""
         return self.engine.format
 
     @property
     def prefix_ids(self) -> list[int]:
-        """Tokens that every document is encoded behind."""
+        """Return the tokens that every document is encoded behind."""
         return self.engine.prefix_ids
 
     @property
     def selector(self) -> Selector:
-        """What chooses tokens where a question does not say."""
+        """Return the selector of questions that name none."""
         return self.engine.selector
 
     @property
     def kv_dtype(self) -> torch.dtype | None:
-        """Of each request's cache; the model's dtype if None."""
+        """Return the dtype of each request's cache; None is the model's."""
         return self.engine.kv_dtype
 
     @property
     def store(self) -> DocumentStore:
-        """Where documents are kept."""
+        """Return the store of the documents."""
         return self.engine.library.store
 
     @property
     def keys(self) -> list[str]:
-        """Keys of the documents that this session added, in order, each once."""
+        """Return the keys of the documents that this session added, in order, each once."""
         return self.engine.library.keys
 
     @property
     def prefilled(self) -> int:
-        """How many documents this session has prefilled; others were in the store."""
+        """Return how many documents this session has prefilled; others were in the store."""
         return self.engine.library.prefilled
 
     def add(
@@ -360,7 +360,7 @@ class Session(Uncopied):
         return asking.ask(self.engine, question, documents, options, stream)
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
-        """The answer to a question, piece by piece as it is generated.
+        """Stream the answer to a question, piece by piece as it is generated.
 
         Work begins with the first piece. To leave the loop, or to close the stream, stops the
         answer there.
@@ -477,7 +477,7 @@ class Session(Uncopied):
         selector: str | Selector | None = None,
         layers: Sequence[int] | None = None,
     ) -> Prepared:
-        """Everything before the first token: the cache with the prompt in it, and its logits.
+        """Prepare a question up to its first token: its cache, and its logits.
 
         Takes the arguments of `ask` and raises its errors.
         """
@@ -528,6 +528,6 @@ class Session(Uncopied):
         return Conversation(self.engine, documents)
 
     def context_ids(self, documents: Sequence[str] | None = None) -> Tensor:
-        """Tokens of prefix and documents, long ``[T]``, as they are given to `ask`."""
+        """Return the tokens of prefix and documents, long ``[T]``, as `ask` takes them."""
         chosen = self.engine.library.get(documents, lazy=True)
         return torch.cat([chosen[0].prefix_ids, *(document.token_ids for document in chosen)])

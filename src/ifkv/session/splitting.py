@@ -1,4 +1,4 @@
-"""How texts become documents: whole, or cut where a reader would cut them.
+"""Splitting of texts into documents: whole, or cut where a reader would cut them.
 
 Texts are cut at headings, paragraphs, sentences and words by semantic-text-splitter; each piece is
 then a text of its own, tokenised alone as every document is. Evaluation cuts ids, at fixed lengths.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """What becomes one document.
+    """Piece of a text that becomes one document.
 
     Attributes:
         ids: Its token ids.

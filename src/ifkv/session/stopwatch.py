@@ -1,4 +1,4 @@
-"""How long the steps of a request take."""
+"""Times of a request's steps."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Since it was made."""
+        """Return the seconds since it was made."""
         return time.perf_counter() - self._started

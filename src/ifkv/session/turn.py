@@ -1,4 +1,4 @@
-"""What a later turn of a conversation runs before its first token: only what is new."""
+"""Later turns of a conversation: only new rows run before the first token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turn:
-    """What comes behind the rows of earlier turns.
+    """Tokens and documents behind the rows of earlier turns.
 
     Attributes:
         documents: Further documents, in order.
@@ -92,7 +92,7 @@ class Turn:
         recomputed: Tensor,
         timed: Stopwatch,
     ) -> Turn:
-        """A turn whose documents are read from the session's store.
+        """Read a turn's documents from the session's store.
 
         Args:
             engine: The conversation's.

@@ -8,7 +8,7 @@ from ifkv.errors import InvalidInputError
 
 
 def check_vocabulary(tokenizer: Any) -> None:
-    """Refuse a tokenizer with which every text is the same.
+    """Raise if every text is the same to the tokenizer.
 
     transformers makes a tokenizer of some classes (Llama's and Qwen's, for example) without any
     vocabulary if ``tokenizer.json`` is missing. All text becomes nothing then, or the unknown
