@@ -4,12 +4,14 @@
 
 In every round each checkout runs its own ``benchmarks/ttft.py`` and ``benchmarks/batches.py`` in
 processes of their own, in alternating order. Of every row the medians over the rounds are compared:
-above 1.00 the new checkout is faster. Run it on a machine that has nothing else to do.
+above 1.00 the new checkout is faster. Ctrl-C shows the rounds so far. Run it on a machine that has
+nothing else to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -72,12 +74,15 @@ def main() -> None:
     given = parser.parse_args()
     checkouts = {"old": given.old.resolve(), "new": given.new.resolve()}
     times: dict[str, dict[str, list[float]]] = {"old": defaultdict(list), "new": defaultdict(list)}
-    for number in range(given.rounds):
-        for which in ("old", "new") if number % 2 else ("new", "old"):
-            for row, seconds in run(checkouts[which], given.lengths).items():
-                times[which][row].append(seconds)
-            print(f"round {number + 1} of {given.rounds}: {which} done", file=sys.stderr)
-    print(f"{platform.processor() or platform.machine()}, medians of {given.rounds} rounds\n")
+    done = 0
+    with contextlib.suppress(KeyboardInterrupt):  # the rounds so far are shown
+        for number in range(given.rounds):
+            for which in ("old", "new") if number % 2 else ("new", "old"):
+                for row, seconds in run(checkouts[which], given.lengths).items():
+                    times[which][row].append(seconds)
+            done = number + 1
+            print(f"round {done} of {given.rounds} done", file=sys.stderr)
+    print(f"{platform.machine()}, medians of {done} rounds\n")
     print("| row | old, s | new, s | old / new |\n|:--|--:|--:|--:|")
     for row, new in times["new"].items():
         before, after = statistics.median(times["old"][row]), statistics.median(new)
