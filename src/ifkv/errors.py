@@ -69,7 +69,7 @@ class DocumentUnreadableError(StoreError):
 
 
 class StoreCorruptionError(DocumentUnreadableError):
-    """What the store holds under a key cannot be trusted, and is not served."""
+    """Content of a store that cannot be trusted, and is not served."""
 
 
 class StoreUnavailableError(DocumentUnreadableError):

@@ -1,4 +1,4 @@
-"""What one request has found out about its model, so that its steps need not look again."""
+"""Checks of a model that one request has made, so that its steps need not repeat them."""
 
 from __future__ import annotations
 
