@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ifkv.documents.cache import DocumentCache
     from ifkv.documents.prefill import prefill_documents
     from ifkv.documents.source import Source
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.errors import IfkvError
     from ifkv.generation.decode import generate_many
     from ifkv.generation.generate import generate
@@ -45,6 +46,7 @@ _HOME = {
     "Session": "session.session",
     "Source": "documents.source",
     "StitchedCache": "cache.stitched",
+    "SurrogateContext": "documents.surrogate",
     "extend": "cache.extend",
     "generate": "generation.generate",
     "generate_many": "generation.decode",
@@ -72,6 +74,7 @@ __all__ = [
     "Session",
     "Source",
     "StitchedCache",
+    "SurrogateContext",
     "extend",
     "generate",
     "generate_many",

@@ -216,7 +216,16 @@ def _fill(
             layer.settle = functools.partial(_load, loader, index, layer)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
     known = [document.sensitivity for document in plan.documents]
-    cache = StitchedCache(layers, token_ids, placed, plan.order, known, plan.first.fingerprint)
+    exact = placed.document_slices[0]
+    cache = StitchedCache(
+        layers,
+        token_ids,
+        placed,
+        plan.order,
+        known,
+        plan.first.fingerprint,
+        exact.stop if plan.first.surrogate is None else exact.start,
+    )
     cache.loader = loader
     return cache
 

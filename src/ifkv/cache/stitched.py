@@ -41,10 +41,12 @@ class StitchedCache(CacheInterface):
         order: The index of each document of the cache among the documents given.
         sensitivities: Of each document's tokens, as in `DocumentCache`; None if not measured.
         fingerprint: Identity of the cache's model.
+        exact_length: Slots at the beginning that hold what a full prefill computes: the prefix,
+            and the first document if it was encoded without a surrogate context.
         prompt_ids: Tokens whose rows a fused [ifkv.recompute][] has appended, or None.
         candidates: Slots that a selector may choose and that a ratio counts, long ``[c]``,
             ascending, on the model's device; see `choosing`. If None, a selector may choose all
-            slots behind the first document, and a ratio counts the whole context.
+            slots that are not exact already, and a ratio counts the whole context.
         pending: Tokens of the context that have not run through all layers yet, or None.
         layers: One `StitchedLayer` per decoder layer.
         loader: The loader of lazy documents; None if there are none.
@@ -61,6 +63,7 @@ class StitchedCache(CacheInterface):
         order: list[int],
         sensitivities: list[Tensor | None],
         fingerprint: str,
+        exact_length: int,
     ):
         super().__init__(layers=cast(list[Any], layers))
         self.token_ids = token_ids
@@ -73,6 +76,7 @@ class StitchedCache(CacheInterface):
         self.order = order
         self.sensitivities = sensitivities
         self.fingerprint = fingerprint
+        self.exact_length = exact_length
         self.prompt_ids: Tensor | None = None
         self.candidates: Tensor | None = None
         self.pending: PendingTokens | None = None
@@ -91,7 +95,7 @@ class StitchedCache(CacheInterface):
     def first_candidate(self) -> int:
         """Return the lowest slot that a selector may choose."""
         if self.candidates is None:
-            return int(self.document_slices[0].stop)
+            return self.exact_length
         return int(self.candidates[0]) if len(self.candidates) else self.context_length
 
     @property
@@ -99,9 +103,12 @@ class StitchedCache(CacheInterface):
         """Return the slots that a selector may choose, long, ascending."""
         if self.candidates is not None:
             return self.candidates
-        return torch.arange(
-            self.document_slices[0].stop, self.context_length, device=self.token_ids.device
-        )
+        return torch.arange(self.exact_length, self.context_length, device=self.token_ids.device)
+
+    @property
+    def stale_slices(self) -> list[slice]:
+        """Return the slots of each document that is not exact already."""
+        return [rows for rows in self.document_slices if rows.start >= self.exact_length]
 
     def positions_at(self, slots: Tensor) -> Tensor:
         """Return the positions of slots, of the context or behind it.

@@ -13,13 +13,15 @@ from ifkv.utils.lazy import lazily
 if TYPE_CHECKING:
     from ifkv.documents.cache import DocumentCache
     from ifkv.documents.prefill import prefill_documents
+    from ifkv.documents.surrogate import SurrogateContext
 
-__all__ = ["DocumentCache", "prefill_documents"]
+__all__ = ["DocumentCache", "SurrogateContext", "prefill_documents"]
 
 __getattr__ = lazily(
     __name__,
     {
         "DocumentCache": "cache",
+        "SurrogateContext": "surrogate",
         "prefill_documents": "prefill",
     },
 )

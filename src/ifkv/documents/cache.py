@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ifkv.documents.surrogate import SurrogateContext
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +28,8 @@ class DocumentCache:
         sensitivity: How far each token's values move when other text stands before the document,
             float32 ``[n]``, on the CPU; None if it was not measured (`measure_sensitivities`).
         extent: Positions that the document takes in a context; its number of tokens if None.
+        surrogate: What stood between prefix and document while it was encoded; None if nothing
+            did.
     """
 
     token_ids: Tensor
@@ -34,6 +40,7 @@ class DocumentCache:
     prefix: DocumentCache | None = None
     sensitivity: Tensor | None = None
     extent: int | None = None
+    surrogate: SurrogateContext | None = None
 
     @property
     def positions_taken(self) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.checks import check_rows
+from ifkv.documents.mean import Mean
+from ifkv.documents.surrogate import SurrogateContext, Texts
 from ifkv.documents.token_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers
@@ -46,6 +49,7 @@ def prefill_documents(
     *,
     attention_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
+    surrogate: SurrogateContext | Texts | None = None,
     batch_tokens: int | None = None,
     progress: bool = False,
 ) -> list[DocumentCache]:
@@ -60,6 +64,10 @@ def prefill_documents(
             which is left out. A tensor of several rows needs it.
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
             ``.prefix`` of documents made earlier, which is then shared and not computed again.
+        surrogate: Token ids of a text that stands between prefix and document while it is encoded,
+            and is then dropped ([ifkv.SurrogateContext][]); of several texts, the mean over them,
+            for as many prefills. No document is then exact without recompute. None encodes each
+            document alone.
         batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
             more memory. Default 1024 on a CPU, where more is slower, and 4096 elsewhere.
         progress: Show a progress bar.
@@ -71,7 +79,8 @@ def prefill_documents(
         NotPatchedError: The model is not patched.
         InvalidInputError: A document is empty, longer than the model's positions, or holds an id
             outside the vocabulary; they look padded and there is no mask; ``batch_tokens`` is not
-            positive; or ``prefix`` is a document that was itself encoded behind a prefix.
+            positive; ``prefix`` is a document that was itself encoded behind a prefix; or
+            ``surrogate`` has no text, or an id outside the vocabulary.
         FingerprintMismatchError: ``prefix`` was made by another model.
 
     Examples:
@@ -92,20 +101,64 @@ def prefill_documents(
         (prefix, prefix.token_ids) if isinstance(prefix, DocumentCache) else (None, prefix)
     )
     prefix_ids = token_tensor(model, wanted, "the prefix", empty=True)
+    standing_in = None if surrogate is None else SurrogateContext.of(model, surrogate)
     tokens = document_tensors(model, documents, attention_mask)
+    before, what = len(prefix_ids), "with its prefix"
+    if standing_in is not None:
+        before, what = before + standing_in.longest, "with its prefix and surrogate context"
     for index, ids in enumerate(tokens):
-        handle.rope.check_length(len(prefix_ids) + len(ids), f"document {index} with its prefix")
+        handle.rope.check_length(before + len(ids), f"document {index} {what}")
     identity = handle.identity(model)
     if given is not None:
         _check_prefix(given, identity)
     shared = given
     if shared is None and tokens and len(prefix_ids) > 0:
-        empty = prefix_ids[:0]
-        shared = _prefill_batch(model, handle, [prefix_ids], empty, None, identity)[0]
+        shared = _prefill_alone(model, handle, prefix_ids, identity)
+    contexts = None
+    if standing_in is not None and tokens:
+        contexts = _surrogate_rows(model, handle, prefix_ids, standing_in, identity)
     caches: list[DocumentCache] = []
     for batch in _batches(tokens, batch_tokens or default_batch_tokens(model.device), progress):
-        caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
+        if contexts is None:
+            caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
+            continue
+        mean = Mean()
+        for context in contexts:
+            behind = context.token_ids
+            mean.add(_prefill_batch(model, handle, batch, behind, context, identity))
+        caches += [
+            DocumentCache(ids, prefix_ids, keys, values, identity, shared, surrogate=standing_in)
+            for ids, (keys, values) in zip(batch, mean.rows(), strict=True)
+        ]
     return caches
+
+
+def _prefill_alone(
+    model: PreTrainedModel, handle: PatchHandle, ids: Tensor, identity: str
+) -> DocumentCache:
+    """Prefill tokens with nothing before them."""
+    return _prefill_batch(model, handle, [ids], ids[:0], None, identity)[0]
+
+
+# The rows of prefix and surrogate texts that a model computed last, and what they are rows of.
+_LAST_ROWS: WeakKeyDictionary[PatchHandle, tuple[object, list[DocumentCache]]] = WeakKeyDictionary()
+
+
+def _surrogate_rows(
+    model: PreTrainedModel,
+    handle: PatchHandle,
+    prefix_ids: Tensor,
+    surrogate: SurrogateContext,
+    identity: str,
+) -> list[DocumentCache]:
+    """Return the rows of the prefix and each text; those of the last call are not computed anew."""
+    wanted = identity, tuple(prefix_ids.tolist()), surrogate.identity
+    held, rows = _LAST_ROWS.get(handle, (None, []))
+    if held != wanted:
+        texts = [torch.cat((prefix_ids, text)) for text in surrogate.texts]
+        rows = [_prefill_alone(model, handle, text, identity) for text in texts]
+        _LAST_ROWS[handle] = wanted, rows
+    return rows
 
 
 def _check_prefix(prefix: DocumentCache, identity: str) -> None:

@@ -74,7 +74,7 @@ class Epic(Ranked):
         if not self.tokens:
             return chosen
         allowed = torch.zeros(cache.context_length, dtype=torch.bool)
-        for rows in cache.document_slices[1:]:
+        for rows in cache.stale_slices:
             allowed[rows.start : min(rows.start + self.tokens, rows.stop)] = True
         kept = chosen.slots[allowed.to(chosen.slots.device)[chosen.slots]]
         return dataclasses.replace(chosen, slots=kept)

@@ -64,7 +64,8 @@ class SensitivityAware(SinkAware):
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """Multiply the documents' scores by sensitivities, then settle as ``sink-aware``."""
         parts, known = cache.document_slices, list(cache.sensitivities)
-        lacking = [number for number in range(1, len(parts)) if known[number] is None]
+        stale = [n for n, rows in enumerate(parts) if rows.start >= cache.exact_length]
+        lacking = [number for number in stale if known[number] is None]
         if lacking:
             ids = cache.token_ids.cpu()
             prefix_ids, documents = ids[: cache.prefix_length], [ids[parts[n]] for n in lacking]
@@ -72,8 +73,9 @@ class SensitivityAware(SinkAware):
             for number, found in zip(lacking, measured, strict=True):
                 known[number] = found
         factors = torch.ones(len(scores))  # on the CPU: one copy to the device, not many
-        for part, sensitivity in list(zip(parts, known, strict=True))[1:]:
+        for number in stale:
+            sensitivity = known[number]
             assert sensitivity is not None
-            factors[part] = sensitivity
+            factors[parts[number]] = sensitivity
         weighed = scores * factors.to(scores.device) ** self.power
         return super().settle(model, cache, weighed)

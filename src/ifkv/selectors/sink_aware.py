@@ -39,7 +39,8 @@ class SinkAware(ValueAware):
     Costs the same as ``value-aware``.
 
     Attributes:
-        sinks: Tokens at the beginning of each document but the first that queue up.
+        sinks: Tokens at the beginning of each document that queue up; not of the first document
+            if it is exact.
         share: Their share of a budget: above 0, at most 0.5.
         layers: Scoring layers.
         query: Which tokens score, as in ``attention-norm``.
@@ -71,7 +72,7 @@ class SinkAware(ValueAware):
 
     def settle(self, model: PreTrainedModel, cache: StitchedCache, scores: Tensor) -> Tensor:
         """Raise the documents' beginnings until they get their share."""
-        if len(cache.document_slices) == 1 or self.sinks == 0:
+        if not cache.stale_slices or self.sinks == 0:
             return scores
         return _raised(scores, cache, self.sinks, self.share)
 
@@ -80,14 +81,15 @@ class SinkAware(ValueAware):
 def _raised(scores: Tensor, cache: StitchedCache, sinks: int, share: float) -> Tensor:
     """Raise the scores of documents' beginnings until they get a share of any budget.
 
-    The first tokens of all documents but the first queue up, all first ones before all second ones.
+    The first tokens of all documents that are not exact queue up, all first ones before all second
+    ones.
     Number i of the queue (from 0) is scored just above number ``floor(i / share) - i`` of all slots
     by their unraised scores, unless it is higher already. As i of the queue come before it, it is
     then among the first ``floor(i / share) + 1``. A share of at most one half gives each a distinct
     place.
     """
     device = scores.device
-    bounds = torch.tensor([(rows.start, rows.stop) for rows in cache.document_slices[1:]])
+    bounds = torch.tensor([(rows.start, rows.stop) for rows in cache.stale_slices])
     starts, stops = bounds.to(device, non_blocking=True).unbind(1)
     queue = starts + torch.arange(sinks, device=device)[:, None]
     there = queue < stops

@@ -123,7 +123,7 @@ class Turn:
             with timed("load"):
                 found = engine.library.get(documents)
         open_slots = torch.zeros(cache.context_length, dtype=torch.bool)
-        for rows in cache.document_slices[1:] if asked.revisit else ():
+        for rows in cache.stale_slices if asked.revisit else ():
             open_slots[rows] = True
         open_slots[recomputed] = False
         return cls(found, before_ids, prompt_ids, open_slots.nonzero()[:, 0].to(model.device))

@@ -51,8 +51,9 @@ def select(
         scores: ``[T]``, finite.
         ratio: Recompute ratio r: ``max(1, floor(r T))`` slots, fewer if there are fewer
             candidates; none if r is 0.
-        protect_first: Leave out prefix and first document, which a stitched cache holds exactly.
-            Ignored if the cache names its candidates.
+        protect_first: Leave out the slots that a stitched cache holds exactly: the prefix, and the
+            first document if it was encoded without a surrogate context. Ignored if the cache
+            names its candidates.
 
     Returns:
         Long ``[k]``, ascending, on the scores' device. Of equal scores the lower slot wins, so
@@ -74,7 +75,7 @@ def top_slots(
         among = cache.candidates.to(scores.device)
         ranked = torch.sort(scores[among], descending=True, stable=True).indices
         return among[ranked[:count]].sort().values
-    start = cache.document_slices[0].stop if protect_first else 0
+    start = cache.exact_length if protect_first else 0
     candidates = scores[start:]
     ranked = torch.sort(candidates, descending=True, stable=True).indices
     return ranked[:count].sort().values + start

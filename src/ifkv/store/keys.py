@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.surrogate import SurrogateContext, Texts
 
 # Part of every key: an entry of another format version is never found, let alone misread.
 FORMAT_VERSION = 1
 KEY_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
-def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str:
-    """Compute SHA-256 over format version, model fingerprint, prefix ids and document ids.
+def document_key(
+    fingerprint: str, prefix_ids: Tensor, token_ids: Tensor, surrogate: str | None = None
+) -> str:
+    """Compute SHA-256 over format version, fingerprint, prefix, document and surrogate context.
 
     Each part is preceded by its length, so that no two lists of parts run into the same bytes.
 
@@ -30,12 +33,17 @@ def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str
         fingerprint: Identity of the model.
         prefix_ids: Long ``[P]``.
         token_ids: Long ``[n]``.
+        surrogate: Identity of the surrogate context; None if the document was encoded alone,
+            whose key has no such part.
 
     Returns:
         64 hex digits.
     """
     digest = hashlib.sha256(f"ifkv document {FORMAT_VERSION}\n".encode())
-    for part in (fingerprint.encode(), _id_bytes(prefix_ids), _id_bytes(token_ids)):
+    parts = [fingerprint.encode(), _id_bytes(prefix_ids), _id_bytes(token_ids)]
+    if surrogate is not None:
+        parts.append(surrogate.encode())
+    for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
@@ -43,7 +51,8 @@ def document_key(fingerprint: str, prefix_ids: Tensor, token_ids: Tensor) -> str
 
 def key_of(document: DocumentCache) -> str:
     """Return the key of a document that has been made."""
-    return document_key(document.fingerprint, document.prefix_ids, document.token_ids)
+    behind = None if document.surrogate is None else document.surrogate.identity
+    return document_key(document.fingerprint, document.prefix_ids, document.token_ids, behind)
 
 
 def prefix_key_of(document: DocumentCache) -> str | None:
@@ -57,6 +66,7 @@ def key_for(
     model: PreTrainedModel,
     token_ids: Sequence[int] | Tensor,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
+    surrogate: SurrogateContext | Texts | None = None,
 ) -> str:
     """Return the key of the document that a model would make of these tokens.
 
@@ -64,6 +74,7 @@ def key_for(
         model: A patched model.
         token_ids: The document's tokens, ``[n]``.
         prefix: The tokens it is encoded behind, or the ``.prefix`` of documents made earlier.
+        surrogate: As in [ifkv.prefill_documents][].
 
     Returns:
         64 hex digits.
@@ -73,14 +84,17 @@ def key_for(
         InvalidInputError: The ids are not a document's.
     """
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.patching.handle import handle_of
     from ifkv.utils.checks import token_tensor
 
     behind = prefix.token_ids if isinstance(prefix, DocumentCache) else prefix
+    standing_in = None if surrogate is None else SurrogateContext.of(model, surrogate).identity
     return document_key(
         handle_of(model).identity(model),
         token_tensor(model, behind, "the prefix", empty=True),
         token_tensor(model, token_ids, "the document"),
+        standing_in,
     )
 
 

@@ -1,0 +1,100 @@
+"""Surrogate context: texts that stand in for what will precede a document in a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ifkv.errors import InvalidInputError
+from ifkv.utils.checks import naming, token_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Token ids of one text, or of several.
+Texts = Sequence[int] | Tensor | Sequence[Sequence[int] | Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SurrogateContext:
+    """Texts that stand in, while a document is encoded, for what will precede it in a request.
+
+    In a document encoded alone, the first tokens take the place of everything that will stand
+    before them. Behind a surrogate context they do not. Only the document's own rows are kept.
+    With several texts it is encoded behind each, and keys (before the rotation) and values are
+    averaged: an estimate of their expectation over what may precede.
+
+    Attributes:
+        texts: Token ids of each text, long ``[S]``, on the CPU; in ascending order, since the
+            order in which they are given makes no difference.
+    """
+
+    texts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, given: SurrogateContext | Texts) -> SurrogateContext:
+        """Return the surrogate context of token ids.
+
+        Args:
+            model: A model, for its vocabulary.
+            given: Token ids of one text, or of several; or a surrogate context, which is returned.
+
+        Raises:
+            InvalidInputError: There is no text, one is empty, is there twice, or holds an id
+                outside the vocabulary.
+        """
+        if isinstance(given, SurrogateContext):
+            return given
+        several: Any = given
+        if isinstance(several, str):
+            raise InvalidInputError(
+                f"surrogate is the text {several[:40]!r}; give its token ids, as the tokenizer "
+                "makes them."
+            )
+        if len(several) == 0:
+            raise InvalidInputError(
+                "surrogate has no token; give the ids of a text, or None to encode documents alone."
+            )
+        if isinstance(several, Tensor) or not hasattr(several[0], "__len__"):
+            several = [several] if getattr(several, "ndim", 1) == 1 else list(several)
+        with naming("surrogate"):
+            texts = [token_tensor(model, text, f"text {i}") for i, text in enumerate(several)]
+        ordered = sorted(texts, key=Tensor.tolist)
+        for one, other in itertools.pairwise(ordered):
+            if torch.equal(one, other):
+                raise InvalidInputError(
+                    f"surrogate has the same text of {len(one)} tokens twice; give each once."
+                )
+        return cls(tuple(ordered))
+
+    @property
+    def identity(self) -> str:
+        """Return SHA-256 over the texts, 64 hex digits: equal for equal texts."""
+        digest = hashlib.sha256(b"ifkv surrogate\n")
+        for text in self.texts:
+            ids = text.numpy().astype("<i8").tobytes()
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(ids)
+        return digest.hexdigest()
+
+    @property
+    def longest(self) -> int:
+        """Return the number of tokens of the longest text."""
+        return max(len(text) for text in self.texts)
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(str(len(text)) for text in self.texts)
+        return f"SurrogateContext({lengths} tokens, {self.identity[:8]})"
+
+
+def same_surrogate(one: SurrogateContext | None, other: SurrogateContext | None) -> bool:
+    """True if documents behind the one may stand for documents behind the other."""
+    if one is None or other is None or one is other:
+        return one is other
+    return one.identity == other.identity
