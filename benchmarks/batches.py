@@ -1,14 +1,14 @@
-"""Questions answered per second: batches of 1, 2, 4 and 8 against one by one, on the demo's model.
+"""Questions per second in batches of 1, 2, 4 and 8, and one by one, on the demo's model.
 
     python benchmarks/batches.py [--dtype float32|bfloat16] [--repeats 5] [--context 1024]
                                  [--new 32] [--model FOLDER]
 
-Each question has a set of the corpus's passages of its own, of about the context's length and
-overlapping with the others'. Both sides do the same work on the same session: ``ask_many`` of B
-questions, and ``ask`` of the same questions one after another. "first token" is everything up to
-the first token's logits, "answer" adds greedy decoding of exactly ``--new`` tokens. The ways are
-interleaved, and speed-ups are medians of the ratios within a round, so that a noisy neighbour hits
-both sides alike. Every answer is compared with the one it gives alone.
+Each question has its own set of the corpus's passages, of about ``--context`` tokens together; the
+sets overlap. Both ways do the same work on the same session: ``ask_many`` of B questions, and
+``ask`` of the same questions one after another. "first token" is everything up to the first token's
+logits; "answer" adds greedy decoding of exactly ``--new`` tokens. The ways are interleaved, and
+speed-ups are medians of the ratios within a round, so that other programs slow both alike. Every
+answer of a batch is compared with the answer to the same question alone.
 
 Writes a JSON file and a Markdown table into benchmarks/results/.
 """
@@ -38,7 +38,10 @@ RESULTS = Path(__file__).parent / "results"
 def questions_and_documents(
     session: ifkv.Session, count: int, context: int
 ) -> tuple[list[str], list[list[str]]]:
-    """As many questions, each with passages that begin further on in the corpus."""
+    """Return ``count`` questions, and for each the keys of its passages.
+
+    Each question's passages begin further on in the corpus than those of the one before.
+    """
     corpus = load_corpus()
     texts = [passage.text for passage in corpus.passages]
     rounds = 1
@@ -53,7 +56,7 @@ def questions_and_documents(
         own: list[str] = []
         room = context - len(session.prefix_ids)
         at = index * 3
-        # Ragged on purpose: every other request is a third shorter.
+        # Ragged on purpose: every second request is a third shorter.
         room = room if index % 2 == 0 else room * 2 // 3
         while room >= lengths[at % len(texts)] and len(own) < len(texts):
             own.append(keys[at % len(texts)])
@@ -64,7 +67,7 @@ def questions_and_documents(
 
 
 def seconds(run: Callable[[], object]) -> tuple[float, object]:
-    """How long it takes, and what it returns."""
+    """Run a function; return the seconds it takes, and its result."""
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
@@ -73,7 +76,7 @@ def seconds(run: Callable[[], object]) -> tuple[float, object]:
 def measure(
     session: ifkv.Session, size: int, context: int, new: int, repeats: int
 ) -> list[dict[str, object]]:
-    """One batch size: to the first token, and whole answers."""
+    """Measure one batch size, to the first token and to the whole answer."""
     questions, documents = questions_and_documents(session, size, context)
     rows: list[dict[str, object]] = []
     for what, tokens in (("first token", 1), ("answer", new)):
@@ -87,7 +90,7 @@ def measure(
 
         def alone(how: dict[str, object] = how) -> object:
             each = zip(questions, documents, strict=True)
-            if how["max_new_tokens"] == 1:  # what generate() runs again is no part of it
+            if how["max_new_tokens"] == 1:  # without the forward that generate() repeats
                 ready = [session.prepare(q, documents=own, ratio=RATIO) for q, own in each]
                 return [[int(one.logits.argmax())] for one in ready]
             answers = [session.ask(q, documents=own, **how) for q, own in each]
@@ -117,7 +120,7 @@ def measure(
 
 
 def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object, str]:
-    """The demo's model, or one in a folder."""
+    """Load the demo's model, or the one in a folder."""
     if folder is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder), Path(folder).name
@@ -136,7 +139,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     model, tokenizer, name = load(getattr(torch, arguments.dtype), arguments.model)
-    model.generation_config.eos_token_id = None  # both sides decode as many tokens
+    model.generation_config.eos_token_id = None  # both ways decode equally many tokens
     session = ifkv.Session(model, tokenizer, store=MemoryStore())
     rows = [
         row

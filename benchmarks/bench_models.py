@@ -1,4 +1,4 @@
-"""The models that benchmarks run on, and contexts of a given length for them."""
+"""Models that the benchmarks run on, and contexts of a given length for them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ MODELS = {
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[Any, PromptFormat]:
-    """A model, not patched, and a layout for it.
+    """Load an unpatched model and its prompt format.
 
-    Random weights answer nothing, but take as long as trained ones; they read the demo's token ids,
-    all of which they have.
+    A model with random weights gives meaningless answers, but takes as long as a trained one. It
+    uses the demo's tokenizer, whose ids are all in its vocabulary.
     """
     if name == "smollm2":
         model, tokenizer = load_demo_model(dtype=dtype)
@@ -57,20 +57,22 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, PromptFormat]:
 
 
 def context_of(model: Any, layout: PromptFormat, length: int) -> tuple[list[list[int]], list[int]]:
-    """Real passages that make a context of ``length`` tokens with the prefix, and a prompt.
+    """Return passages that fill a context of ``length`` tokens, prefix included, and a prompt.
 
-    The last passage is cut; the context is shorter where the model has no more positions.
+    The last passage is cut. The context is shorter if the model has too few positions.
     """
     corpus = load_corpus()
     prompt = list(layout.prompt_ids(corpus.questions[0].text))
     room = min(length, model.config.max_position_embeddings - len(prompt))
     room -= len(layout.prefix_ids())
     if room <= 0:
-        raise ValueError(f"{length} tokens have no room for a document behind the prefix.")
+        raise ValueError(
+            f"a context of {length} tokens has no room for a document behind the prefix."
+        )
     documents: list[list[int]] = []
     edition = 1
     while room > 0:
-        # The corpus is shorter than 4k tokens: begin again, with a heading that says so.
+        # The corpus is shorter than 4k tokens: repeat it, with a heading that tells copies apart.
         heading = f"Edition {edition}. " if edition > 1 else ""
         for passage in corpus.passages:
             ids = list(layout.document_ids(heading + passage.text))[:room]

@@ -1,13 +1,13 @@
-"""What choosing takes, selector by selector: seconds beside the operations that each reports.
+"""Cost of selection: each selector's seconds, beside the operations that it reports.
 
     python benchmarks/choosing.py [--model smollm2] [--dtype float32] [--lengths 1024,4096]
                                   [--selectors ...] [--ratio 0.15] [--repeats 7]
 
-Every selector chooses from the same stitched cache for the same question, and the request is then
-finished (recompute with the prompt). Rounds time all selectors and a full prefill (transformers'
-own, SDPA, the last row's logits alone) one after another; medians are compared, as shares of full
-prefill's, time with time and operations with operations. Stitching is left out: it is the same for
-all.
+Every selector selects from the same stitched cache for the same question, and the request is then
+finished (recompute with the prompt). A round times all selectors and a full prefill (transformers'
+own forward with SDPA, logits of the last row only) one after another. Medians are reported as
+shares of full prefill: seconds of its seconds, and operations of its operations. Stitching is left
+out, since it is the same for all.
 
 Writes a JSON file and a Markdown table into benchmarks/results/.
 """
@@ -43,13 +43,13 @@ SELECTORS = (
     "epic",
 )
 RESULTS = Path(__file__).parent / "results"
-HEAD = ("context", "selector", "choosing", "its operations", "whole request", "its operations")
+HEAD = ("context", "selector", "selection, time", "operations", "whole request, time", "operations")
 
 
 def measure(
     model: Any, layout: Any, lengths: Sequence[int], names: Sequence[str], ratio: float, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row for each context and selector: medians of seconds, and operations."""
+    """Return a row per context and selector: medians of seconds, and operations."""
     shape, rows = ModelShape.of(model), list[dict[str, Any]]()
     for length in lengths:
         setting = Setting(model, layout, length)
@@ -67,7 +67,7 @@ def measure(
                 seconds[name].append((steps["select"], steps["select"] + steps["recompute"]))
                 rest = recompute_cost(shape, chosen.slots.cpu(), context, prompt)
                 operations[name] = chosen.cost.flops, chosen.cost.flops + rest.flops
-            if number < 0:  # memory and threads have come to life
+            if number < 0:  # the first round warms up memory and threads
                 full.clear()
                 for each in seconds.values():
                     each.clear()
@@ -89,12 +89,12 @@ def measure(
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The results as a page."""
+    """Return the results as a page."""
     about = found["about"]
     lines = [
-        f"# What choosing takes ({found['model']}, {found['dtype']}, r = {found['ratio']:g})",
+        f"# Cost of selection ({found['model']}, {found['dtype']}, r = {found['ratio']:g})",
         "",
-        f"Shares of a full prefill: of its time, and of its operations. Medians over "
+        f"As shares of full prefill's time and operations. Medians over "
         f"{found['rounds']} interleaved rounds. {about['processor']}, {about['threads']} threads, "
         f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}. "
         "By `python benchmarks/choosing.py`.",

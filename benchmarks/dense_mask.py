@@ -1,12 +1,12 @@
-"""The method's recompute as one would first write it: a dense mask over the stitched cache.
+"""Recompute with a dense mask over the stitched cache, the obvious implementation.
 
-transformers' own forward, unpatched, is given the selected rows and the prompt behind them, their
-positions, a cache that overwrites the rows' slots and returns all of them, and a mask
-``[rows, slots]`` that hides the slots ahead of each row. It is what the library's recompute is
-measured against, so nothing that this way can do without is in it: the mask is made once, additive
-in the model's dtype, which SDPA would otherwise make of a boolean one in every layer; rows are
-written in place; logits are made for the last row only. What stays is its nature: masked blocks are
-computed, and transformers repeats keys and values for every query head where there is a mask.
+The unpatched model's own forward runs the selected rows and the prompt behind them. It is given
+their positions, a cache that overwrites the rows' slots and returns all slots, and a mask
+``[rows, slots]`` that hides the slots ahead of each row. The library's recompute is measured
+against it, so it has no avoidable cost. The mask is built once, additive and in the model's dtype;
+SDPA would convert a boolean one in every layer. Rows are written in place, and logits are computed
+for the last row only. Its inherent costs remain: masked blocks are computed, and with a mask
+transformers repeats keys and values for every query head.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ifkv.models.compat import cache_keyword
 
 
 class OverwritingCache(DynamicCache):
-    """Keys and values whose rows at some slots are overwritten layer by layer.
+    """Cache whose rows at given slots are overwritten layer by layer.
 
     Args:
-        stitched: The cache to start from; it is copied.
+        stitched: Cache to start from; it is copied.
         slots: Long ``[k]``, ascending: the rows to recompute.
-        prompt_length: Rows that follow the context.
+        prompt_length: Number of rows behind the context.
     """
 
     def __init__(self, stitched: StitchedCache, slots: Tensor, prompt_length: int):
@@ -47,7 +47,7 @@ class OverwritingCache(DynamicCache):
         return keys, values
 
     def get_seq_length(self, layer_idx=0):
-        """Zero: positions and mask are given, nothing is to be derived from a length."""
+        """Return 0: positions and mask are given, and must not be derived from a length."""
         return 0
 
 
@@ -57,7 +57,7 @@ def recompute_densely(model, cache: OverwritingCache, context_ids: Tensor, promp
 
     Args:
         model: The model, not patched, with SDPA attention.
-        cache: What to recompute, in place.
+        cache: Cache to recompute in place.
         context_ids: Long ``[T]``, the stitched context's tokens.
         prompt: The prompt's token ids.
 

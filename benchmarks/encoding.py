@@ -1,15 +1,15 @@
-"""Tokens per second of encoding a corpus, against plain prefill of the same tokens.
+"""Tokens per second of encoding a corpus, against transformers' prefill of the same tokens.
 
     python benchmarks/encoding.py [--dtype float32|bfloat16] [--repeats 5] [--documents 24]
                                   [--model FOLDER]
 
 The baseline is transformers' own forward of the decoder stack (no logits) with SDPA attention on
-the unpatched model, the faster of two ways: each document alone, and padded batches of documents of
-like length. It computes the documents' tokens only; ours, ``ifkv.prefill_documents`` at several
-``batch_tokens``, also has them look at a prefix that was encoded before. Tokens per second count
-document tokens, never padding. Ways are interleaved, and shares are medians within a round. Peak
-memory is the largest resident size seen above what was resident before, sampled every 2 ms, each
-way in a process of its own (Linux only).
+the unpatched model. It is the faster of two ways: each document alone, and padded batches of
+documents of similar length. It computes the documents' tokens only. ``ifkv.prefill_documents``, at
+several ``batch_tokens``, also lets them attend to a prefix that was encoded before. Tokens per
+second count document tokens, never padding. The ways are interleaved, and shares are medians of the
+ratios within a round. Peak memory is the largest resident size above the size before, sampled every
+2 ms, each way in a separate process (Linux only).
 
 Writes a JSON file and a Markdown table into benchmarks/results/.
 """
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object, str]:
-    """The demo's model, or one in a folder."""
+    """Load the demo's model, or the one in a folder."""
     if folder is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(folder), Path(folder).name
@@ -48,7 +48,7 @@ def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object, str]:
 
 
 def ways_of(model, layout: PromptFormat, count: int) -> tuple[dict[str, Callable[[], None]], int]:
-    """Every way by name, and how many document tokens each encodes."""
+    """Return every way by name, and the number of document tokens that each encodes."""
     passages = load_corpus().passages
     documents = [
         torch.tensor(layout.document_ids(f"{i}. {passages[i % len(passages)].text}"))
@@ -80,13 +80,13 @@ def ways_of(model, layout: PromptFormat, count: int) -> tuple[dict[str, Callable
 
         return run
 
-    ways = {"plain, one by one": alone, "plain, padded batches": padded}
+    ways = {"transformers, one by one": alone, "transformers, padded batches": padded}
     ways |= {f"ifkv, batch_tokens={budget}": ours(budget) for budget in BUDGETS}
     return ways, sum(map(len, documents))
 
 
 def peak_of(name: str, dtype: str, folder: str | None, count: int, threads: int) -> int:
-    """In a process of its own: bytes that a way's peak lies above where it started."""
+    """Return the peak bytes of one way, above the bytes before; runs in a separate process."""
     torch.set_num_threads(threads)
     model, tokenizer, _ = load(getattr(torch, dtype), folder)
     ways, _ = ways_of(model, PromptFormat(tokenizer), count)
@@ -140,10 +140,11 @@ def main() -> None:
         f"{about['date']}, {about['processor']}, torch {about['torch']}, "
         f"transformers {about['transformers']}; "
         f"{arguments.documents} documents of {tokens} tokens together; {arguments.repeats} "
-        "interleaved repeats; the share is of the faster plain way within a round. Peak memory is "
-        "above weights, documents' rows included. Made by `python benchmarks/encoding.py`.",
+        "interleaved repeats; the share is of the faster transformers way within a round. Peak "
+        "memory is above the weights and contains the documents' rows. Made by "
+        "`python benchmarks/encoding.py`.",
         "",
-        "| way | tokens/s | share of plain prefill | peak memory |",
+        "| way | tokens/s | share of transformers' prefill | peak memory |",
         "|:--|--:|--:|--:|",
     ]
     lines += [

@@ -1,11 +1,11 @@
-"""Which kernels, masks and layouts are fastest on a card: the choices of ifkv's FlashInfer backend.
+"""Times of kernels, masks and layouts on a GPU, from which the FlashInfer backend's were chosen.
 
     python benchmarks/gpu_kernels.py [--length 32768] [--repeats 10]
 
 One layer in the shape of Llama-3.1-8B and Qwen3-8B (32 query heads, 8 key heads of 128), bfloat16.
-Every choice stands beside the others it was made against. Times are between CUDA events, medians
-after three runs that are not counted; planning, once per forward, is not in them. Writes
-gpu_kernels.json and gpu_kernels.md into benchmarks/results/.
+Every choice is listed beside its alternatives. Times are taken between CUDA events; they are
+medians after three runs that are not counted. They do not contain planning, which happens once per
+forward. Writes gpu_kernels.json and gpu_kernels.md into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ SPEC = AttentionSpec(DIM**-0.5)
 PROMPT = 64
 QUESTION = 48
 DOCUMENT = 512
-# Clock cycles, about a millisecond, that keep the card busy while a run is launched: short runs
-# would otherwise be as long as the processor takes for that.
+# Clock cycles (about a millisecond) that keep the GPU busy while a run is launched. Without them,
+# the time of a short run would be the time that the CPU takes to launch it.
 HEAD_START = 2_000_000
 Make = Callable[[], Callable[[], Any]]
 
 
 class Bench:
-    """Keys and values of one layer, and a clock.
+    """Keys and values of one layer, and a timer.
 
     Args:
         length: Slots of the context.
-        repeats: Runs that count.
+        repeats: Runs that are counted.
         device: The compute device.
         module: FlashInfer.
     """
@@ -58,17 +58,17 @@ class Bench:
         self._backends: dict[str, FlashInferBackend] = {}
 
     def random(self, *shape: int) -> Tensor:
-        """Normally distributed numbers."""
+        """Return a tensor of normally distributed numbers."""
         return torch.randn(*shape, dtype=torch.bfloat16, device=self.device)
 
     def backend(self, mask: str = "positions") -> FlashInferBackend:
-        """One for each form of the mask."""
+        """Return the backend with this form of the mask; each is built once."""
         if mask not in self._backends:
             self._backends[mask] = FlashInferBackend(self.module, mask=mask)
         return self._backends[mask]
 
     def milliseconds(self, run: Callable[[], Any]) -> float:
-        """Median of a run, between events."""
+        """Return the median duration of a run."""
         for _ in range(3):
             run()
         found = []
@@ -88,7 +88,7 @@ class Bench:
         return statistics.median(found)
 
     def row(self, what: str, how: str, make: Make, flops: float = 0.0) -> dict[str, Any]:
-        """A record; ``make`` plans and returns the run of one layer."""
+        """Time one layer; ``make`` plans it and returns the function to time."""
         layer = self.milliseconds(make())
         return {
             "what": what,
@@ -99,7 +99,7 @@ class Bench:
 
 
 def with_kernels(kernels: str | None, make: Make) -> Make:
-    """``make`` while the choice of kernels is taken away; as ifkv chooses if None."""
+    """Return a ``make`` that uses these kernels; None leaves the choice to ifkv."""
     if kernels is None:
         return make
 
@@ -109,20 +109,21 @@ def with_kernels(kernels: str | None, make: Make) -> Make:
     def made() -> Callable[[], Any]:
         with mock.patch.object(calls, "kernels", choose):
             run = make()
-            run()  # planned by the first run
+            run()  # the first run plans
         return run
 
     return made
 
 
 def attention_flops(rows_times_keys: float) -> float:
+    """Return the operations of attention over so many pairs of row and key."""
     return 4.0 * HEADS * DIM * rows_times_keys
 
 
 def attend(
     bench: Bench, slots: Tensor, mask: str = "positions", tile: int = tiles.SPLIT_ROWS
 ) -> Make:
-    """Rows at these slots over the context."""
+    """Return a ``make`` for rows at these slots that attend to the context."""
     query = bench.random(1, HEADS, len(slots), DIM)
     length = int(slots[-1]) + 1
 
@@ -134,19 +135,19 @@ def attend(
             return backend.attend_requests(query, [bench.keys], [bench.values], plan, SPEC)
 
         with mock.patch.object(tiles, "SPLIT_ROWS", tile):
-            run()  # planned by the first run
+            run()  # the first run plans
         return run
 
     return make
 
 
 def flops_of(slots: Tensor) -> float:
-    """Operations of causal rows."""
+    """Return the operations of causal attention for rows at these slots."""
     return attention_flops(float((slots + 1).sum()))
 
 
 def full_prefill(bench: Bench) -> Iterator[dict[str, Any]]:
-    """What plain attention takes, for scale."""
+    """Time causal attention over the whole context, for comparison."""
     slots = torch.arange(bench.length)
     query = bench.random(1, HEADS, bench.length, DIM)
     keys, values = (x[:, :, : bench.length] for x in (bench.keys, bench.values))
@@ -163,7 +164,7 @@ def full_prefill(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def selected_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Scattered rows with a prompt behind them, by form of the mask, kernels and tile."""
+    """Time scattered rows and a prompt behind them, by form of the mask, kernels and tile."""
     n = bench.length
     for ratio in (0.05, 0.15, 0.30):
         generator = torch.Generator().manual_seed(0)
@@ -184,7 +185,7 @@ def selected_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def behind_a_prefix(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Documents: the prefix copied in front of each, or a level of its own merged in."""
+    """Time documents behind a prefix that is copied for each, or attended once and merged."""
     count = bench.length // DOCUMENT
     total = DOCUMENT * count
     for prefix in (16, 128, 512):
@@ -194,13 +195,13 @@ def behind_a_prefix(bench: Bench) -> Iterator[dict[str, Any]]:
             *(bench.random(1, KV_HEADS, prefix, DIM) for _ in range(2)),
         )
         flops = attention_flops(total * (prefix + (DOCUMENT + 1) / 2))
-        what = f"documents behind {prefix}"
+        what = f"documents, prefix of {prefix}"
         yield bench.row(what, "prefix copied", copied(bench, tensors), flops)
-        yield bench.row(what, "a level of its own", merged(bench, tensors), flops)
+        yield bench.row(what, "prefix attended once, merged", merged(bench, tensors), flops)
 
 
 def copied(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
-    """The backend's way: the prefix in front of each document."""
+    """Return a ``make`` that copies the prefix in front of each document, as the backend does."""
     prefix = tensors[3].shape[2]
 
     def make() -> Callable[[], Any]:
@@ -213,7 +214,7 @@ def copied(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
 
 
 def merged(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
-    """The other: documents by themselves, the prefix for all rows, merged by log-sum-exps."""
+    """Return a ``make`` that attends documents and prefix apart and merges by log-sum-exps."""
     q, k, v, prefix_k, prefix_v = (x[0].transpose(0, 1) for x in tensors)
     module = bench.backend()._module
     common: dict[str, Any] = {
@@ -249,7 +250,7 @@ def merged(bench: Bench, tensors: tuple[Tensor, ...]) -> Make:
 
 
 def few_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """A decoding step, a prompt, a question over the context: fa2 or fa3."""
+    """Time a decoding step, a prompt and a question over the context, by fa2 and fa3."""
     n = bench.length
     for what, slots in (
         ("one row, decoding", torch.tensor([n])),
@@ -275,7 +276,7 @@ def few_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
-    """A question over the context; its query and plan, too."""
+    """Return a question's attention over the context as a function; also its query and plan."""
     backend = bench.backend()
     query = bench.random(1, HEADS, QUESTION, DIM)
     own = [bench.random(1, KV_HEADS, QUESTION, DIM) for _ in range(2)]
@@ -290,7 +291,7 @@ def asked(bench: Bench) -> tuple[Callable[[], Any], Tensor, QueryPlan]:
 
 
 def norms(bench: Bench, norm: Callable[..., Tensor], *, weigh: bool = False) -> Callable[[], Any]:
-    """Its attention norms, times the sizes of the values or not."""
+    """Return the attention norms as a function; ``weigh`` multiplies by the values' norms."""
     run, query, plan = asked(bench)
     logsumexp = run()[1]
     keys, values = (x[:, :, : bench.length] for x in (bench.keys, bench.values))
@@ -302,16 +303,16 @@ PARTS = (full_prefill, few_rows, selected_rows, behind_a_prefix)
 
 
 def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table, with what it was measured on above it."""
+    """Return the table, below the machine and versions that it was measured with."""
     lines = [
-        "# Choices of kernels on a card",
+        "# Kernels, masks and tiles on a GPU",
         "",
         "Made by `python benchmarks/gpu_kernels.py`: one layer, 32 query heads and 8 key heads of "
         "128, bfloat16, medians.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "| what | how | a layer | TFLOP/s |",
+        "| what | how | one layer | TFLOP/s |",
         "|:--|:--|--:|--:|",
     ]
     for row in rows:
@@ -323,7 +324,7 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--length", type=int, default=32768, help="slots of the context")
-    parser.add_argument("--repeats", type=int, default=10, help="runs that count")
+    parser.add_argument("--repeats", type=int, default=10, help="runs that are counted")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_kernels.py needs a CUDA device, and torch sees none here.")

@@ -1,19 +1,19 @@
-"""Time to first token on a CUDA card against full prefill, with random weights in real shapes.
+"""Time to first token on a CUDA GPU against full prefill, with random weights in real shapes.
 
     python benchmarks/gpu_ttft.py [--minutes 9] [--lengths 8192,32768,131072] [--repeats 5]
                                   [--selector sink-aware]
 
-Shapes are those of Llama-3.1-8B and Qwen3-8B, in bfloat16. Weights are random: speed does not
-depend on them, answers are meaningless. The baseline is the faster of two full prefills by
-transformers itself, one with SDPA and one with FlashInfer attention, on the unpatched model. Ours
-is everything from the question's arrival: stitch, select (with the scoring that it takes), and the
-fused forward of selected rows and prompt; documents lie in the card's memory. Choosing is measured
-without CUDA graphs, too. Times are between CUDA events, so waiting for the host counts; medians of
-repeats after one that is not counted.
+Models have the shapes of Llama-3.1-8B and Qwen3-8B, in bfloat16. Their weights are random: speed
+does not depend on them, and answers are meaningless. The baseline is the faster of two full
+prefills by transformers on the unpatched model, one with SDPA and one with FlashInfer attention.
+The time of ifkv begins when the question arrives. It contains stitching, selection with its
+scoring, and the fused forward of selected rows and prompt; the documents are in GPU memory.
+Selection is also measured without CUDA graphs. Times are taken between CUDA events, so they include
+waiting for the CPU. They are medians of the repeats; a first repeat is not counted.
 
-Settings run in order of importance and none begins after the minutes given. Kernels that FlashInfer
-has never compiled on this machine are compiled in the uncounted round. Writes gpu_ttft.json and
-gpu_ttft.md into benchmarks/results/.
+Settings run in order of importance, and none begins after the minutes given. FlashInfer compiles
+kernels that are new to this machine in the uncounted repeat. Writes gpu_ttft.json and gpu_ttft.md
+into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ from ifkv.cost import ModelShape, mean_position, speedup_bound
 from ifkv.selectors import DEFAULT_SELECTOR, Selector, resolve
 
 RESULTS = Path(__file__).parent / "results"
-LENGTHS = (32768, 8192, 131072)  # the target's first
+LENGTHS = (32768, 8192, 131072)  # first the one with a target
 RATIOS = (0.15, 0.05, 0.30)
 
 
 def register_flashinfer_attention(module: Any) -> str:
-    """Give transformers FlashInfer's causal prefill under a name; the second baseline."""
+    """Register FlashInfer's causal prefill with transformers, for the second baseline.
+
+    Returns:
+        The name to give to `set_attn_implementation`.
+    """
     from transformers import AttentionInterface
 
     wrappers: dict[Any, Any] = {}
@@ -72,14 +76,14 @@ def register_flashinfer_attention(module: Any) -> str:
             wrappers[shape] = wrapper
         return wrappers[shape].run(q, k, v)[None], None
 
-    # No mask function beside it: transformers then builds no mask. And no "flash" in the name,
-    # which it would take for one of its own.
+    # No mask function is registered with it, so transformers builds no mask. The name must not
+    # contain "flash": transformers would take it for one of its own.
     AttentionInterface.register("bench_ragged", attention)
     return "bench_ragged"
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """Gigabytes at most since the last call; None without a card."""
+    """Return the peak gigabytes since the last call; None without a GPU."""
     if device.type != "cuda":
         return None
     peak = torch.cuda.max_memory_allocated(device) / 1e9
@@ -88,7 +92,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def after_first(run: Callable[[], Any], repeats: int) -> list[Any]:
-    """Results of all runs but the first."""
+    """Return the results of all runs but the first."""
     run()
     return [run() for _ in range(repeats)]
 
@@ -102,7 +106,7 @@ def measure(
     rule: Selector,
     out_of_time: Callable[[], bool],
 ) -> Iterator[dict[str, Any]]:
-    """Records of one model and length: baselines and every ratio."""
+    """Measure the baselines and every ratio of one model and length; yield a record per ratio."""
     device = model.device
     work = Workload(model, length, Clock(device))
     peak_memory(device)
@@ -123,7 +127,7 @@ def measure(
         caches = ifkv.prefill_documents(model, work.documents, prefix=work.prefix)
         if out_of_time():
             return
-        # Choosing does not depend on the ratio: once without CUDA graphs, to compare.
+        # Selection takes the same time at every ratio: measure it once without CUDA graphs.
         graphs, handle.captures = handle.captures, None
         runs = after_first(lambda: work.request(caches, RATIOS[0], rule), repeats)
         launched = statistics.median(run["steps"]["select"] for run in runs)
@@ -159,7 +163,7 @@ def measure(
 def record(
     name: str, work: Workload, ratio: float, baselines: dict[str, float], runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Medians of one setting."""
+    """Return the medians of one setting."""
     return {
         "model": name,
         "length": work.length,
@@ -173,14 +177,14 @@ def record(
 
 
 def describe(repeats: int) -> dict[str, Any]:
-    """Card, driver and versions."""
+    """Return the GPU, the driver and the versions."""
     import flashinfer
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "card": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name(),
         "driver": driver.splitlines()[0] if driver else "unknown",
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -232,14 +236,14 @@ def main() -> None:
             try:
                 for row in measure(model, backend, name, length, repeats, rule, out_of_time):
                     rows += with_shares([row])
-                    write(RESULTS, about, rows)  # what has been measured is not lost
+                    write(RESULTS, about, rows)  # keep what has been measured
             except torch.cuda.OutOfMemoryError as error:
                 skipped.append(f"{name} at {length} ({error})")
             torch.cuda.empty_cache()
         del model
         torch.cuda.empty_cache()
     if skipped:
-        about["left out for want of time or memory"] = ", ".join(skipped)
+        about["left out (no time or memory)"] = ", ".join(skipped)
     print(write(RESULTS, about, rows))
 
 

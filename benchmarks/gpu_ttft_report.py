@@ -1,4 +1,4 @@
-"""What gpu_ttft.py writes: speed-ups, shares of the bound, and a table."""
+"""Results file and table of gpu_ttft.py, with speed-ups and shares of the bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TARGET = 0.85  # of S(r), at 32k tokens
 
 
 def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each record its speed-up over the better baseline, and the share of S(r)."""
+    """Add each record's speed-up over the faster baseline, and its share of the bound S(r)."""
     done = []
     for row in rows:
         speedup = min(row["full_prefill_seconds"].values()) / row["ttft_seconds"]
@@ -20,16 +20,16 @@ def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table, with what it was measured on above it."""
+    """Return the table, below the machine and versions that it was measured with."""
     lines = [
-        "# Time to first token on a card",
+        "# Time to first token on a GPU",
         "",
         "Made by `python benchmarks/gpu_ttft.py`: random weights in real shapes, bfloat16, medians "
-        f"of {about['repeats']} after one that is not counted.",
+        f"of {about['repeats']} repeats after one that is not counted.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "Select, in parentheses: without CUDA graphs, every kernel launched by itself.",
+        "Select, in parentheses: without CUDA graphs, each kernel launched separately.",
         "",
         "| model | tokens | r | full prefill (SDPA / FlashInfer) | stitch | select (launched) "
         "| recompute + prompt | TTFT | speed-up | S(r) | share | peak memory (full prefill / ifkv) "
@@ -62,7 +62,7 @@ def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 
 def write(folder: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Write both files; returns the table."""
+    """Write both files and return the table."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"about": about, "rows": rows}, indent=1)
     (folder / "gpu_ttft.json").write_text(text + "\n")

@@ -1,4 +1,4 @@
-"""Shapes, contexts and clocks of the benchmarks that run on a card."""
+"""Model shapes, contexts and clocks of the benchmarks that run on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ifkv.selectors import Request, Selector
 DOCUMENT = 512
 PREFIX = 16
 PROMPT = 64
-QUESTION = 48  # tokens of the prompt that are the bare question
+QUESTION = 48  # tokens of the prompt that are the question itself
 NEW_TOKENS = 32
 
 _COMMON = {
@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 12288,
             "vocab_size": 151936,
             "rope_parameters": {
-                "rope_type": "yarn",  # as its makers advise beyond 32k tokens
+                "rope_type": "yarn",  # as Qwen recommends beyond 32k tokens
                 "rope_theta": 1000000.0,
                 "factor": 4.0,
                 "original_max_position_embeddings": 32768,
@@ -65,13 +65,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Clock:
-    """Marks in time: CUDA events on a card, the processor's clock elsewhere (for the tests)."""
+    """Timer: CUDA events on a GPU, the CPU's clock elsewhere (for the tests)."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Now."""
+        """Return a mark for this moment."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -79,7 +79,7 @@ class Clock:
         return event
 
     def seconds(self, marks: list[Any]) -> list[float]:
-        """Seconds between marks that follow one another."""
+        """Return the seconds between consecutive marks."""
         pairs = itertools.pairwise(marks)
         if not self._cuda:
             return [b - a for a, b in pairs]
@@ -89,10 +89,10 @@ class Clock:
 
 @dataclasses.dataclass
 class Workload:
-    """One context of random tokens, and what is measured on it.
+    """A context of random tokens, and the measurements made on it.
 
     Attributes:
-        stitched: The last request's cache.
+        stitched: Stitched cache of the latest request.
     """
 
     model: Any
@@ -106,7 +106,7 @@ class Workload:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.length)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        # Prompt and answer fit into the length, too.
+        # The length includes the prompt and the answer.
         size = self.length - NEW_TOKENS
         ids = torch.randint(1, vocabulary, (size,), generator=generator).tolist()
         self.prefix, rest, self.prompt = ids[:PREFIX], ids[PREFIX:-PROMPT], ids[-PROMPT:]
@@ -114,12 +114,15 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens of prefix and documents."""
+        """Return the number of tokens of prefix and documents."""
         return len(self.prefix) + sum(map(len, self.documents))
 
     @torch.no_grad()
     def full_prefill(self) -> tuple[float, Any]:
-        """Seconds of a plain forward over everything, for the last row's logits; and the cache."""
+        """Run transformers' own prefill of everything; return its seconds and its cache.
+
+        Logits are computed for the last row only.
+        """
         tokens = itertools.chain(self.prefix, *self.documents, self.prompt)
         ids = torch.tensor([list(tokens)]).to(self.model.device)
         marks = [self.clock.mark()]
@@ -130,8 +133,8 @@ class Workload:
 
     @torch.no_grad()
     def request(self, caches: list[Any], ratio: float, rule: Selector) -> dict[str, Any]:
-        """Stitch, select, recompute with the prompt."""
-        self.stitched = None  # frees the last one's memory
+        """Stitch, select, recompute with the prompt; return seconds by step, and the selection."""
+        self.stitched = None  # free the previous request's memory
         marks = [self.clock.mark()]
         self.stitched = cache = ifkv.stitch(self.model, caches)
         marks.append(self.clock.mark())
@@ -145,7 +148,7 @@ class Workload:
 
     @torch.no_grad()
     def decode(self, cache: Any) -> float:
-        """Tokens per second behind a cache, one forward each; the first quarter is not counted."""
+        """Return the tokens decoded per second behind a cache; the first quarter is not counted."""
         token = torch.tensor([self.prompt[:1]]).to(self.model.device)
         how = cache_keyword(self.model, cache)
         counted = NEW_TOKENS - NEW_TOKENS // 4

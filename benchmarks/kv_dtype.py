@@ -1,13 +1,13 @@
-"""What keys and values in 8 bits do to an answer, beside what bfloat16 does, on the demo's model.
+"""Error of answers over quantized (FP8) keys and values, beside bfloat16's, on the demo's model.
 
     python benchmarks/kv_dtype.py [--questions 6] [--passages 4] [--new 12] [--model FOLDER]
 
-For every question of the demo's corpus, the passage that answers it and the ones that follow are
-stitched. The truth is float32 with a float32 cache at the same recompute ratio, its slots and its
-greedy answer; the other three ways recompute the same slots, are given the same answer word by
-word, and are compared token by token: the Kullback-Leibler divergence of the next token's
-distribution (nats), the relative error of the logits around their mean, and how often the likeliest
-token is the same. The reading says nothing about speed.
+For every question of the demo's corpus, the passage that answers it and its neighbours are
+stitched. The reference is float32 with a float32 cache at the same recompute ratio; it chooses the
+slots and the greedy answer. The other three ways recompute the same slots and are given the same
+answer. They are compared with the reference token by token: the Kullback-Leibler divergence of the
+next token's distribution (nats), the relative error of the logits around their mean, and how often
+the likeliest token is the same. The numbers say nothing about speed.
 
 Writes a JSON file and a Markdown table into benchmarks/results/.
 """
@@ -32,17 +32,17 @@ from ttft_report import about_machine
 
 RATIOS = (0.0, 0.15, 1.0)
 FLOAT8 = torch.float8_e4m3fn
-# The way, the model's dtype, the cache's.
+# Name of the way, dtype of the model, dtype of the cache.
 WAYS = (
-    ("float32, cache in 8 bits", torch.float32, FLOAT8),
+    ("float32, FP8 cache", torch.float32, FLOAT8),
     ("bfloat16", torch.bfloat16, None),
-    ("bfloat16, cache in 8 bits", torch.bfloat16, FLOAT8),
+    ("bfloat16, FP8 cache", torch.bfloat16, FLOAT8),
 )
 RESULTS = Path(__file__).parent / "results"
 
 
 def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object]:
-    """The demo's model, or one in a folder."""
+    """Load the demo's model, or the one in a folder."""
     if folder is None:
         return load_demo_model(dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -53,7 +53,7 @@ def load(dtype: torch.dtype, folder: str | None) -> tuple[object, object]:
 def answer_logits(
     model: object, cache: ifkv.StitchedCache, slots: Tensor, prompt: list[int], answer: Tensor
 ) -> Tensor:
-    """Logits of each token of an answer that is given, float32 ``[tokens, vocabulary]``."""
+    """Return the logits of each token of a given answer, float32 ``[tokens, vocabulary]``."""
     first = ifkv.recompute(model, cache, slots, prompt_ids=prompt)
     rows = [first[None]]
     for token in answer[:-1]:  # one by one, as in decoding
@@ -62,7 +62,7 @@ def answer_logits(
 
 
 def compared(got: Tensor, want: Tensor) -> dict[str, float]:
-    """Means over the answer's tokens."""
+    """Return the errors of logits, as means over the answer's tokens."""
     p, q = want.log_softmax(-1), got.log_softmax(-1)
     centred = want - want.mean(-1, keepdim=True)
     off = (got - got.mean(-1, keepdim=True)) - centred
@@ -81,11 +81,11 @@ def measure(
     new: int,
     ratios: tuple[float, ...] = RATIOS,
 ) -> list[dict[str, object]]:
-    """One row for each ratio and way, means over the questions."""
+    """Return a row for each ratio and way, with means over the questions."""
     corpus, text = load_corpus(), PromptFormat(tokenizer, INSTRUCTION)
     found: dict[tuple[float, str], list[dict[str, float]]] = {}
     for question in corpus.questions[:questions]:
-        # The answering passage not first, where it would be exact.
+        # The answering passage is not first: there it would be exact.
         wanted = [
             (question.passage + shift) % len(corpus.passages) for shift in range(-1, passages - 1)
         ]
@@ -122,9 +122,9 @@ def measure(
 
 
 def as_markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
-    """The table."""
+    """Return the table."""
     lines = [
-        f"# Keys and values in 8 bits, {about['model']}",
+        f"# Quantized keys and values (FP8), {about['model']}",
         "",
         f"{about['date']}, torch {about['torch']}, transformers {about['transformers']}; "
         f"{about['questions']} questions over {about['passages']} passages, answers of up to "

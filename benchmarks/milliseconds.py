@@ -1,12 +1,12 @@
-"""Where the milliseconds of a hot request go, step by step, and those of full prefill.
+"""Time of a hot request and of full prefill, by step and by kind of operator.
 
     python benchmarks/milliseconds.py [--model smollm2] [--dtype float32] [--lengths 1024,4096,8192]
                                       [--ratio 0.15] [--repeats 5]
 
-Each step is timed alone, without a profiler (medians), and then run once more under
-torch.profiler, which says how long each kind of operator took, its dispatch included. What is left
-of the time is Python between the operators; the profiler's own cost is in the operators, so that
-share is, if anything, larger. Steps run one after another on the same cache, full prefill last.
+Each step is timed alone, without a profiler (medians), and then run once more under torch.profiler,
+which says how long each kind of operator took, dispatch included. The rest of the time is Python
+between the operators. The profiler's own cost is counted with the operators, so the share of Python
+is underestimated if anything. Steps run one after another on the same cache, full prefill last.
 
 Writes benchmarks/results/milliseconds-cpu-DTYPE.json and .md.
 """
@@ -31,7 +31,7 @@ from ttft import Setting
 from ttft_report import about_machine
 
 RESULTS = Path(__file__).parent / "results"
-# Kinds of operators, by the beginnings of their names; the first that fits counts.
+# Kinds of operators, by prefixes of their names; the first match counts.
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::"),
     "attention kernel": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def kind_of(operator: str) -> str:
-    """The kind of an operator, by its name.
+    """Return the kind of an operator, by its name.
 
     >>> kind_of("aten::index_copy_"), kind_of("aten::silu")
     ('moving rows', 'other operators')
@@ -50,7 +50,7 @@ def kind_of(operator: str) -> str:
 
 
 def spent(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Seconds of a call by kind of operator, and how many operators it started."""
+    """Measure a call: seconds by kind of operator, and the number of operators started."""
     run()
     walls = []
     for _ in range(repeats):
@@ -71,7 +71,7 @@ def spent(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
 
 def steps_of(setting: Setting, ratio: float) -> dict[str, Callable[[], Any]]:
-    """The steps of a request, each to be run alone, on the patched model."""
+    """Return the steps of a request on the patched model, as functions to run alone."""
     model, prompt = setting.model, setting.prompt
     cache = ifkv.stitch(model, setting.documents)
     slots = ifkv.select(cache, ifkv.score(model, cache, prompt), ratio=ratio)
@@ -88,7 +88,7 @@ def steps_of(setting: Setting, ratio: float) -> dict[str, Callable[[], Any]]:
 
 
 def measure(setting: Setting, ratio: float, repeats: int) -> list[dict[str, Any]]:
-    """A row for each step and for full prefill."""
+    """Return a row for each step and for full prefill."""
     rows = []
     with ifkv.patch(setting.model):
         for name, run in steps_of(setting, ratio).items():
@@ -98,15 +98,15 @@ def measure(setting: Setting, ratio: float, repeats: int) -> list[dict[str, Any]
 
 
 def as_markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """What was measured, as a page."""
+    """Return the results as a page."""
     names = list(rows[0]["kinds"])
     lines = [
-        f"# Where the milliseconds go, {about['model']}, {about['dtype']}",
+        f"# Milliseconds by step and kind of operator, {about['model']}, {about['dtype']}",
         "",
         f"{about['date']}, {about['processor']}, {about['threads']} threads, torch "
         f"{about['torch']}, transformers {about['transformers']}; r = {about['ratio']:g}, medians "
-        f"of {about['repeats']} calls. Made by `python benchmarks/milliseconds.py`, whose head "
-        "says what is measured. Milliseconds:",
+        f"of {about['repeats']} calls. Made by `python benchmarks/milliseconds.py`; its "
+        "docstring says what is measured. Milliseconds:",
         "",
         f"| context | step | all | {' | '.join(names)} | operators started |",
         f"|--:|:--|--:|{'--:|' * len(names)}--:|",

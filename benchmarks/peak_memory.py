@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, in a process of its own (Linux only)."""
+"""Peak memory of a function, in a separate process (Linux only)."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# A sample every so many seconds: a layer of a short request takes several times as long.
+# Seconds between samples. A layer of a short request takes several times as long.
 INTERVAL = 0.002
 TIMEOUT = 1800
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; 0 where there is no /proc to ask."""
+    """Return the resident bytes of this process; 0 where there is no /proc."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def peak_above(run: Callable[[], Any]) -> int:
-    """Bytes by which this process's largest resident size in a run lies above what it was before.
+    """Return the largest resident size of this process during a run, less the size before.
 
-    Memory that the allocator kept from earlier work is handed back first (where it is glibc's), or
-    a run could use it unseen.
+    Memory that the allocator kept from earlier work is first returned to the system (with glibc).
+    Otherwise the run could reuse it, and it would not be counted.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -50,7 +50,7 @@ def peak_above(run: Callable[[], Any]) -> int:
 
 
 def in_own_process(measure: Callable[..., Any], *given: Any) -> Any:
-    """What a function of a module returns in a fresh process, given picklable arguments.
+    """Call a module-level function in a fresh process and return its result.
 
     Raises:
         RuntimeError: The process ended without an answer; its own error is on the screen.

@@ -2,9 +2,9 @@
 
     python benchmarks/plan.py [--lengths 1024,2048,4096] [--ratios 0.05,0.15,0.30] [--repeats 3]
 
-The machine is calibrated anew, a plan is made for every context length and ratio, and the same is
-measured as benchmarks/ttft.py measures it: full prefill by transformers' own forward on the
-unpatched model, and ours with the documents in memory. Rounds time all ways one after another;
+The machine is calibrated, and a plan is made for every context length and ratio. Then the same
+requests are measured as in benchmarks/ttft.py: full prefill by transformers' own forward on the
+unpatched model, and ifkv with the documents in memory. A round times all ways one after another;
 medians are compared.
 
 Writes plan-cpu-DTYPE.json and .md into benchmarks/results/.
@@ -36,7 +36,7 @@ GOAL = 0.20
 def measure(
     setting: Setting, planner: Planner, ratios: list[float], repeats: int
 ) -> list[dict[str, Any]]:
-    """One context length: what was predicted, and the medians of what was measured."""
+    """Return the predicted times and the medians of the measured ones for one context length."""
     rule = resolve(DEFAULT_SELECTOR)
     plan = planner.plan(
         setting.context,
@@ -48,7 +48,7 @@ def measure(
     full: list[float] = []
     runs: dict[float, list[dict[str, float]]] = {ratio: [] for ratio in ratios}
     with ifkv.patch(setting.model):
-        setting.request(min(ratios), rule)  # uncounted: brings memory and threads to life
+        setting.request(min(ratios), rule)  # not counted: warms up memory and threads
     for _ in range(repeats):
         start = time.perf_counter()
         setting.full()
@@ -57,7 +57,7 @@ def measure(
             for ratio in ratios:
                 runs[ratio].append(setting.request(ratio, rule)[0])
 
-    rows = [("plain prefill", None, plan.prefill, full)]
+    rows = [("full prefill", None, plan.prefill, full)]
     for forecast in plan.forecasts:
         steps = runs[forecast.ratio]
         rows += [
@@ -84,8 +84,8 @@ def measure(
 
 
 def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The results as a page."""
-    whole = [row for row in rows if row["step"] in ("plain prefill", "TTFT, hot")]
+    """Return the results as a page."""
+    whole = [row for row in rows if row["step"] in ("full prefill", "TTFT, hot")]
     within = sum(abs(row["predicted"] / row["measured"] - 1) <= GOAL for row in whole)
     lines = [
         f"# Predicted against measured, {about['model']}, {about['dtype']}",
@@ -95,8 +95,8 @@ def table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{about['calibration_seconds']:.0f} s; medians of {about['repeats']} interleaved rounds. "
         "Made by `python benchmarks/plan.py`.",
         "",
-        f"Of {len(whole)} whole times (plain prefill, and TTFT with documents in memory) {within} "
-        f"were predicted within {GOAL:.0%}. The steps of a TTFT stand below it.",
+        f"{within} of {len(whole)} whole times (full prefill, and TTFT with documents in memory) "
+        f"were predicted within {GOAL:.0%}. The steps of each TTFT follow it.",
         "",
         "| context | r | | predicted | measured | predicted / measured |",
         "|--:|--:|---|--:|--:|--:|",

@@ -2,17 +2,17 @@
 
     python benchmarks/store.py [--repeats 7] [--tokens 2048] [--skip-model]
 
-Bandwidth: documents of the demo model's shape are put and got, and the same number of bytes is
-written (with fsync) and read plainly with ``os.write`` and ``readinto`` into fresh memory, files
-being in the page cache for reads. Ways are interleaved and medians compared.
+Bandwidth: documents of the demo model's shape are put and got. For comparison, the same number of
+bytes is written to a plain file (``os.write`` and fsync) and read from one (``readinto`` into fresh
+memory). Files are in the page cache when they are read. Ways are interleaved; medians are compared.
 
-Time to first token: question's arrival to the first token's logits at ratio 0.15, and at ratio 0,
-where loading has the least to hide behind, with documents in memory (hot), in the page cache
-(warm), and on the disk, the page cache having been told to forget them (cold); loaded whole before
-stitching, or layer by layer behind the computation. Checks have been done on first use already,
-unless "checked" is said.
+Time to first token: from the question's arrival to the first token's logits. It is measured at
+ratio 0.15, and at ratio 0, where there is least computation to hide the loading. Documents are in
+memory (hot), in the page cache (warm), or on the disk and dropped from the page cache (cold). They
+are loaded whole before stitching, or layer by layer during the computation. Checksums have been
+verified on an earlier use, except in the row "checked".
 
-Eight-bit storage: what it costs in the rows, and in the first answered token's distribution.
+Quantized storage (8 bits): the error of the rows and of the first token's distribution.
 
 Writes benchmarks/results/store.json and store.md.
 """
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way; every round runs all of them, after one that is not counted."""
+    """Return the median seconds of each way; a round runs all, and the first is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(repeats + 1):
         for name, way in ways.items():
@@ -58,7 +58,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def forget(folder: Path) -> None:
-    """Have the page cache drop a folder's files."""
+    """Drop a folder's files from the page cache."""
     for path in folder.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -66,7 +66,7 @@ def forget(folder: Path) -> None:
 
 
 def bandwidth(folder: Path, length: int, repeats: int) -> dict[str, float]:
-    """GB/s of puts and gets, and of plain writes and reads of the same bytes."""
+    """Return the GB/s of puts and gets, and of plain writes and reads of the same bytes."""
     shape = {"length": length, "layers": 30, "kv_heads": 3, "head_dim": 64}
     document = random_document(0, **shape)
     stores = {
@@ -79,7 +79,7 @@ def bandwidth(folder: Path, length: int, repeats: int) -> dict[str, float]:
     numbers = itertools.count()
 
     def write_plainly() -> None:
-        # A new file each time, as a put makes one; the last one is what is read.
+        # A new file each time, as for a put. The last one is read.
         if plain.exists():
             plain.rename(folder / f"plain-{next(numbers)}")
         descriptor = os.open(plain, os.O_WRONLY | os.O_CREAT)
@@ -121,7 +121,7 @@ def bandwidth(folder: Path, length: int, repeats: int) -> dict[str, float]:
 def requests(
     model: Any, layout: Any, tokens: int, folder: Path, repeats: int
 ) -> tuple[dict[float, dict[str, dict[str, float]]], dict[str, dict[str, float]]]:
-    """Time to first token per ratio, state and way; errors of eight-bit storage."""
+    """Return times to first token by ratio, state and way, and errors of 8-bit storage."""
     from ifkv.demo.corpus import load_corpus
 
     corpus = load_corpus()
@@ -169,7 +169,7 @@ def requests(
         forget(exact.path)
         answer(lambda: [exact.get(key, lazy=True) for key in keys], "cold, by layer", ratio)
         forget(exact.path)
-        strict = DiskStore(exact.path)  # has checked nothing yet
+        strict = DiskStore(exact.path)  # has verified nothing yet
         answer(
             lambda store=strict: [store.get(key, lazy=True) for key in keys],
             "cold, by layer, checked",
@@ -203,21 +203,21 @@ def requests(
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The results as tables."""
+    """Return the results as tables."""
     lines = ["# Document store", "", f"{result['machine']}. Medians.", ""]
     if result["load"] > 0.5:
         lines += [
-            f"**Other programs ran beside this measurement** (load average {result['load']:.1f} at "
-            "the start). Reads of memory, taken in turns, can be compared; writes wait for a "
-            "shared disk and waver several-fold from run to run; differences between times to "
-            "first token of less than about 10 % mean nothing.",
+            f"**Other programs ran during this measurement** (load average {result['load']:.1f} at "
+            "the start). Reads were interleaved and can be compared. Writes wait for a shared disk "
+            "and vary several-fold from run to run. Differences of less than about 10 % between "
+            "times to first token mean nothing.",
             "",
         ]
     speed = result["bandwidth"]
     lines += [
         f"One document of {speed['bytes'] / 2**20:.0f} MiB, float32, in the page cache.",
         "",
-        "| | GB/s | of plain |",
+        "| | GB/s | share of plain file |",
         "|---|---|---|",
     ]
     for name, plain in (
@@ -253,7 +253,7 @@ def to_markdown(result: dict[str, Any]) -> str:
                 )
         lines.append("")
     if "codecs" in result:
-        lines += ["Eight-bit storage.", ""]
+        lines += ["Quantized storage (8 bits).", ""]
         lines += ["| codec | keys, relative L2 | values | KL of the first token, nats | size |"]
         lines += ["|---|---|---|---|---|"]
         for codec, row in result["codecs"].items():
@@ -268,9 +268,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--skip-model", action="store_true", help="only the bandwidth")
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one")
-    parser.add_argument("--threads", type=int, nargs="+", help="of the computation, one or more")
+    parser.add_argument("--skip-model", action="store_true", help="measure only the bandwidth")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to measure; a temporary one without"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of computing threads")
     options = parser.parse_args()
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, torch "

@@ -5,20 +5,21 @@
                               [--dense-ratios 0.15] [--selector sink-aware]
                               [--repeats 5] [--minutes 60] [--only times|peaks]
 
-All sides run the same token ids on the same weights with the same threads. The baseline is
-transformers' own forward with SDPA attention on the unpatched model, asked for the last row's
-logits only. Ours is everything from the question's arrival: stitch, select, and the fused forward
-of selected rows and prompt; documents lie in memory. The dense mask (dense_mask.py) recomputes the
-same rows and the prompt over the same stitched cache; its stitching and selection are not counted,
-so it is compared with our recompute alone.
+All ways run the same token ids on the same weights with the same threads. The baseline is
+transformers' own forward with SDPA attention on the unpatched model; it computes logits for the
+last row only. The time of ifkv begins when the question arrives. It contains stitching, selection,
+and the fused forward of selected rows and prompt; the documents are in memory. The dense mask
+(dense_mask.py) recomputes the same rows and the prompt over the same stitched cache. Its stitching
+and selection are not counted, so it is compared with ifkv's recompute alone.
 
-Rounds time all ways one after another, so that a noisy neighbour hits all alike; medians are
-compared. ``--minutes`` ends a setting (model, dtype, length) early, after a whole round. Peaks are
-each measured in a process of its own: largest resident memory above weights and documents, less
-the stitched cache itself.
+A round times all ways one after another, so that other programs slow all of them alike; medians
+are compared. ``--minutes`` ends a setting (model, dtype, length) early, after a whole round. Each
+peak is measured in a separate process: the largest resident memory above weights and documents,
+less the stitched cache itself.
 
-A run may do a part: results are merged into benchmarks/results/ttft-cpu.json, a row per model,
-dtype, length and ratio, and ttft-cpu.md is written from all of them.
+A run may measure a part of the settings. Its results are merged into
+benchmarks/results/ttft-cpu.json, which has a row per model, dtype, length and ratio, and
+ttft-cpu.md is written from all rows.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STEPS = ("stitch", "select", "recompute")
 
 
 class Setting:
-    """One model, dtype and context length, with its documents in memory."""
+    """Model, dtype and context length to measure, with the documents in memory."""
 
     def __init__(self, model: Any, layout: Any, length: int):
         self.model = model
@@ -64,13 +65,13 @@ class Setting:
 
     @torch.no_grad()
     def full(self) -> Tensor:
-        """Full prefill: logits of the last row."""
+        """Run a full prefill; return the logits of the last row."""
         ids = torch.cat((self.context_ids, torch.tensor(self.prompt)))[None]
         return self.model(ids, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     def request(self, ratio: float, rule: Selector) -> tuple[dict[str, float], Selection, Tensor]:
-        """Ours, on the patched model: seconds of each step, the selection, the last logits."""
-        # A model that answers requests has been patched, and its weights identified, long before.
+        """Answer by ifkv on the patched model; return seconds by step, selection, last logits."""
+        # Outside a benchmark a model is patched, and its weights identified, before any request.
         ifkv.stitch(self.model, self.documents[:1])
         marks = [time.perf_counter()]
         cache = ifkv.stitch(self.model, self.documents)
@@ -84,7 +85,7 @@ class Setting:
         return steps, selection, logits
 
     def dense(self, slots: Tensor) -> tuple[float, Tensor]:
-        """The dense mask, on the unpatched model: seconds of its forward, and its logits."""
+        """Recompute with a dense mask, on the unpatched model; return seconds and logits."""
         with ifkv.patch(self.model):
             cache = OverwritingCache(
                 ifkv.stitch(self.model, self.documents), slots, len(self.prompt)
@@ -96,7 +97,7 @@ class Setting:
 
 @dataclasses.dataclass
 class Times:
-    """Seconds of every round, by ratio, and what the last round found."""
+    """Seconds of every round, by ratio, and the last round's selections and logits."""
 
     full: list[float] = dataclasses.field(default_factory=list)
     steps: dict[float, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
@@ -113,9 +114,9 @@ def time_rounds(
     rule: Selector,
     tell: Callable[[str], None],
 ) -> tuple[Times, Tensor]:
-    """Interleaved rounds, at most ``repeats``, none begun that would end after ``seconds``."""
+    """Run up to ``repeats`` interleaved rounds; begin none that would end after ``seconds``."""
     times, begun = Times(), time.perf_counter()
-    # Uncounted: the shortest of the ways, which brings memory and threads to life.
+    # Not counted: warm up memory and threads with the shortest of the ways.
     with ifkv.patch(setting.model):
         setting.request(min(ratios), rule)
     round_seconds = 0.0
@@ -136,23 +137,23 @@ def time_rounds(
                 tell(f"round {number + 1} of {repeats}: dense mask at r = {ratio:g}")
                 spent, dense_logits = setting.dense(selection.slots)
                 times.dense.setdefault(ratio, []).append(spent)
-                # Another order of summation, so another rounding: this catches other mathematics.
+                # The order of summation differs, and so does rounding; a larger error is a bug.
                 error = float((dense_logits - logits).abs().max() / logits.abs().max())
                 if not error < (1e-3 if logits.dtype == torch.float32 else 0.25):
-                    raise RuntimeError(f"the dense mask's logits are others, by {error:.1e}.")
+                    raise RuntimeError(f"the dense mask's logits differ by {error:.1e}.")
         round_seconds = max(round_seconds, time.perf_counter() - start)
     return times, truth
 
 
 def rows_of(setting: Setting, times: Times, truth: Tensor, rule: Selector) -> list[dict[str, Any]]:
-    """A row of results for every ratio."""
+    """Return a row of results for every ratio."""
     shape = ModelShape.of(setting.model)
     rows = []
     for ratio, runs in times.steps.items():
         selection, logits = times.found[ratio]
         slots = selection.slots
         totals = [sum(steps.values()) for steps in runs]
-        # Paired within a round: what a neighbour does to one side it mostly does to the other.
+        # Paired within a round: other programs mostly slow both sides of a pair alike.
         speedup = statistics.median(f / t for f, t in zip(times.full, totals, strict=True))
         bound = speedup_bound(
             shape,
@@ -192,14 +193,17 @@ def rows_of(setting: Setting, times: Times, truth: Tensor, rule: Selector) -> li
 def peak_of(
     model_name: str, dtype: str, length: int, ratio: float, selector: str, threads: int
 ) -> dict[str, Any]:
-    """In a process of its own: bytes of one request, and of what they are compared with."""
+    """Measure the peak bytes of one request, and the bytes it is compared with.
+
+    Runs in a separate process.
+    """
     torch.set_num_threads(threads)
     model, layout = load(model_name, getattr(torch, dtype))
     setting, rule = Setting(model, layout, length), resolve(selector)
     asked = Request(setting.prompt, setting.question, setting.documents)
     kept: list[Any] = []
     with ifkv.patch(model):
-        # Threads, their scratch memory and lazily loaded code are the process's, not the request's.
+        # Warm up: threads, their scratch memory and lazily loaded code are no part of a request.
         Setting(model, layout, 256).request(ratio, rule)
 
         def request() -> None:
@@ -223,7 +227,7 @@ def peak_of(
 
 
 def numbers(kind: type) -> Callable[[str], list[Any]]:
-    """A parser of numbers between commas."""
+    """Return a parser of comma-separated numbers."""
     return lambda text: [kind(part) for part in text.split(",") if part.strip()]
 
 
@@ -236,17 +240,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense-ratios", type=numbers(float), default=[0.15])
     parser.add_argument("--selector", default=DEFAULT_SELECTOR)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=60, help="of each model, dtype and length")
-    parser.add_argument("--only", choices=("times", "peaks"), help="one of the two measurements")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="at most, for each model, dtype and length"
+    )
+    parser.add_argument("--only", choices=("times", "peaks"), help="measure only one of the two")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     for name, known in (("models", MODELS), ("dtypes", ("float32", "bfloat16"))):
         if unknown := set(getattr(given, name)) - set(known):
-            parser.error(f"--{name}: {', '.join(unknown)} unknown; choose of {', '.join(known)}")
+            parser.error(f"--{name}: {', '.join(unknown)} unknown; choose from {', '.join(known)}")
     if not given.ratios or not all(0 < ratio <= 1 for ratio in given.ratios):
-        parser.error("--ratios: numbers over 0, up to 1, are wanted")
+        parser.error("--ratios: give numbers above 0 and up to 1")
     if given.repeats < 1:
-        parser.error("--repeats: at least 1 is wanted")
+        parser.error("--repeats: give at least 1")
     return given
 
 

@@ -22,12 +22,12 @@ from bench_models import MODELS
 Row = dict[str, Any]
 COLUMNS = (
     "context", "r", "full prefill", "ifkv TTFT", "speed-up", "S(r)", "share of S(r)", "stitch",
-    "select", "recompute + prompt", "dense mask", "times slower", "peak above",
+    "select", "recompute + prompt", "dense mask", "over ifkv", "peak above",
 )  # fmt: skip
 
 
 def processor() -> str:
-    """The processor's name, and which of its instructions multiply bfloat16."""
+    """Return the processor's name, and its instructions that multiply matrices fastest."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     found = dict(line.partition("\t")[::2] for line in reversed(lines) if "\t" in line)
@@ -38,7 +38,7 @@ def processor() -> str:
 
 
 def about_machine() -> Row:
-    """When and with what something was measured."""
+    """Return the date, the machine and the versions of a measurement."""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
@@ -50,12 +50,12 @@ def about_machine() -> Row:
 
 
 def key_of(row: Row) -> tuple[str, str, int, float]:
-    """What a row is of; a newer row of the same replaces its numbers."""
+    """Return the setting of a row; a newer row of the same setting replaces its numbers."""
     return row["model"], row["dtype"], row["context"], row["ratio"]
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """Old rows with the new ones' numbers; in order of what they are of.
+    """Return old rows updated by new ones, ordered by setting.
 
     >>> row = {"model": "m", "dtype": "float32", "context": 9, "ratio": 0.1}
     >>> merge([row | {"speedup": 1}], [row | {"peak_extra_bytes": 2}])[0]["speedup"]
@@ -74,14 +74,14 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
 
 
 def peak_share(row: Row) -> float | None:
-    """Peak memory above weights and stitched cache, as a share of the two."""
+    """Return peak memory above weights and stitched cache, as a share of the two."""
     if "peak_extra_bytes" not in row:
         return None
     return row["peak_extra_bytes"] / (row["weight_bytes"] + row["stitched_bytes"])
 
 
 def cells(row: Row) -> list[str]:
-    """A row's cells for `COLUMNS`; a dash where nothing was measured."""
+    """Return a row's cells for `COLUMNS`; a dash where nothing was measured."""
 
     def shown(form: str, value: float | None) -> str:
         return "–" if value is None else form.format(value)
@@ -107,14 +107,14 @@ def cells(row: Row) -> list[str]:
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """One table per model and dtype."""
+    """Return a page with one table per model and dtype."""
     lines = [
         "# Hot time to first token on the CPU",
         "",
-        "Made by `python benchmarks/ttft.py`, whose head says what is measured. Medians of "
-        "interleaved rounds; speed-ups are medians of the ratios within a round. *Dense mask*: a "
-        "dense-mask implementation's recompute of the same rows and prompt, and how many times "
-        "longer it takes than ours. *Peak above*: memory above weights, documents and stitched "
+        "Made by `python benchmarks/ttft.py`, whose docstring says what is measured. Medians of "
+        "interleaved rounds; speed-ups are medians of the ratios within a round. *Dense mask*: "
+        "recomputing the same rows and the prompt with a dense mask; *over ifkv*: its time over "
+        "that of ifkv's recompute. *Peak above*: memory above weights, documents and stitched "
         "cache, and as a share of weights and stitched cache.",
     ]
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
@@ -127,8 +127,8 @@ def as_markdown(rows: list[Row]) -> str:
             span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             lines += [
                 f"{some['date']}, {some['processor']}, {some['threads']} threads, torch "
-                f"{some['torch']}, transformers {some['transformers']}; {span} rounds. Chosen by "
-                f"`{some.get('selector', 'attention-norm')}`.",
+                f"{some['torch']}, transformers {some['transformers']}; {span} rounds. Tokens "
+                f"selected by `{some.get('selector', 'attention-norm')}`.",
                 "",
             ]
         lines += [f"| {' | '.join(COLUMNS)} |", "|" + "--:|" * len(COLUMNS)]
@@ -137,11 +137,11 @@ def as_markdown(rows: list[Row]) -> str:
 
 
 class Report:
-    """Results so far, on the screen and in the files.
+    """Results so far, shown on the screen and written to files.
 
     Args:
-        stem: The files' path without its ending.
-        console: Where to show them.
+        stem: Path of the files without suffix.
+        console: Console that shows them.
     """
 
     def __init__(self, stem: Path, console: Console):
@@ -153,13 +153,13 @@ class Report:
         self.live: Live | None = None
 
     def tell(self, text: str) -> None:
-        """Say what is being done now."""
+        """Show what is being measured now."""
         self.doing = text
         if self.live is not None:
             self.live.update(self.table())
 
     def add(self, new: list[Row]) -> None:
-        """Merge rows into the files and the table."""
+        """Merge rows into the files and the table on the screen."""
         self.rows = merge(self.rows, new)
         self.fresh |= {key_of(row) for row in new}
         self.stem.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ class Report:
                 self.console.print(text, soft_wrap=True, highlight=False)
 
     def table(self) -> Table:
-        """This run's rows."""
+        """Return a table of this run's rows."""
         table = Table(caption=self.doing, caption_justify="left")
         for column in ("model", "dtype", *COLUMNS):
             table.add_column(column, justify="left" if column in ("model", "dtype") else "right")
@@ -186,7 +186,7 @@ class Report:
 
 @contextlib.contextmanager
 def show(stem: Path) -> Iterator[Report]:
-    """A report whose table is drawn anew while it fills; line by line where there is no screen."""
+    """Open a report: a live table on a terminal, a printed line per row elsewhere."""
     console = Console()
     report = Report(stem, console)
     if not console.is_terminal:

@@ -3,11 +3,11 @@
     python benchmarks/turns.py [--dtype float32|bfloat16] [--repeats 5] [--context 2048]
                                [--added 512] [--model FOLDER]
 
-A conversation over documents of about the context's length has had its first turn. Then comes a
-turn without new documents, and one with documents of about ``--added`` tokens. Each is measured
-three ways, interleaved: in the conversation; as a question by itself over the same documents
-(``Session.prepare``, which does not know the turns); and by plain transformers that keeps its own
-cache of the whole history and runs all new tokens over it. Times are medians.
+A conversation over documents of about ``--context`` tokens has had its first turn. Two kinds of
+second turn are measured: one without new documents, and one with documents of about ``--added``
+tokens. Each is measured three ways, interleaved: in the conversation; as a single question over the
+same documents (``Session.prepare``, which does not know the first turn); and by transformers alone,
+which keeps its own cache of the whole history and runs all new tokens over it. Times are medians.
 
 Writes a JSON file and a Markdown table into benchmarks/results/.
 """
@@ -37,7 +37,10 @@ QUESTIONS = [question.text for question in load_corpus().questions]
 
 
 def passages(session: ifkv.Session, tokens: int, edition: str) -> list[str]:
-    """Keys of passages of the corpus, told apart by their edition, of about so many tokens."""
+    """Add passages of the corpus of about ``tokens`` tokens together; return their keys.
+
+    A heading with ``edition`` tells them apart from other copies.
+    """
     texts, length, number = [], 0, 0
     while length < tokens:
         number += 1
@@ -50,7 +53,10 @@ def passages(session: ifkv.Session, tokens: int, edition: str) -> list[str]:
 
 
 def plain_turn(model: Any, ids: torch.Tensor, kept: int) -> Callable[[], object]:
-    """Plain transformers: the tokens behind the first ``kept``, over a cache that holds those."""
+    """Return a function that runs the tokens behind the first ``kept`` by transformers alone.
+
+    Its cache holds the first ``kept`` tokens.
+    """
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model(ids[None, :kept], logits_to_keep=1, **cache_keyword(model, cache))
@@ -69,7 +75,7 @@ def plain_turn(model: Any, ids: torch.Tensor, kept: int) -> Callable[[], object]
 
 
 def measure(session: ifkv.Session, context: int, added: int, repeats: int) -> list[dict[str, Any]]:
-    """The two kinds of later turns, each on conversations of their own."""
+    """Measure the two kinds of second turn, each on fresh conversations."""
     first, more = passages(session, context, "A"), passages(session, added, "B")
     rows = []
     for what, further in (("no new documents", []), ("with new documents", more)):
@@ -138,7 +144,7 @@ def main() -> None:
         "interleaved repeats. Made by `python benchmarks/turns.py`.",
         "",
         "| second turn | tokens kept | tokens new | recomputed | in the conversation "
-        "| question by itself | plain, its cache kept | against plain | bound |",
+        "| single question | transformers, cache kept | speed-up over it | bound |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:

@@ -1,10 +1,10 @@
-"""ifkv as a LangChain language model: `pip install langchain-core`.
+"""LangChain language model that answers by ifkv: `pip install langchain-core`.
 
-A chain that retrieves hands its documents on beside the question, not pasted into it:
+A retrieving chain passes its documents on beside the question, not pasted into it:
 
     {"context": retriever, "question": RunnablePassthrough()} | over_context(IfkvLLM(session=...))
 
-Documents are encoded when they are first seen, and found again by content ever after.
+Documents are encoded when they are first seen, and found again by their content.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from langchain_core.runnables import Runnable, RunnableLambda
 
 
 class IfkvLLM(LLM):
-    """Answers the prompt over documents given at the call, as texts or LangChain `Document`s.
+    """Language model that answers over documents given at the call: texts or `Document`s.
 
     Attributes:
-        session: The session whose model answers.
+        session: Session whose model answers.
         ratio: Recompute ratio.
-        max_new_tokens: Length of an answer at most; as of `Session.ask` if None.
+        max_new_tokens: Most tokens of an answer; the default of `Session.ask` if None.
     """
 
     session: Any
@@ -65,7 +65,7 @@ class IfkvLLM(LLM):
 def over_context(llm: Runnable[Any, str]) -> Runnable[dict[str, Any], str]:
     """Return a step of a chain: from `{"context": documents, "question": text}` to the answer.
 
-    A retriever puts what it found most fitting first. Here that goes last, next to the question.
+    A retriever puts the best match first. Here it goes last, next to the question.
     """
 
     def answering(given: dict[str, Any]) -> Runnable[dict[str, Any], str]:

@@ -1,7 +1,7 @@
-"""ifkv as a LlamaIndex language model: `pip install llama-index-core`.
+"""LlamaIndex language model that answers by ifkv: `pip install llama-index-core`.
 
-A query engine pastes its passages into the prompt as text. To reuse caches they must stay apart:
-`IfkvSynthesizer` hands them to the model beside the question, and the engine hands back the nodes.
+A query engine pastes its passages into the prompt as text. To reuse caches they must stay apart.
+`IfkvSynthesizer` passes them to the model beside the question; the engine returns the nodes.
 
     engine = RetrieverQueryEngine(retriever, IfkvSynthesizer(IfkvLLM(session=session)))
 """
@@ -21,7 +21,7 @@ from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
 
 
 class IfkvLLM(CustomLLM):
-    """Answers the prompt over documents given at the call: texts, nodes, or nodes with scores."""
+    """Language model that answers over documents given at the call: texts, nodes, scored nodes."""
 
     session: Any
     ratio: float = 0.15
@@ -67,11 +67,11 @@ class IfkvLLM(CustomLLM):
 class IfkvSynthesizer(BaseSynthesizer):
     """The step of a query engine behind its retriever: the answer over the passages it found.
 
-    A retriever puts what it found most fitting first. Here that goes last, next to the question.
+    A retriever puts the best match first. Here it goes last, next to the question.
 
     Args:
-        llm: The model.
-        streaming: Give the answer piece by piece, as the response's `response_gen`.
+        llm: Model that answers.
+        streaming: Return the answer piece by piece, as the response's `response_gen`.
     """
 
     def __init__(self, llm: IfkvLLM, streaming: bool = False):
@@ -86,14 +86,14 @@ class IfkvSynthesizer(BaseSynthesizer):
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **kwargs: Any) -> Any:
         if self._streaming:
-            raise ValueError("an answer is not streamed asynchronously here; use query().")
+            raise ValueError("streaming is not supported in aquery(); use query().")
         return await asyncio.to_thread(self.get_response, query_str, text_chunks)
 
     def _get_prompts(self) -> dict[str, Any]:
         return {}
 
     def _update_prompts(self, prompts: dict[str, Any]) -> None:
-        """There are none: the session lays the request out."""
+        """Do nothing: the session lays out the request."""
 
 
 def _text(document: Any) -> Any:

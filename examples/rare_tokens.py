@@ -1,4 +1,4 @@
-"""A selector of one's own: the tokens that occur least often in the context.
+"""Example of a selector outside ifkv: it takes the tokens that occur least often.
 
 On the command line: `ifkv ask QUESTION FILES --model MODEL --import examples/rare_tokens.py
 --selector rare-tokens:power=2`.
@@ -18,15 +18,15 @@ from ifkv.cost import Cost
 @selectors.register
 @dataclasses.dataclass(frozen=True)
 class RareTokens(selectors.Ranked):
-    """Ranks each token by how rarely its id occurs in the documents of the request."""
+    """Selector that ranks each token by how rarely its id occurs in the request's documents."""
 
     name = "rare-tokens"
     paper = "unpublished"
 
-    # An option: `rare-tokens:power=2` in a string, RareTokens(power=2) in Python.
+    # An option of the selector: `rare-tokens:power=2` in a string, RareTokens(power=2) in Python.
     power: float = 1.0
 
     def rank(self, model: Any, cache: Any, request: selectors.Request) -> tuple[Tensor, Cost]:
-        """One finite score per slot, and what scoring cost: here no operation of the model."""
+        """Return one finite score per slot, and the cost: here no operation of the model."""
         _, index, counts = cache.token_ids.unique(return_inverse=True, return_counts=True)
         return counts[index].double() ** -self.power, Cost()

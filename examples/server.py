@@ -1,4 +1,4 @@
-"""Questions over cached documents by HTTP: one model, one lock, the standard library alone.
+"""Answer questions over cached documents by HTTP: one model, one lock, the standard library.
 
 python examples/server.py --model path/to/model --store path/to/store
 """
@@ -18,16 +18,16 @@ MAX_BODY = 8 * 2**20
 
 
 class Busy(Exception):
-    """Too many requests wait already."""
+    """Raised when too many requests wait already."""
 
 
 class Service:
-    """A session that one request at a time may use, while a few others wait.
+    """Session that one request at a time may use, while a few others wait.
 
     Args:
-        session: The session.
-        queue: How many requests may wait or run at once.
-        max_tokens: Tokens of context that a question may have at most.
+        session: Session that answers.
+        queue: Requests that may wait or run at once.
+        max_tokens: Most tokens of context that a question may have.
     """
 
     def __init__(self, session: ifkv.Session, *, queue: int = 16, max_tokens: int = 32_768):
@@ -37,7 +37,7 @@ class Service:
         self._model = threading.Lock()
 
     def add(self, texts: list[str]) -> dict[str, Any]:
-        """Encode documents; the answer has their keys."""
+        """Encode documents and return their keys."""
         return self._run(lambda: {"documents": self._session.add(texts)})
 
     def ask(self, question: str, documents: list[str], **options: Any) -> dict[str, Any]:
@@ -67,13 +67,13 @@ class Service:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """POST /documents and POST /ask, JSON in and out."""
+    """Handler of POST /documents and POST /ask, with JSON in and out."""
 
     service: Service
     timeout = 30  # seconds for a client to send its request
 
     def do_POST(self) -> None:
-        """Answer a request; what it did wrong is its business, what we did wrong is ours."""
+        """Answer a request; tell the client about its own errors only, and log ours."""
         try:
             status, body = 200, self._answer(self._body())
         except Busy:
@@ -103,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/documents":
             return self.service.add(body.get("texts", []))
         if self.path == "/ask":
-            # Only what a stranger may set; generate() has options that cost a lot.
-            tokens = body.get("max_new_tokens")  # the model's own config counts without it
+            # Only options that any client may set: some of generate()'s are expensive.
+            tokens = body.get("max_new_tokens")  # None: the model's generation config decides
             ratio = float(body.get("ratio", 0.15))
             return self.service.ask(
                 body.get("question", ""),
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_server(service: Service, host: str, port: int) -> ThreadingHTTPServer:
-    """Return a server that does not run yet; port 0 takes a free one."""
+    """Return a server that is not running yet; port 0 takes a free port."""
     handler = type("BoundHandler", (Handler,), {"service": service})
     return ThreadingHTTPServer((host, port), handler)
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="as in ifkv encode")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--queue", type=int, default=16, help="requests that may wait")
-    parser.add_argument("--max-tokens", type=int, default=32_768, help="of context")
+    parser.add_argument("--max-tokens", type=int, default=32_768, help="most tokens of context")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).eval()
     store = TieredStore(MemoryStore(4 * 2**30), DiskStore(given.store, max_bytes=100 * 2**30))

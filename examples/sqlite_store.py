@@ -1,4 +1,4 @@
-"""A store in one SQLite file: an example of a store that is not part of ifkv."""
+"""Example of a store outside ifkv: documents in one SQLite file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ifkv.store.keys import check_document
 
 
 class SqliteStore:
-    """Documents as blobs, at most 1 GB each; grows without a limit.
+    """Store of documents as blobs of at most 1 GB each; it grows without a limit.
 
     Args:
-        path: The database; made if it is not there.
+        path: Database file; created if it does not exist.
     """
 
     def __init__(self, path: str | Path):
         self._path = str(path)
         self._codec = resolve_codec("exact")
-        # Documents share the object of their prefix for as long as anyone uses it.
+        # Documents share one object for their prefix, as long as any of them is in use.
         self._prefixes: weakref.WeakValueDictionary[str, DocumentCache]
         self._prefixes = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -41,7 +41,8 @@ class SqliteStore:
             )
 
     def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=60)  # one a call: connections have one thread
+        # One per call: a connection belongs to the thread that made it.
+        return sqlite3.connect(self._path, timeout=60)
 
     def key_for(self, model, token_ids: Sequence[int], prefix: Sequence[int] = ()) -> str:
         """Return the key of a document."""
@@ -99,7 +100,7 @@ class SqliteStore:
 
             document = StoredDocument(reader, read_layer, prefix).whole()
         except FormatError as error:
-            self.delete(key)  # never served again
+            self.delete(key)  # so that it is never served again
             raise StoreCorruptionError(
                 f"document {key} in {self._path} cannot be trusted: {error}. It has been removed; "
                 "prefill it again and put it.",
@@ -113,7 +114,7 @@ class SqliteStore:
         return document
 
     def touch(self, key: str) -> None:
-        """Nothing to note: this store never evicts, so it need not know who was used last."""
+        """Do nothing: this store never evicts, so it need not know what was used last."""
 
     def __len__(self) -> int:
         with closing(self._open()) as db:
@@ -121,7 +122,7 @@ class SqliteStore:
         return int(count)
 
     def __contains__(self, key: object) -> bool:
-        # A document without its prefix is not there.
+        # A document whose prefix is missing cannot be served.
         query = (
             "SELECT 1 FROM documents AS d WHERE key = ? AND "
             "(behind IS NULL OR EXISTS (SELECT 1 FROM documents WHERE key = d.behind))"
@@ -130,7 +131,7 @@ class SqliteStore:
             return isinstance(key, str) and db.execute(query, (key,)).fetchone() is not None
 
     def delete(self, key: str) -> None:
-        """Drop a document, and with a prefix all behind it."""
+        """Delete a document; deleting a prefix deletes the documents behind it."""
         with closing(self._open()) as db, db:
             found = db.execute("DELETE FROM documents WHERE key = ?", (key,)).rowcount
             db.execute("DELETE FROM documents WHERE behind = ?", (key,))

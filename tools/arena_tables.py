@@ -1,8 +1,8 @@
-"""Write what `ifkv eval` found into docs/arena.md: `python tools/arena_tables.py`.
+"""Write the results of `ifkv eval` into docs/arena.md: `python tools/arena_tables.py`.
 
-On the page a table stands between `<!-- arena: KIND FILE RATIO -->` and `<!-- /arena -->`; FILE
-stands for `benchmarks/results/arena-FILE.csv`, and in an overview over all of them for a selector.
-`--take FOLDER FILE` first makes such files of a folder that `ifkv eval` wrote.
+On the page each table is between `<!-- arena: KIND FILE RATIO -->` and `<!-- /arena -->`. FILE
+means `benchmarks/results/arena-FILE.csv`; an overview over all files has a selector in its place.
+`--take FOLDER FILE` first makes these files from a folder that `ifkv eval` wrote.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ BLOCK = re.compile(r"(<!-- arena: (\w+) ([\w-]+) ([\d.]+) -->\n).*?(\n<!-- /aren
 DEFAULT, PAPER = "sink-aware", "attention-norm"
 MIDDLE = "sensitivity-aware:layers=0.2-0.7"
 PUBLISHED = (PAPER, "prophetkv", "cacheblend", "epic")
-# Which ways are compared with which.
+# Each way, and the ways that it is compared with.
 PAIRS = {
     "sensitivity-aware": (DEFAULT, MIDDLE, *PUBLISHED),
     DEFAULT: PUBLISHED,
     "deviation-aware": PUBLISHED,
     PAPER: PUBLISHED[1:],
 }
-# Files of the overviews, and what each is about.
+# Files of the overviews, and the model and data of each.
 SETTINGS = {
     "135m-hotpotqa-float32": "135M, HotpotQA",
     "135m-squad-float32": "135M, SQuAD",
     "500m-hotpotqa-float32": "0.5B, HotpotQA",
     "500m-squad-float32": "0.5B, SQuAD",
 }
-# Selectors that know what a request cannot.
+# Ways that are no selector for a request: an upper end, a lower end, and the oracle.
 REFERENCE_POINTS = ("full prefill", "stitch only", "oracle")
 Row = dict[str, str]
 
 
 def rows_of(file: str, questions: str = "all") -> list[Row]:
-    """Rows of a results file over some of its questions: all, first half, second half."""
+    """Return the rows of a results file over all questions, or over its first or second half."""
     return [row for row in _read(f"arena-{file}.csv") if row["questions"] == questions]
 
 
 def quality(file: str, ratio: float) -> str:
-    """What each way reached at a ratio."""
+    """Return a table of every way's quality at one ratio."""
     rows = []
     for row in rows_of(file):
         plain = row["way"] in ("full prefill", "stitch only")
@@ -61,7 +61,7 @@ def quality(file: str, ratio: float) -> str:
 
 
 def pairs(file: str, ratio: float) -> str:
-    """Ways against others, at equal ratio and at equal operations."""
+    """Return a table of paired differences, at equal ratio and at equal operations."""
     found = {
         (row["at"], row["first"], row["second"]): row
         for row in _read(f"arena-{file}-differences.csv")
@@ -80,7 +80,7 @@ def pairs(file: str, ratio: float) -> str:
 
 
 def overview(way: str, ratio: float) -> str:
-    """A way in every setting: what it recovers, and by how much more than published rules."""
+    """Return a table of one way in every setting, and its lead over published rules."""
     rows = []
     for file, setting in SETTINGS.items():
         [own] = [row for row in rows_of(file) if row["way"] == way and float(row["ratio"]) == ratio]
@@ -97,7 +97,7 @@ def overview(way: str, ratio: float) -> str:
 
 
 def ratios(file: str, _: float) -> str:
-    """The gap over ratios, of every way that was asked at more than one."""
+    """Return a table of the gap by ratio, for every way that ran at more than one ratio."""
     ways: dict[str, dict[float, Row]] = {}
     for row in rows_of(file):
         if row["way"] not in REFERENCE_POINTS and row["ratio"]:
@@ -112,7 +112,7 @@ def ratios(file: str, _: float) -> str:
 
 
 def halves(file: str, ratio: float) -> str:
-    """The rule that recovers most on one half, on the other one."""
+    """Return a table for the best rule of the first half, measured on the second half."""
 
     def at(questions: str) -> dict[str, Row]:
         return {
@@ -156,7 +156,7 @@ def filled(text: str) -> str:
 
 
 def take(folder: Path, file: str) -> None:
-    """Make the results files of a folder: all questions, and both halves by a hash of their ids."""
+    """Make results files from a folder: over all questions, and over halves by a hash of ids."""
     from ifkv.evaluation.results_log import Ledger
     from ifkv.evaluation.summary import Summary
     from ifkv.evaluation.tables import comma_separated, csv_of

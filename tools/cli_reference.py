@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line itself: `python tools/cli_reference.py`."""
+"""Write docs/cli.md from the commands' own help: `python tools/cli_reference.py`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ go to standard error."""
 
 
 def reference() -> str:
-    """Return the page: every command, argument and option."""
+    """Return the page, with every command, argument and option."""
     command = typer.main.get_command(app)
     made = get_docs_for_click(
         obj=command, ctx=click.Context(command), name="ifkv", title="Command line"
     )
     title, _, rest = made.partition("\n\n")
-    # One blank line at the end, none at the ends of lines.
+    # No blanks at the ends of lines, and one newline at the end of the page.
     lines = "\n".join(line.rstrip() for line in f"{title}\n\n{INTRODUCTION}\n\n{rest}".splitlines())
     return lines.rstrip() + "\n"
 

@@ -1,11 +1,11 @@
-"""Compare two checkouts of ifkv for speed, in turns: time to first token, and batches.
+"""Compare the speed of two checkouts of ifkv: time to first token, and batches.
 
     python tools/compare_speed.py OLD_CHECKOUT [NEW_CHECKOUT] --rounds 5
 
 In every round each checkout runs its own ``benchmarks/ttft.py`` and ``benchmarks/batches.py`` in
-processes of their own, in alternating order. Of every row the medians over the rounds are compared:
-above 1.00 the new checkout is faster. Ctrl-C shows the rounds so far. Run it on a machine that has
-nothing else to do.
+separate processes, in alternating order. The medians over the rounds are compared row by row:
+above 1.00 the new checkout is faster. Ctrl-C shows the rounds so far. Run it on an otherwise idle
+machine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNS = {
 
 
 def run(checkout: Path, lengths: str) -> dict[str, float]:
-    """Run a checkout's benchmarks once; seconds by row."""
+    """Run a checkout's benchmarks once; return seconds by row."""
     found = {}
     environment = os.environ | {"PYTHONPATH": str(checkout / "src")}
     for name, options in RUNS.items():
@@ -53,7 +53,7 @@ def run(checkout: Path, lengths: str) -> dict[str, float]:
 
 
 def seconds_of(name: str, row: dict[str, object]) -> dict[str, float]:
-    """Take the times out of one row of a benchmark."""
+    """Return the times in one row of a benchmark, by name."""
     if name == "ttft":
         where = f"first token, {row['context']} tokens, r = {row['ratio']}"
         return {where: float(str(row["ttft_seconds"]))}
@@ -65,8 +65,8 @@ def seconds_of(name: str, row: dict[str, object]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run, and print a table."""
-    parser = argparse.ArgumentParser(description="Compare two checkouts for speed, in turns.")
+    """Run the rounds and print a table."""
+    parser = argparse.ArgumentParser(description="Compare the speed of two checkouts.")
     parser.add_argument("old", type=Path)
     parser.add_argument("new", nargs="?", type=Path, default=HERE)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""Draw the documentation's figures into docs/figures; run it again after new measurements."""
+"""Draw the documentation's figures into docs/figures; run it after new measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def figures() -> dict[str, str]:
-    """Return every figure's file name and content."""
+    """Return every figure's content by file name."""
     drawn = {
         "arena.svg": arena.draw(),
         "attention.svg": attention.draw(),

@@ -1,4 +1,4 @@
-"""``pip install`` that gets the small CPU build of torch on a machine without an NVIDIA GPU.
+"""Run ``pip install``, with the small CPU build of torch on a machine without an NVIDIA GPU.
 
     python tools/pip_install.py -e '.[demo]'
 
@@ -6,13 +6,13 @@ All arguments go to ``pip install``, together with the pins of ``constraints.txt
 standard library is used, so this runs in a new virtual environment.
 
 Why: the torch on PyPI for Linux is the CUDA build, several gigabytes with its libraries. The CPU
-build is published on an index of its own. That index is used for one package in one step, torch
-without its dependencies; everything else comes from where pip is configured to look. Because the
-step asks for the local version ``+cpu``, a machine that cannot reach the index and has no other
-source for that build gets an error at once, never the large download.
+build is published on a separate index. That index is used for one package in one step, torch
+without its dependencies; everything else comes from where pip is configured to look. The step asks
+for the local version ``+cpu``. So a machine that cannot reach the index, and has no other source
+for that build, gets an error at once and never the large download.
 
-``IFKV_TORCH`` overrides the choice: ``cpu`` takes the CPU build although there is a GPU, ``any``
-sets no rule for torch and so keeps one that is installed (for ROCm, or of your own making).
+``IFKV_TORCH`` overrides the choice. ``cpu`` takes the CPU build although there is a GPU. ``any``
+sets no rule for torch and so keeps an installed one (for ROCm, or one that you built).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 
 def pinned_torch(pins: str) -> str:
-    """The version of torch that a constraints file pins.
+    """Return the version of torch that a constraints file pins.
 
     Raises:
         SystemExit: There is no such line.
@@ -46,7 +46,7 @@ def pinned_torch(pins: str) -> str:
 
 
 def gpu_is_visible() -> bool:
-    """Whether a CUDA program started from here would find an NVIDIA GPU."""
+    """Return True if a CUDA program started from here would find an NVIDIA GPU."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1"):
         return False
     if tool := shutil.which("nvidia-smi"):
@@ -56,7 +56,7 @@ def gpu_is_visible() -> bool:
 
 
 def installed_torch() -> tuple[str, str | None] | None:
-    """The installed torch as (version, CUDA version or None); None if there is none.
+    """Return the installed torch as (version, CUDA version or None); None without torch.
 
     Reads torch's own ``version.py`` rather than importing torch, which takes seconds.
     """
@@ -72,7 +72,7 @@ def pip_install(arguments: list[str], constraints: str) -> int:
     """Run ``pip install`` in this interpreter's environment.
 
     Args:
-        arguments: What follows ``pip install``.
+        arguments: Arguments of ``pip install``.
         constraints: Text of a constraints file.
 
     Returns:

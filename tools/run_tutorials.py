@@ -1,4 +1,4 @@
-"""Run the tutorials' code and put what it prints into their pages: `python tools/run_tutorials.py`.
+"""Run the tutorials' code and write its output into their pages: `python tools/run_tutorials.py`.
 
 A tutorial is Markdown. From top to bottom:
 
@@ -6,9 +6,10 @@ A tutorial is Markdown. From top to bottom:
 - a ``sh`` block holds ``ifkv ...`` commands, one a line, and is run too; ``$MODEL`` in it is the
   folder of the demo's model;
 - a block titled with a file's name is written to that file, in a folder made for the page;
-- a block titled ``Output`` holds what the blocks since the last one printed.
+- a block titled ``Output`` is filled with what the blocks since the previous output printed.
 
-Blocks of other languages (``console``, ``py``) are only shown. Names of pages may be given.
+Blocks of other languages (``console``, ``py``) are only shown. The names of single pages may be
+given as arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "tutorials"
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-# What another run may print otherwise: durations, and what is computed from them.
+# Parts that differ between runs: durations, and numbers computed from them.
 _TIMES = re.compile(r"\d[\d,.]*\s*(?:ms|s|seconds?)\b|[\d.]+\s?×")
 _SHARES = re.compile(r"\d[\d.]*\s?%")
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
@@ -38,7 +39,7 @@ def run_page(text: str, model: Path) -> str:
     """Run a page.
 
     Args:
-        text: The page.
+        text: Markdown of the page.
         model: Folder of the demo's model.
 
     Returns:
@@ -70,12 +71,12 @@ def run_page(text: str, model: Path) -> str:
 
 
 def outputs(text: str) -> list[str]:
-    """The outputs that a page shows."""
+    """Return the outputs that a page shows."""
     return [body for _, title, body in _BLOCK.findall(text) if title == "Output"]
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two outputs say the same: times apart, and numbers within two per cent."""
+    """Return True if two outputs agree: all but times, and numbers within two per cent."""
     words = [_FRAME.sub(" ", _SHARES.sub("%", _TIMES.sub("#", text))) for text in (one, other)]
     numbers = [[float(number) for number in _NUMBER.findall(text)] for text in words]
     if len(numbers[0]) != len(numbers[1]):
@@ -85,7 +86,7 @@ def alike(one: str, other: str) -> bool:
 
 
 def _command(line: str, model: Path) -> str:
-    """Run one line of a shell block within this process, and give what it prints."""
+    """Run one line of a shell block in this process; return what it prints."""
     from typer.testing import CliRunner
 
     from ifkv.cli import app
@@ -103,7 +104,7 @@ def _command(line: str, model: Path) -> str:
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[None]:
-    """A folder to work in, and a store in it: nobody's cache folder changes what is shown."""
+    """Work in a temporary folder with its own store, so that the user's cache changes nothing."""
     before, store = Path.cwd(), os.environ.get("IFKV_STORE")
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -118,7 +119,7 @@ def _own_folder() -> Iterator[None]:
 
 
 def _tidy(text: str, model: Path) -> str:
-    """What is shown: without this machine's folders, and without blanks at the ends of lines."""
+    """Return text without this machine's folders and without blanks at the ends of lines."""
     here = Path.cwd()
     for folder, name in ((str(here), "."), (str(here.resolve()), "."), (str(model), "$MODEL")):
         text = text.replace(folder, name)
@@ -126,7 +127,7 @@ def _tidy(text: str, model: Path) -> str:
 
 
 def main(pages: list[str]) -> None:
-    """Refresh the outputs of some pages, or of all."""
+    """Refresh the outputs of the given pages, or of all."""
     import torch
 
     from ifkv.demo.model import prepare_demo_model

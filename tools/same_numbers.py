@@ -2,10 +2,10 @@
 
     python tools/same_numbers.py OLD_CHECKOUT [NEW_CHECKOUT]
 
-Each checkout computes the same requests over tiny random models, one of each family, in a process
-of its own: in float32 and bfloat16, with documents in memory and read lazily from a disk store,
-one request alone and several together. Any tensor that is not equal to the bit is listed with its
-largest difference, and the exit status is 1. Run it before and after a change of structure.
+Each checkout computes the same requests in a separate process, over tiny random models, one of each
+family. They run in float32 and bfloat16, with documents in memory and read lazily from a disk
+store, one request alone and several together. Every tensor that is not bit-equal is listed with its
+largest difference, and the exit status is then 1. Run it before and after a change of structure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SELECTORS = ("attention-norm", "sink-aware", "cacheblend", "epic", "prophetkv", 
 
 
 def compute() -> Iterator[tuple[str, object]]:
-    """Compute every number in this process; yields names and tensors."""
+    """Compute every tensor in this process; yield names and tensors."""
     import torch
 
     from ifkv.testing import tiny_model
@@ -43,6 +43,7 @@ def compute() -> Iterator[tuple[str, object]]:
 
 
 def _requests(model: object, lazy: bool) -> Iterator[tuple[str, object]]:
+    """Compute the tensors of one model's requests; yield names and tensors."""
     import torch
 
     import ifkv
@@ -89,7 +90,7 @@ def _requests(model: object, lazy: bool) -> Iterator[tuple[str, object]]:
 
 
 def rows_of(cache: object) -> object:
-    """Keys and values of all layers, ``[layers, 2, kv_heads, n, head_dim]``."""
+    """Return keys and values of all layers, ``[layers, 2, kv_heads, n, head_dim]``."""
     import torch
 
     layers = cache.layers  # type: ignore[attr-defined]
@@ -97,14 +98,14 @@ def rows_of(cache: object) -> object:
 
 
 def run(checkout: Path, out: Path) -> None:
-    """Have a checkout compute in a process of its own and leave its numbers in a file."""
+    """Let a checkout compute in a separate process and save its tensors to a file."""
     environment = os.environ | {"PYTHONPATH": str(checkout / "src"), "IFKV_STORE": str(out) + ".d"}
     command = [sys.executable, str(Path(__file__).resolve()), "--compute", str(out)]
     subprocess.run(command, env=environment, check=True, cwd=checkout)
 
 
 def main() -> int:
-    """Compare, and say what differs."""
+    """Compare the two checkouts and print what differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("old", nargs="?", type=Path)
     parser.add_argument("new", nargs="?", type=Path, default=HERE)

@@ -1,6 +1,6 @@
 """Write measured speeds from benchmarks/results into README and docs; run it after measurements.
 
-A page says where: a table stands between `<!-- speed: NAME -->` and `<!-- /speed -->`.
+On a page each table is between `<!-- speed: NAME -->` and `<!-- /speed -->`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Row = dict[str, Any]
 
 
 def timed() -> list[Row]:
-    """Rows of ttft.py that have times."""
+    """Return the rows of ttft.py that have times."""
     rows = json.loads((RESULTS / "ttft-cpu.json").read_text(encoding="utf-8"))["rows"]
     return [row for row in rows if "speedup" in row]
 
 
 def as_table(head: str, rows: list[list[str]], left: int) -> str:
-    """A Markdown table whose first columns are aligned to the left, the others to the right."""
+    """Return a Markdown table; the first ``left`` columns are left-aligned, the others right."""
     names = [name.strip() for name in head.split("|")]
     marks = [":--" if place < left else "--:" for place in range(len(names))]
     lines = [names, marks, *rows]
@@ -35,7 +35,7 @@ def as_table(head: str, rows: list[list[str]], left: int) -> str:
 
 
 def small_model() -> str:
-    """The demo's model in float32: every length and ratio."""
+    """Return a table of the demo's model in float32: every length and ratio."""
     rows = [
         [
             f"{row['context']:,}",
@@ -54,7 +54,7 @@ def small_model() -> str:
 
 
 def steps() -> str:
-    """Every model and dtype at r = 0.15: where the time goes, the dense mask, the memory."""
+    """Return a table of every model and dtype at r = 0.15: steps, dense mask, memory."""
     rows = []
     for row in timed():
         if row["ratio"] != 0.15:
@@ -90,7 +90,7 @@ def steps() -> str:
 
 
 def encoding() -> str:
-    """Tokens per second of encoding, in both dtypes."""
+    """Return a table of the tokens encoded per second, in both dtypes."""
     rows = []
     for dtype in ("float32", "bfloat16"):
         found = json.loads((RESULTS / f"encoding-cpu-{dtype}.json").read_text(encoding="utf-8"))
@@ -104,23 +104,23 @@ def encoding() -> str:
             ]
             for row in found["rows"]
         ]
-    return as_table("dtype | way | tokens/s | of plain prefill | peak memory", rows, 2)
+    return as_table("dtype | way | tokens/s | of transformers' prefill | peak memory", rows, 2)
 
 
 def choosing() -> str:
-    """What each selector takes, in time and in operations."""
+    """Return a table of what each selector costs, in time and in operations."""
     found = json.loads((RESULTS / "choosing-cpu-float32.json").read_text(encoding="utf-8"))
     shares = ("choosing", "choosing_flops", "request", "request_flops")
     rows = [
         [f"{row['context']:,}", f"`{row['selector']}`", *(f"{row[name]:.1%}" for name in shares)]
         for row in found["rows"]
     ]
-    head = "context | selector | choosing, time | operations | whole request, time | operations"
+    head = "context | selector | selection, time | operations | whole request, time | operations"
     return as_table(head, rows, 2)
 
 
 def milliseconds() -> str:
-    """What each step of a request spends its time on."""
+    """Return a table of each step's time by kind of operator."""
     found = json.loads((RESULTS / "milliseconds-cpu-float32.json").read_text(encoding="utf-8"))
     kinds = list(found["rows"][0]["kinds"])
     rows = [
@@ -136,7 +136,7 @@ def milliseconds() -> str:
 
 
 def gpu_kernels() -> str:
-    """Choices of kernels, one layer."""
+    """Return a table of kernels, masks and tiles, for one layer."""
     found = json.loads((RESULTS / "gpu_kernels.json").read_text(encoding="utf-8"))["rows"]
     rows = [
         [
@@ -147,11 +147,11 @@ def gpu_kernels() -> str:
         ]
         for row in found
     ]
-    return as_table("what | how | a layer | TFLOP/s", rows, 2)
+    return as_table("what | how | one layer | TFLOP/s", rows, 2)
 
 
 def gpu_ttft() -> str:
-    """Time to first token on a GPU: every shape, length and ratio."""
+    """Return a table of times to first token on a GPU: every shape, length and ratio."""
     found = json.loads((RESULTS / "gpu_ttft.json").read_text(encoding="utf-8"))["rows"]
     rows = [
         [

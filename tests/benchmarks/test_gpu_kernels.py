@@ -19,8 +19,8 @@ def bench(monkeypatch):
     return gpu_kernels.Bench(64, 1, torch.device("cpu"), FlashInferStandIn(relaxed=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_what_is_missing():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_is_missing():
     script = gpu_kernels.__file__
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert run.returncode == 1
@@ -31,7 +31,7 @@ def test_it_measures_every_choice(bench):
     rows = [row for part in gpu_kernels.PARTS for row in part(bench)]
     assert len({(row["what"], row["how"]) for row in rows}) == len(rows)
     assert all(row["layer_ms"] > 0 for row in rows)
-    table = gpu_kernels.as_markdown({"card": "none"}, rows)
+    table = gpu_kernels.as_markdown({"gpu": "none"}, rows)
     assert table.count("\n| ") == len(rows) + 1
 
 

@@ -19,14 +19,14 @@ from ifkv.testing import tiny_model
 SCRIPT = gpu_ttft.__file__
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_what_is_missing():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_is_missing():
     run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.strip().startswith("gpu_ttft.py needs a CUDA device")
 
 
-def test_it_explains_its_options_without_a_card():
+def test_it_explains_its_options_without_a_gpu():
     run = subprocess.run(
         [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True
     )
@@ -59,7 +59,7 @@ def test_it_measures_a_tiny_model_from_end_to_end(monkeypatch, tmp_path):
     assert rows[0]["selector"] == DEFAULT_SELECTOR
     assert rows[0]["rows"] == 13
     assert set(rows[0]["full_prefill_seconds"]) == {"sdpa", "flashinfer"}
-    table = gpu_ttft_report.write(tmp_path, {"card": "none", "repeats": 2}, rows)
+    table = gpu_ttft_report.write(tmp_path, {"gpu": "none", "repeats": 2}, rows)
     assert json.loads((tmp_path / "gpu_ttft.json").read_text())["rows"][0]["rows"] == 13
     assert (tmp_path / "gpu_ttft.md").read_text() == table
     assert table.count("\n| tiny | 100 |") == 3

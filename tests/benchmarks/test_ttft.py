@@ -128,7 +128,7 @@ def test_a_measurement_in_its_own_process_comes_back_or_fails_loudly() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "rule"),
     [
-        ("--models", "gpt9", "gpt9 unknown; choose of smollm2"),
+        ("--models", "gpt9", "gpt9 unknown; choose from smollm2"),
         ("--dtypes", "int8", "int8 unknown"),
         ("--ratios", "0.1,2", "up to 1"),
         ("--ratios", "", "up to 1"),

@@ -1,1 +1,1 @@
-"""The documentation's drawings, as SVG written by hand: `python tools/draw_figures.py`."""
+"""Figures of the documentation, drawn as SVG: `python tools/draw_figures.py` writes them."""

@@ -1,4 +1,4 @@
-"""What each selector recovers at what cost, from the numbers under benchmarks/results."""
+"""Figure of what each selector recovers over its cost, from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from arena_tables import SETTINGS, rows_of
 
 from figures.canvas import Canvas
 
-# Colour and width: our own stand out.
+# Colour and width of each line. ifkv's own selectors stand out.
 LINES = {
     "sensitivity-aware": ("mark", 2.6),
     "sink-aware": ("new", 2.6),
@@ -18,7 +18,7 @@ LINES = {
     "epic": ("line", 1.8),
 }
 COLUMNS = 2
-WIDE, HIGH = 250, 230  # of a panel, and around it:
+WIDE, HIGH = 250, 230  # size of a panel; the margins around it:
 LEFT, TOP, NAMES, BELOW = 62, 88, 156, 76
 COSTS = (0.0, 0.4)
 TICK, LINE_HEIGHT = 0.1, 14
@@ -26,7 +26,7 @@ Point = tuple[float, float]
 
 
 def draw() -> str:
-    """One panel per model and data set: a line per selector over its ratios."""
+    """Draw one panel per model and data set, with a line per selector over its ratios."""
     canvas = Canvas(
         LEFT + COLUMNS * (WIDE + NAMES) - 20,
         TOP + -(-len(SETTINGS) // COLUMNS) * (HIGH + BELOW) - 16,
@@ -37,7 +37,7 @@ def draw() -> str:
     canvas.text(
         20,
         48,
-        "up: nearer to full prefill; left: fewer operations; markers: ratios",
+        "higher: closer to full prefill; further left: fewer operations; squares: ratios",
         size=12,
         fill="soft",
     )
@@ -49,7 +49,7 @@ def draw() -> str:
 
 
 def points_of(file: str) -> dict[str, list[Point]]:
-    """Cost and share of the gap of each way at each ratio, by cost, over all questions."""
+    """Return each way's points (cost, share of the gap) over all questions, sorted by cost."""
     found: dict[str, list[Point]] = {}
     for row in rows_of(file):
         if row["way"] in LINES:
@@ -78,7 +78,7 @@ def _panel(
         left + WIDE / 2, top + HIGH + 38, "operations, as a share of full prefill's", size=12,
         anchor="middle", fill="soft",
     )  # fmt: skip
-    for way in reversed(LINES):  # our own last, on top
+    for way in reversed(LINES):  # ifkv's own last, on top
         colour, width = LINES[way]
         points = ways.get(way, [])
         for (x1, y1), (x2, y2) in itertools.pairwise(points):
@@ -87,7 +87,7 @@ def _panel(
             canvas.rect(x(cost) - 3, y(gap) - 3, 6, 6, colour)
     ends = sorted((y(points[-1][1]), way) for way, points in ways.items())
     lowest = 0.0
-    for end, way in ends:  # names in the order of the lines' ends, none on top of another
+    for end, way in ends:  # names in the order of the lines' ends, without overlap
         lowest = max(end + 4, lowest + LINE_HEIGHT)
         canvas.rect(left + WIDE + 2, lowest - 9, 8, 8, LINES[way][0])
         canvas.text(left + WIDE + 14, lowest, way, size=11)

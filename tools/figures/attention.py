@@ -1,4 +1,4 @@
-"""Which key each token has seen: documents encoded alone, stitched, and repaired."""
+"""Figure of the keys that each token has attended to: encoded alone, stitched, repaired."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CELL = 11
 
 
 def _segments() -> list[int]:
-    """For each slot: 0 for the prefix, 1, 2, ... for documents, the last for the prompt."""
+    """Return a number per slot: 0 in the prefix, 1, 2, ... in documents, the next in the prompt."""
     found = [0] * PREFIX
     for number, length in enumerate((*DOCUMENTS, PROMPT), 1):
         found += [number] * length
@@ -37,12 +37,12 @@ def _panel(canvas: Canvas, x: float, y: float, title: str, note: str, *, stage: 
                 fill = "none"
             canvas.rect(x + column * CELL, y + row * CELL, CELL - 1.5, CELL - 1.5, fill)
         if stage == 2 and row in REPAIRED:
-            # A mark that does not depend on colour.
+            # Marked by a sign too, for readers who cannot tell the colours apart.
             canvas.text(x - 5, y + row * CELL + 9, "▸", size=11, anchor="end", fill="mark")
 
 
 def draw() -> str:
-    """The three stages side by side."""
+    """Draw the three stages side by side."""
     canvas = Canvas(
         784,
         400,

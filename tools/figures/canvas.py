@@ -1,4 +1,4 @@
-"""A small SVG canvas: named colours that follow the reader's light or dark setting."""
+"""Small SVG canvas with named colours that follow the reader's light or dark setting."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLOURS = {
 
 
 class Canvas:
-    """An SVG picture that is built up shape by shape.
+    """SVG picture, built up shape by shape.
 
     Args:
-        width: Of the picture, in pixels.
-        height: Of the picture.
-        title: What it shows, for those who do not see it.
+        width: Width of the picture, in pixels.
+        height: Height of the picture, in pixels.
+        title: Description for readers who cannot see the picture.
     """
 
     def __init__(self, width: int, height: int, title: str):
@@ -35,7 +35,7 @@ class Canvas:
     def rect(
         self, x: float, y: float, width: float, height: float, fill: str, *, stroke: str = ""
     ) -> None:
-        """A rectangle with slightly rounded corners."""
+        """Add a rectangle with slightly rounded corners."""
         radius = 2 if min(width, height) < 16 else 5
         line = f' stroke="var(--{stroke})"' if stroke else ""
         self._shapes.append(
@@ -54,7 +54,7 @@ class Canvas:
         fill: str = "ink",
         bold: bool = False,
     ) -> None:
-        """A line of text; y is its baseline."""
+        """Add a line of text; y is its baseline."""
         weight = ' font-weight="600"' if bold else ""
         self._shapes.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}" '
@@ -64,14 +64,14 @@ class Canvas:
     def line(
         self, x1: float, y1: float, x2: float, y2: float, *, stroke: str = "line", width: float = 1
     ) -> None:
-        """A straight line."""
+        """Add a straight line."""
         self._shapes.append(
             f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="var(--{stroke})" '
             f'stroke-width="{width:g}" fill="none"/>'
         )
 
     def arrow(self, *points: tuple[float, float], stroke: str = "soft") -> None:
-        """A bent line with a head at its last point."""
+        """Add a bent line with an arrowhead at its last point."""
         path = "L".join(f"{x:g} {y:g}" for x, y in points)
         self._shapes.append(
             f'<path d="M{path}" stroke="var(--{stroke})" stroke-width="1.5" fill="none" '
@@ -79,7 +79,7 @@ class Canvas:
         )
 
     def render(self) -> str:
-        """The picture as an SVG document."""
+        """Return the picture as an SVG document."""
         width, height = self._size
         light = " ".join(f"--{name}: {pair[0]};" for name, pair in COLOURS.items())
         dark = " ".join(f"--{name}: {pair[1]};" for name, pair in COLOURS.items())

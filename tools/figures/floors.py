@@ -1,10 +1,10 @@
-"""The packages of src/ifkv on their floors: each imports from those below it only."""
+"""Figure of the packages of src/ifkv on their floors; each imports from lower floors only."""
 
 from __future__ import annotations
 
 from figures.canvas import Canvas
 
-# From the ground up. Each package with what it holds, in few words.
+# From the lowest floor up: each package, and what it contains.
 FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("errors", "what can go wrong, in words"),),
     (("utils", "checks, progress, files"),),
@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("evaluation", "ways of answering compared over data sets"),),
     (("cli", "the command ifkv"),),
 )
-GROUPS = (  # (packages, colour, legend)
+GROUPS = (  # packages, colour, legend
     ({"errors", "utils", "models", "backends", "cost", "demo", "forward", "patching"}, "prefix",
      "models and attention"),
     ({"documents", "cache", "store"}, "old", "keeps keys and values"),

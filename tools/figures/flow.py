@@ -1,4 +1,4 @@
-"""What happens once per document and what happens for each question."""
+"""Figure of the steps that run once per document, and those that run for each question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _box(canvas: Canvas, x: float, y: float, title: str, note: str, fill: str) -
 
 
 def draw() -> str:
-    """Two rows of boxes, joined at the store."""
+    """Draw two rows of boxes, joined at the store."""
     canvas = Canvas(
         760,
         292,

@@ -1,4 +1,4 @@
-"""The four position geometries: which positions the documents have while they are scored."""
+"""Figure of the four position geometries: the positions of documents while they are scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNIT = 12.5
 
 
 def _layouts() -> list[tuple[str, str, list[int], int]]:
-    """Name, words, first position of each document, first position of the query."""
+    """Return name, description, first position of each document and of the query."""
     starts, at = [], PREFIX
     for length in DOCUMENTS:
         starts.append(at)
@@ -26,7 +26,7 @@ def _layouts() -> list[tuple[str, str, list[int], int]]:
 
 
 def draw() -> str:
-    """One band per geometry over a common axis of positions."""
+    """Draw one band per geometry over a common axis of positions."""
     canvas = Canvas(
         720,
         524,

@@ -1,4 +1,4 @@
-"""Measured speed-ups beside the bound S(r), from the numbers committed under benchmarks/results."""
+"""Figures of measured speed-ups beside the bound S(r), from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ HEIGHT, BAR, GAP = 180, 30, 16
 
 
 def draw_all(results: Path) -> dict[str, str]:
-    """A figure for each model and dtype, by file name.
+    """Draw a figure for each model and dtype; return them by file name.
 
     Args:
-        results: A JSON file that benchmarks/ttft.py wrote.
+        results: JSON file that benchmarks/ttft.py wrote.
     """
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if "speedup" in row:  # others have memory alone
+        if "speedup" in row:  # the others have only memory
             groups.setdefault((row["model"], row["dtype"]), []).append(row)
     return {
         f"{results.stem}-{slug(model)}-{dtype}.svg": draw(own)
@@ -29,7 +29,7 @@ def draw_all(results: Path) -> dict[str, str]:
 
 
 def slug(model: str) -> str:
-    """A model's name up to the first blank, as part of a file's name.
+    """Return a model's name up to the first blank, as part of a file's name.
 
     >>> slug("Qwen3-0.6B shape, random weights")
     'qwen3-0.6b'
@@ -38,7 +38,7 @@ def slug(model: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]]) -> str:
-    """One panel per context length: a bar per recompute ratio, a line at its bound.
+    """Draw one panel per context length: a bar per recompute ratio, a line at its bound.
 
     Args:
         rows: Results of one model and dtype.
