@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +10,19 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.cache.stitch import stitch
-from ifkv.cost import Cost, prefill_cost, recompute_cost, scoring_cost
+from ifkv.cost import Cost, prefill_cost, recompute_cost
 from ifkv.documents.cache import DocumentCache
 from ifkv.evaluation.decoding import greedy, teacher_forced
 from ifkv.evaluation.questions import Question
+from ifkv.evaluation.ranked_once import RankedOnce
 from ifkv.evaluation.setup import Bench
 from ifkv.evaluation.text_metrics import best, exact_match, token_f1
 from ifkv.evaluation.token_metrics import agreement, divergence, negative_log_likelihood
 from ifkv.evaluation.ways import Reference, Result, Way
 from ifkv.models.compat import cache_keyword
-from ifkv.selectors import Ranked, Request, Selection, Selector, sentence_groups
-from ifkv.session.prepare import reorder_ratio
+from ifkv.selectors import Ranked, Request, Selection, Selector
+from ifkv.session.prepare import PrepareRequest, choose, find_orders, reorder_ratio
 from ifkv.steps.recompute import recompute
-from ifkv.steps.reorder import reorder
-from ifkv.steps.scoring_layers import default_layers
 
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
@@ -55,8 +53,8 @@ class Trial:
             documents=self._documents,
         )
         self._caches: dict[tuple[int, ...] | None, StitchedCache] = {}
-        self._rankings: dict[tuple[str, tuple[int, ...] | None], tuple[Tensor, Cost]] = {}
-        self._orders: dict[float, tuple[int, ...]] = {}
+        self._ranked: dict[tuple[str, tuple[int, ...] | None], RankedOnce] = {}
+        self._orders: dict[float, tuple[tuple[int, ...], Cost]] = {}
         self.reference = self._full_prefill()
 
     def measure(self, ways: Sequence[Way], *, answers: bool = True) -> Iterator[Result]:
@@ -151,18 +149,13 @@ class Trial:
         """Return the documents' order, None for the given one, and the cost of finding it."""
         if not way.reorder:
             return None, Cost()
-        model = self._bench.model
         ratio = reorder_ratio(way.budget)
         if ratio not in self._orders:
-            found = reorder(model, self._documents, self._prompt, ratio=ratio)
-            self._orders[ratio] = tuple(found)
-        cost = scoring_cost(
-            self._bench.shape,
-            len(self._prompt),
-            self.reference.context,
-            default_layers(self._bench.shape.num_layers),
-        )
-        return self._orders[ratio], cost
+            question = list(self._request.question_ids)
+            asked = PrepareRequest(self._documents, self._prompt, question, way.budget)
+            (order,), (cost,) = find_orders(self._bench.model, [asked])
+            self._orders[ratio] = tuple(order), cost
+        return self._orders[ratio]
 
     def _stitched(self, order: tuple[int, ...] | None) -> StitchedCache:
         """Return the documents stitched in an order, to be read only."""
@@ -175,17 +168,13 @@ class Trial:
         if way.selector is None:
             return Selection(torch.zeros(0, dtype=torch.long), None, Cost())
         selector: Selector = way.selector
-        budget, request = way.budget, self._request
-        if budget.sentences:
-            groups = sentence_groups(self._bench.tokenizer, cache)
-            request = dataclasses.replace(request, groups=groups)
-        if not isinstance(selector, Ranked) or budget.nothing or budget.everything:
-            return selector.select(self._bench.model, cache, request, budget)
-        key = str(selector), order
-        if key not in self._rankings:
-            self._rankings[key] = selector.rank(self._bench.model, cache, self._request)
-        scores, cost = self._rankings[key]
-        return Selection(budget.pick(cache, scores, request.groups), scores, cost)
+        if isinstance(selector, Ranked):
+            selector = self._ranked.setdefault((str(selector), order), RankedOnce(selector))
+        bench = self._bench
+        (selection,) = choose(
+            bench.model, [cache], [self._request], [way.budget], selector, bench.tokenizer
+        )
+        return selection
 
     def _text(self, tokens: Tensor) -> str:
         text: str = self._bench.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -94,32 +94,33 @@ def prepare(
     spent = [Cost() for _ in asked]
     if how.reorder:
         with timed("reorder"):
-            orders, spent = _orders(model, asked, how)
+            orders, spent = find_orders(model, asked, layers=how.layers, kv_dtype=how.kv_dtype)
     with timed("stitch"):
         caches = stitch_many(model, documents, orders=orders, kv_dtype=how.kv_dtype)
     timed.loaders = [cache.loader for cache in caches if cache.loader is not None]
     with timed("select"):
-        requests = [
-            Request(
-                one.prompt_ids,
-                one.question_ids,
-                one.documents,
-                sentence_groups(how.tokenizer, cache) if one.budget.sentences else None,
-            )
-            for one, cache in zip(asked, caches, strict=True)
-        ]
+        requests = [Request(one.prompt_ids, one.question_ids, one.documents) for one in asked]
         budgets = [one.budget for one in asked]
-        selections = how.selector.select_many(model, caches, requests, budgets)
-        spent = [before + found.cost for before, found in zip(spent, selections, strict=True)]
+        selections = choose(model, caches, requests, budgets, how.selector, how.tokenizer)
     with timed("recompute and prompt"):
         slots = [found.slots for found in selections]
         logits = recompute_many(model, caches, slots, prompts=prompts)
     prepared = []
-    for cache, prompt, row, found, cost in zip(
+    for cache, prompt, row, found, before in zip(
         caches, prompts, logits, selections, spent, strict=True
     ):
         assert row is not None
-        prepared.append(finished(model, cache, prompt, row, found, how.selector, cost, timed))
+        cost = before + found.cost
+        bound = speedup_bound(
+            ModelShape.of(model),
+            context_length=cache.context_length,
+            query_length=len(prompt),
+            ratio=len(found.slots) / cache.context_length,
+            position=mean_position(found.slots, cache.context_length),
+            selection_flops=cost.flops,
+        )
+        chosen = dataclasses.replace(found, cost=cost)
+        prepared.append(finished(cache, prompt, row, chosen, how.selector, bound, timed))
     return prepared
 
 
@@ -128,17 +129,28 @@ def reorder_ratio(budget: Budget) -> float:
     return REORDER_RATIO if budget.ratio is None else budget.ratio
 
 
-def _orders(
-    model: PreTrainedModel, asked: Sequence[PrepareRequest], how: PrepareOptions
+def find_orders(
+    model: PreTrainedModel,
+    asked: Sequence[PrepareRequest],
+    *,
+    layers: Sequence[int] | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> tuple[list[list[int]], list[Cost]]:
-    """Find each question's order of documents, as [ifkv.reorder][] does, and what it cost."""
+    """Find each question's order of documents, as [ifkv.reorder][] does, and what it cost.
+
+    Args:
+        model: A patched model.
+        asked: The questions.
+        layers: Scoring layers, as in [ifkv.score][].
+        kv_dtype: Of the caches that are scored, as in [ifkv.stitch][].
+    """
     prompts = [one.prompt_ids for one in asked]
     caches = stitch_many(
-        model, [one.documents for one in asked], geometry="hl-tp", kv_dtype=how.kv_dtype
+        model, [one.documents for one in asked], geometry="hl-tp", kv_dtype=kv_dtype
     )
-    scores = score_many(model, caches, prompts, layers=how.layers)
+    scores = score_many(model, caches, prompts, layers=layers)
     shape = ModelShape.of(model)
-    chosen = chosen_layers(shape.num_layers, how.layers)
+    chosen = chosen_layers(shape.num_layers, layers)
     orders = [
         order_by_hits(cache, own, reorder_ratio(one.budget))
         for cache, own, one in zip(caches, scores, asked, strict=True)
@@ -148,6 +160,33 @@ def _orders(
         for cache, prompt in zip(caches, prompts, strict=True)
     ]
     return orders, costs
+
+
+def choose(
+    model: PreTrainedModel,
+    caches: Sequence[StitchedCache],
+    requests: Sequence[Request],
+    budgets: Sequence[Budget],
+    selector: Selector,
+    tokenizer: Any,
+) -> list[Selection]:
+    """Choose each request's slots.
+
+    Args:
+        model: A patched model.
+        caches: For each request its cache.
+        requests: The requests; sentences are found here, where a budget smooths by them.
+        budgets: For each request its budget.
+        selector: What chooses.
+        tokenizer: Tells sentences apart.
+    """
+    grouped = [
+        dataclasses.replace(request, groups=sentence_groups(tokenizer, cache))
+        if budget.sentences
+        else request
+        for request, cache, budget in zip(requests, caches, budgets, strict=True)
+    ]
+    return selector.select_many(model, caches, grouped, budgets)
 
 
 def _read_shared(requests: Sequence[Sequence[DocumentCache]], *, every: bool) -> None:
@@ -165,25 +204,23 @@ def _read_shared(requests: Sequence[Sequence[DocumentCache]], *, every: bool) ->
 
 
 def finished(
-    model: PreTrainedModel,
     cache: StitchedCache,
     prompt_ids: list[int],
     logits: Tensor,
     selection: Selection,
     selector: Selector,
-    spent: Cost,
+    bound: float,
     timed: Stopwatch,
 ) -> Prepared:
     """Collect the results of a request whose first token is decided.
 
     Args:
-        model: The model.
         cache: The repaired cache with the prompt in it.
         prompt_ids: The prompt's tokens.
         logits: Of the first answered token, ``[vocabulary]``.
-        selection: What was recomputed.
+        selection: What was recomputed; its cost includes reordering.
         selector: What chose it.
-        spent: What choosing has cost, reordering included.
+        bound: The bound on the speedup, as in `ifkv.session.answer.Answer`.
         timed: Started when the question arrived.
     """
     return Prepared(
@@ -195,14 +232,7 @@ def finished(
         slots=selection.slots,
         timings=dict(timed.timings),
         ttft_seconds=timed.seconds,
-        speedup_bound=speedup_bound(
-            ModelShape.of(model),
-            context_length=cache.context_length,
-            query_length=len(prompt_ids),
-            ratio=len(selection.slots) / cache.context_length,
-            position=mean_position(selection.slots, cache.context_length),
-            selection_flops=spent.flops,
-        ),
+        speedup_bound=bound,
         selector=str(selector),
-        selection_cost=spent,
+        selection_cost=selection.cost,
     )

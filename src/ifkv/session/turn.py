@@ -15,8 +15,8 @@ from ifkv.cost import Cost, ModelShape, recompute_cost
 from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
-from ifkv.selectors import Budget, Request, Selection, Selector, sentence_groups
-from ifkv.session.prepare import finished
+from ifkv.selectors import Budget, Request, Selection, Selector
+from ifkv.session.prepare import choose, finished
 from ifkv.session.prompt_format import check_question
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.steps.pending_rows import defer
@@ -170,21 +170,17 @@ def prepare_turn(
     if len(candidates):
         with timed("select"):
             view = cache.choosing(candidates)
-            groups = sentence_groups(engine.tokenizer, view) if budget.sentences else None
-            question = engine.format.encode(asked.question)
-            request = Request(turn.prompt_ids, question, None, groups)
-            selection = selector.select(model, view, request, budget)
+            request = Request(turn.prompt_ids, engine.format.encode(asked.question))
+            (selection,) = choose(model, [view], [request], [budget], selector, engine.tokenizer)
     slots = selection.slots
     with timed("recompute and prompt"):
         save(slots[slots < start])
         logits = recompute(model, cache, slots, prompt_ids=turn.prompt_ids)
     assert logits is not None
-    ready = finished(
-        model, cache, turn.prompt_ids, logits, selection, selector, selection.cost, timed
-    )
     shape, length = ModelShape.of(model), cache.context_length
     ran = torch.cat((torch.arange(start, start + len(turn.before_ids)), slots.cpu()))
     new = recompute_cost(shape, torch.arange(start, length), length, len(turn.prompt_ids))
     own = recompute_cost(shape, ran, length, len(turn.prompt_ids)) + selection.cost
     bound = new.flops / own.flops
-    return dataclasses.replace(ready, question=asked.question, speedup_bound=bound)
+    ready = finished(cache, turn.prompt_ids, logits, selection, selector, bound, timed)
+    return dataclasses.replace(ready, question=asked.question)
