@@ -77,9 +77,13 @@ class SqliteStore:
 
     def get(self, key: str, *, lazy: bool = False) -> DocumentCache:
         """Return the document under a key, checked; `lazy` makes no difference here."""
+        document = self._read(key)
+        self._hits += 1
+        return document
+
+    def _read(self, key: str) -> DocumentCache:
         with self._lock:
             if (shared := self._prefixes.get(key)) is not None and key in self:
-                self._hits += 1
                 return shared
         with closing(self._open()) as db:
             row = db.execute("SELECT data FROM documents WHERE key = ?", (key,)).fetchone()
@@ -92,8 +96,8 @@ class SqliteStore:
             reader = DocumentReader(BytesSource(row[0]), key)
             prefix = None
             if len(reader.prefix_ids):
-                none = reader.prefix_ids[:0]
-                prefix = self.get(document_key(reader.header.fingerprint, none, reader.prefix_ids))
+                none, behind = reader.prefix_ids[:0], reader.prefix_ids
+                prefix = self._read(document_key(reader.header.fingerprint, none, behind))
 
             def read_layer(layer, out) -> None:
                 reader.read_layer(layer, verify=True, out=out)
@@ -110,7 +114,6 @@ class SqliteStore:
         if prefix is None:
             with self._lock:
                 document = self._prefixes.setdefault(key, document)
-        self._hits += 1
         return document
 
     def touch(self, key: str) -> None:

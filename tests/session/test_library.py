@@ -27,7 +27,6 @@ from ifkv.store import (
     StoredDocument,
     TieredStore,
     default_store_path,
-    encode_documents,
     key_of,
     location,
     open_store,
@@ -320,37 +319,3 @@ def test_an_answer_does_not_need_the_store_to_take_the_document(
     monkeypatch.setattr(disk, "put", full)
     with pytest.warns(StoreWarning, match="It could not be stored: no room"):
         same(session.ask(QUESTION, max_new_tokens=4), wanted())
-
-
-def test_what_is_used_in_memory_is_not_evicted_from_the_disk(tmp_path: Path) -> None:
-    size = DiskStore(tmp_path / "a")
-    size.put(random_document(0))
-    disk = DiskStore(tmp_path / "b", max_bytes=3 * size.stats().nbytes)
-    store = TieredStore(MemoryStore(), disk)
-    keys = [store.put(random_document(seed)) for seed in range(3)]
-    store.get(keys[0])  # from memory
-    store.put(random_document(3))
-    assert [key in disk for key in keys] == [True, False, True]
-    store.pin(keys[2])
-    for seed in range(4, 8):
-        store.put(random_document(seed))
-    assert [key in disk for key in keys] == [False, False, True]
-    with pytest.raises(StoreError, match="evicts nothing"):
-        TieredStore(MemoryStore(), RemoteStore(f"memory://{tmp_path}")).pin(keys[0])
-
-
-def test_a_rounded_prefix_is_read_and_never_computed_with(tmp_path: Path) -> None:
-    """Documents added later are those added at once, whatever the store's codec did."""
-    model = tiny_model("llama")
-    with ifkv.patch(model):
-        exact = ifkv.prefill_documents(model, [[5, 6, 7], [8, 9]], prefix=[1, 2])
-        store = DiskStore(tmp_path / "fp8", codec="fp8")
-        made: list[ifkv.DocumentCache] = []
-        put = store.put
-        store.put = (  # type: ignore
-            lambda document, **how: made.append(document) or put(document, **how)
-        )
-        for ids in ([5, 6, 7], [8, 9]):
-            encode_documents(model, store, [ids], prefix=[1, 2])
-        for one, other in zip(made, exact, strict=True):
-            assert_close(one.values, other.values, what="values", tolerance=1e-12)

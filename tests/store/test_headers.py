@@ -18,18 +18,6 @@ from ifkv.testing import random_document
 from stored_documents import DOCUMENT, PREFIX
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> DiskStore:
-    made = DiskStore(tmp_path)
-    made.put(DOCUMENT)
-    return made
-
-
-@pytest.fixture
-def file(store: DiskStore) -> Path:
-    return store.folder.file_of(key_of(DOCUMENT))
-
-
 def rewrite_header(file: Path, change: Callable[[dict], object]) -> None:  # type: ignore[type-arg]
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")

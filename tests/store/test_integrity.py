@@ -22,18 +22,6 @@ from ifkv.testing import assert_bit_equal, random_document
 from stored_documents import DOCUMENT, PREFIX, same
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> DiskStore:
-    made = DiskStore(tmp_path)
-    made.put(DOCUMENT)
-    return made
-
-
-@pytest.fixture
-def file(store: DiskStore) -> Path:
-    return store.folder.file_of(key_of(DOCUMENT))
-
-
 def test_the_file_is_plain_safetensors(file: Path) -> None:
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()

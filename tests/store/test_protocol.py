@@ -23,7 +23,6 @@ from ifkv.store import (
     DocumentStore,
     MemoryStore,
     RemoteStore,
-    StoredDocument,
     TieredStore,
     document_key,
     key_for,
@@ -65,7 +64,7 @@ def test_round_trip(store: DocumentStore) -> None:
             same(store.get(key, lazy=lazy), document)
     assert sorted(store.keys()) == sorted([*keys, key_of(PREFIX)])
     assert store.stats().documents == 5
-    assert store.stats().hits >= 8
+    assert store.stats().hits == 8  # no reading of a prefix counts
 
 
 def test_what_another_store_reads_lazily_can_be_put(store: DocumentStore, tmp_path: Path) -> None:
@@ -255,24 +254,6 @@ def test_memory_store_drops_the_least_recently_used() -> None:
         store.put(random_document(4, length=20))
     with pytest.raises(InvalidInputError, match="max_bytes is -1"):
         MemoryStore(-1)
-
-
-def test_tiers_promote_and_survive_a_small_fast_tier(tmp_path: Path) -> None:
-    slow, fast = DiskStore(tmp_path), MemoryStore()
-    key = slow.put(random_document(0, prefix=PREFIX))
-    store = TieredStore(fast, slow)
-    store.get(key)
-    assert key in fast
-    fast.delete(key)
-    document = store.get(key, lazy=True)
-    assert isinstance(document, StoredDocument)
-    document.layer(0)
-    assert key not in fast  # until all of it has been read
-    document.layer(1)
-    assert key in fast
-    same(fast.get(key), random_document(0, prefix=PREFIX))
-    tiny = TieredStore(MemoryStore(1), slow)
-    same(tiny.get(tiny.put(random_document(1))), random_document(1))
 
 
 def test_a_url_that_cannot_be_opened_says_what_to_install() -> None:

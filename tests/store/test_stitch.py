@@ -192,6 +192,16 @@ def test_two_threads_may_meet_at_a_layer_that_is_being_loaded() -> None:
     assert layer.calls == 1
 
 
+def test_a_length_waits_for_no_rows(
+    model: PreTrainedModel, made: list[ifkv.DocumentCache], store: DiskStore
+) -> None:
+    cache = ifkv.stitch(model, lazily(store, made))
+    assert cache.get_seq_length() == cache.context_length
+    assert (cache.appended, cache.kv_dtype) == (0, None)
+    assert repr(cache)
+    assert all(layer.settle is not None for layer in cache.layers)
+
+
 def test_copies_are_of_rows_that_are_there(
     model: PreTrainedModel, made: list[ifkv.DocumentCache], store: DiskStore
 ) -> None:

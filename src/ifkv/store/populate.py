@@ -140,8 +140,10 @@ def encode_documents(
 
 def _is_there(store: DocumentStore, key: str, sensitivities: bool) -> bool:
     """True if a store has a document, with sensitivities if they are wanted."""
-    if key not in store or not sensitivities:
-        return key in store
+    if key not in store:
+        return False
+    if not sensitivities:
+        return True
     try:
         return store.get(key, lazy=True).sensitivity is not None
     except (DocumentNotFoundError, StoreCorruptionError):

@@ -113,13 +113,16 @@ class RemoteStore(Uncopied):
             InvalidInputError: The document contradicts itself, or the codec cannot hold it.
         """
         check_document(document)
-        for part in (document.prefix, document):
-            if part is not None and ((replace and part is document) or key_of(part) not in self):
-                self._files.write(
-                    self._path(key_of(part)), DocumentFile(part, self.codec).tobytes()
-                )
-                self._forget(key_of(part))
-        return key_of(document)
+        if document.prefix is not None:
+            self._put_one(document.prefix, replace=False)
+        return self._put_one(document, replace=replace)
+
+    def _put_one(self, document: DocumentCache, *, replace: bool) -> str:
+        key = key_of(document)
+        if replace or key not in self:
+            self._files.write(self._path(key), DocumentFile(document, self.codec).tobytes())
+            self._forget(key)
+        return key
 
     def _forget(self, key: str) -> None:
         """Forget a shared or distrusted object, so that the next get fetches it."""
@@ -140,10 +143,10 @@ class RemoteStore(Uncopied):
         """
         with self._lock:
             shared = self._prefixes.get(check_key(key))
-        if shared is not None and key in self:
-            self._hits += 1
-            return shared
-        return self._read(key, lazy=lazy)
+        if shared is None or key not in self:
+            shared = self._read(key, lazy=lazy)
+        self._hits += 1
+        return shared
 
     def _read(self, key: str, *, lazy: bool) -> DocumentCache:
         source, reader = self._open(key)
@@ -164,7 +167,6 @@ class RemoteStore(Uncopied):
                 ) from error
 
         stored = StoredDocument(reader, read_layer, prefix, distant=True)
-        self._hits += 1
         if lazy:
             return stored
         source.fetch_all()
