@@ -131,6 +131,15 @@ def test_every_layer_keeps_to_its_ratio(falls: list[float], seed: int) -> None:
             assert len(kept) == min(budget(cache.context_length, ratio), len(selection.slots))
 
 
+def test_a_ratio_counts_the_slots_that_may_be_chosen() -> None:
+    with prepared(shared_tiny_model("llama"), TOKENS) as bench:
+        cache = bench.stitch()
+    view = cache.choosing(torch.tensor([5, 6, 9, 12]))
+    selection = Selection(torch.tensor([5, 6, 9]), torch.arange(16.0), Cost())
+    depths = selectors.layer_depths(view, selection, [0.75, 0.5, 0.25])
+    assert depths.tolist() == [1, 2, 3]
+
+
 def test_ratios_that_cannot_be_are_refused() -> None:
     with prepared(shared_tiny_model("llama"), TOKENS) as bench:
         cache = bench.stitch()

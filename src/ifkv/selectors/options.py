@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ifkv.errors import InvalidInputError
-from ifkv.steps.scoring_layers import DEFAULT_DEPTH, chosen_layers
+from ifkv.steps.scoring_layers import DEFAULT_DEPTH, chosen_layers, layers_between
 from ifkv.utils.checks import whole_numbers
 
 
@@ -63,8 +63,7 @@ class Layers:
         """
         if self.numbers is not None:
             return chosen_layers(depth, self.numbers)
-        start = min(math.floor(self.depth[0] * depth), depth - 1)
-        return list(range(start, max(start + 1, math.ceil(self.depth[1] * depth))))
+        return layers_between(*self.depth, depth)
 
     def __str__(self) -> str:
         if self.numbers is not None:

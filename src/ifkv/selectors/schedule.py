@@ -44,7 +44,7 @@ def layer_depths(cache: StitchedCache, selection: Selection, ratios: Sequence[fl
         raise InvalidInputError(
             f"there are {len(ratios)} ratios for {len(cache.layers)} layers; give one for each."
         )
-    counts = [budget(cache.context_length, ratio) for ratio in ratios]
+    counts = [budget(cache.budget_length, ratio) for ratio in ratios]
     if any(later > sooner for sooner, later in itertools.pairwise(ratios)):
         raise InvalidInputError(
             f"the ratios {list(ratios)} grow with depth, but a row that was left out of a layer "

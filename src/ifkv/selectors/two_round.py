@@ -21,7 +21,7 @@ from ifkv.selectors.protocol import Request, Selection, Selector, without_scores
 from ifkv.selectors.query_ranked import Query
 from ifkv.selectors.registry import register
 from ifkv.steps.recompute import recompute
-from ifkv.steps.select import top_slots
+from ifkv.steps.select import check_scores, top_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +89,7 @@ class TwoRound(Selector):
             return Selection(whole, scores, cost, scores)
         with repaired(model, cache, first):
             scores, spent = rule.rank(model, cache, request)
+        check_scores(cache, scores)
         shape = ModelShape.of(model)
         cost += spent + recompute_cost(shape, first, cache.context_length)
         # Rows saved and restored, in every layer.

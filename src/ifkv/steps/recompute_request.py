@@ -80,7 +80,7 @@ class Recomputation:
             rows = torch.cat((rows, torch.arange(cache.context_length, length)))
             ids = torch.cat((ids, prompt))
             if reach is not None:
-                reach = torch.cat((reach, torch.full_like(prompt, layers).cpu()))
+                reach = torch.cat((reach, reach.new_full((len(prompt),), layers)))
         return cls(cache, rows, ids, prompt, length, reach, pending)
 
     @property

@@ -19,9 +19,17 @@ def default_layers(depth: int) -> list[int]:
     >>> default_layers(40), default_layers(3)
     ([22, 23, 24, 25, 26, 27], [1, 2])
     """
-    start = math.floor(DEFAULT_DEPTH[0] * depth)
-    stop = max(start + 1, math.ceil(DEFAULT_DEPTH[1] * depth))
-    return list(range(start, stop))
+    return layers_between(*DEFAULT_DEPTH, depth)
+
+
+def layers_between(start: float, stop: float, depth: int) -> list[int]:
+    """Return the layers in a range of the depth, given as shares of it; at least one.
+
+    >>> layers_between(0.5, 1.0, 4), layers_between(1.0, 1.0, 4)
+    ([2, 3], [3])
+    """
+    first = min(math.floor(start * depth), depth - 1)
+    return list(range(first, max(first + 1, math.ceil(stop * depth))))
 
 
 def chosen_layers(depth: int, layers: Sequence[int] | None) -> list[int]:

@@ -63,14 +63,14 @@ def select(
         InvalidInputError: The ratio lies outside [0, 1], or scores are not finite or not ``[T]``.
     """
     check_stitched(cache)
+    check_scores(cache, scores)
     return top_slots(cache, scores, budget(cache.budget_length, ratio), protect_first=protect_first)
 
 
 def top_slots(
     cache: StitchedCache, scores: Tensor, count: int, *, protect_first: bool = True
 ) -> Tensor:
-    """Return the ``count`` slots with the highest scores; arguments and errors of `select`."""
-    check_scores(cache, scores)
+    """Return the ``count`` slots with the highest of checked scores; arguments of `select`."""
     if cache.candidates is not None:
         among = cache.candidates.to(scores.device)
         ranked = torch.sort(scores[among], descending=True, stable=True).indices
