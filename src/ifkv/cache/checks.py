@@ -60,9 +60,8 @@ def check_answerable(cache: StitchedCache, what: str) -> None:
             f"{what} needs the geometry 'global', the cache has {cache.geometry!r}, which can only "
             "be scored. Stitch the documents again."
         )
-    appended = cache.get_seq_length() - cache.context_length
-    if appended:
+    if cache.appended:
         raise InvalidInputError(
-            f"{what} needs a cache that ends with its context, but {appended} slots have been "
-            "appended. Call cache.crop() first."
+            f"{what} needs a cache that ends with its context, but {cache.appended} slots have "
+            "been appended. Call cache.crop() first."
         )

@@ -45,6 +45,8 @@ class FP8Layer(StitchedLayer):
         scales: Divisors of keys and values.
     """
 
+    kv_dtype = FLOAT8
+
     def __init__(
         self,
         key_buffer: Tensor,

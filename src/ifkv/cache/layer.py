@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -33,7 +34,10 @@ class StitchedLayer(DynamicLayer):
         values: As keys.
         settle: Called before the buffers' first use if rows are still being loaded; fills them.
         shared: Whether caches of other requests lie in the buffers' allocation.
+        kv_dtype: Dtype that rows are rounded to; None if it is the model's.
     """
+
+    kv_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(self, key_buffer: Tensor, value_buffer: Tensor, length: int, refusal: str = ""):
         self._key_buffer = key_buffer
@@ -113,6 +117,10 @@ class StitchedLayer(DynamicLayer):
     def rows(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values at slots, in the model's dtype, ``[1, kv_heads, k, head_dim]``."""
         return self.key_buffer[:, :, at], self.value_buffer[:, :, at]
+
+    def get_seq_length(self) -> int:
+        """Return the slots in use, without waiting for rows that are being loaded."""
+        return self.length
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` slots; buffers that have enough are kept.

@@ -136,6 +136,11 @@ class StitchedCache(CacheInterface):
         slots = torch.arange(self.context_length + behind, device=self.token_ids.device)
         return self.positions_at(slots)[..., None, :]
 
+    @property
+    def appended(self) -> int:
+        """Return the number of rows that were appended behind the context."""
+        return self.layers[0].length - self.context_length
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the slots in use: the context's and those appended.
 
@@ -175,16 +180,15 @@ class StitchedCache(CacheInterface):
             GeometryError: The cache's geometry is not global.
         """
         check_single(self)
-        appended = self.get_seq_length() - self.context_length
         if self.geometry != "global":
             raise GeometryError(
                 f"keep() needs the geometry 'global', the cache has {self.geometry!r}, which can "
                 "only be scored. Stitch the documents again."
             )
-        if len(token_ids) != appended:
+        if len(token_ids) != self.appended:
             raise InvalidInputError(
-                f"{len(token_ids)} tokens were given for the {appended} rows behind the context; "
-                "give one for each."
+                f"{len(token_ids)} tokens were given for the {self.appended} rows behind the "
+                "context; give one for each."
             )
         self.lengthen(torch.as_tensor(token_ids))
 
@@ -226,8 +230,7 @@ class StitchedCache(CacheInterface):
     @property
     def kv_dtype(self) -> torch.dtype | None:
         """Return the dtype that keys and values are rounded to; None if it is the model's dtype."""
-        layer = self.layers[0]
-        return None if layer.dtype == layer._key_buffer.dtype else layer._key_buffer.dtype
+        return self.layers[0].kv_dtype
 
     def crop(self, tokens_to_remove: int | None = None) -> None:
         """Drop rows that were appended behind the context.
@@ -239,7 +242,7 @@ class StitchedCache(CacheInterface):
         Raises:
             InvalidInputError: The number is not whole, is positive, or would cut into the context.
         """
-        appended = self.get_seq_length() - self.context_length
+        appended = self.appended
         if tokens_to_remove is None:
             tokens_to_remove = -appended
         whole = isinstance(tokens_to_remove, int)
@@ -268,8 +271,7 @@ class StitchedCache(CacheInterface):
         return self.__dict__ | {"loader": None}
 
     def __repr__(self) -> str:
-        appended = self.get_seq_length() - self.context_length
         return (
             f"StitchedCache({len(self.document_slices)} documents, {self.context_length} slots "
-            f"+ {appended}, {self.geometry}, {self.fingerprint[:8]})"
+            f"+ {self.appended}, {self.geometry}, {self.fingerprint[:8]})"
         )

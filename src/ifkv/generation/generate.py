@@ -127,10 +127,9 @@ def has_prompt(cache: StitchedCache, prompt: Tensor) -> bool:
         cache: A stitched cache.
         prompt: Token ids, on the model's device.
     """
-    appended = cache.get_seq_length() - cache.context_length
     return (
         cache.prompt_ids is not None
-        and appended == len(prompt)
+        and cache.appended == len(prompt)
         and torch.equal(cache.prompt_ids, prompt)
     )
 

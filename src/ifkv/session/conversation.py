@@ -231,7 +231,7 @@ class Conversation(Uncopied):
                     engine, [ready], settings, streams=[stream], seeds=[asked.seed], keep=True
                 )
                 said = [*ready.prompt_ids, *answer.token_ids.tolist()]
-                ran = ready.cache.get_seq_length() - ready.cache.context_length
+                ran = ready.cache.appended
                 ready.cache.keep(said[:ran])
             self._pending = said[ran:]
             if self._pending[-1] in {*settings.stop_token_ids, engine.tokenizer.eos_token_id}:
