@@ -6,8 +6,6 @@ be held against `model.generate()`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,12 @@ import pytest
 import torch
 from server import Service
 from transformers import GenerationConfig
-from typer.testing import CliRunner
 
 import ifkv
-import ifkv.generation.greedy
-import ifkv.session.ask
-import ifkv.session.complete
-import ifkv.session.prepare
-from ifkv.cli import app
-from ifkv.errors import InvalidInputError
 from ifkv.evaluation.compare import compare
-from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
-from ifkv.store import MemoryStore
-from ifkv.testing import tiny_model, tiny_tokenizer
-
-TEXTS = ["The lamp is red.", "The door is green."]
-QUESTION = "Which?"
-EVEN = list(range(0, 260, 2))
+from ifkv.generation.greedy import GreedySettings, greedy_settings
+from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS, GenerationSettings
+from ways_of_asking import EVEN, PLACES, QUESTION, WAYS, asked
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "max_new_tokens": dict(max_new_tokens=3),
@@ -52,84 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a forced end": dict(max_new_tokens=5, forced_eos_token_id=9),
     "nothing": dict(max_new_tokens=DEFAULT_MAX_NEW_TOKENS),
 }
-
-
-@pytest.fixture(scope="module")
-def made() -> ifkv.Session:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
-    session = ifkv.Session(model, tokenizer, store=MemoryStore(), ratio=1)
-    session.add(TEXTS)
-    return session
-
-
-@pytest.fixture
-def session(made: ifkv.Session) -> Iterator[ifkv.Session]:
-    """With the model's own generation config as it was, afterwards."""
-    own = made.model.generation_config
-    made.model.generation_config = GenerationConfig()
-    yield made
-    made.model.generation_config = own
-
-
-def asked(session: ifkv.Session, **options: Any) -> list[int]:
-    return session.ask(QUESTION, **options).token_ids.tolist()
-
-
-def asked_together(session: ifkv.Session, **options: Any) -> list[int]:
-    return session.ask_many([QUESTION], **options)[0].token_ids.tolist()
-
-
-def streamed(session: ifkv.Session, **options: Any) -> list[int]:
-    stream = session.stream(QUESTION, **options)
-    text = "".join(stream)
-    assert stream.answer is not None
-    assert text.strip() == stream.answer.text
-    return stream.answer.token_ids.tolist()
-
-
-def streamed_together(session: ifkv.Session, **options: Any) -> list[int]:
-    pieces: list[str] = []
-    (answer,) = session.ask_many([QUESTION], stream=lambda _, text: pieces.append(text), **options)
-    assert "".join(pieces).strip() == answer.text
-    return answer.token_ids.tolist()
-
-
-def conversed(session: ifkv.Session, **options: Any) -> list[int]:
-    return session.conversation().ask(QUESTION, **options).token_ids.tolist()
-
-
-def completed(session: ifkv.Session, **options: Any) -> list[int]:
-    return session.complete(session.prepare(QUESTION), **options).token_ids.tolist()
-
-
-WAYS: dict[str, Callable[..., list[int]]] = {
-    each.__name__: each
-    for each in (asked, asked_together, streamed, streamed_together, conversed, completed)
-}
-
-
-def as_keywords(session: ifkv.Session, folder: Path, said: dict[str, Any]) -> dict[str, Any]:
-    return said
-
-
-def as_config(session: ifkv.Session, folder: Path, said: dict[str, Any]) -> dict[str, Any]:
-    return {"generation_config": GenerationConfig(**said)}
-
-
-def as_attributes(session: ifkv.Session, folder: Path, said: dict[str, Any]) -> dict[str, Any]:
-    for name, value in said.items():
-        setattr(session.model.generation_config, name, value)
-    return {}
-
-
-def as_file(session: ifkv.Session, folder: Path, said: dict[str, Any]) -> dict[str, Any]:
-    (folder / "generation_config.json").write_text(json.dumps(said))
-    session.model.generation_config = GenerationConfig.from_pretrained(folder)
-    return {}
-
-
-PLACES = {each.__name__: each for each in (as_keywords, as_config, as_attributes, as_file)}
 
 
 def plain(session: ifkv.Session, said: dict[str, Any]) -> list[int]:
@@ -217,120 +126,6 @@ def test_requests_of_a_batch_have_the_length_that_is_left_to_each(session: ifkv.
     assert [len(answer.token_ids) for answer in answers] == [2 + more, 2]
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "several answers": (dict(num_return_sequences=2, num_beams=2), "num_return_sequences"),
-    "assisted": (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens.*assisted"),
-    "a cache": (dict(cache_implementation="static"), "cache_implementation"),
-    "token healing": (dict(token_healing=True), "token_healing"),
-    "contrastive search": (dict(penalty_alpha=0.6, top_k=4), "penalty_alpha.*from its hub"),
-    "groups of beams": (
-        dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
-        "num_beam_groups.*from its hub",
-    ),
-    "forced words": (dict(force_words_ids=[[5]], num_beams=2), "force_words_ids.*from its hub"),
-    "no room": (dict(max_length=3), r"max_length is 3 .* tokens; give max_new_tokens"),
-    "stop strings of another kind": (dict(stop_strings=[5]), r"stop_strings is \[5\]"),
-    "no temperature": (dict(do_sample=True, temperature=0.0), "temperature"),
-    "no stop tokens at all": (dict(eos_token_id=[]), "eos_token_id is an empty list"),
-    "a negative penalty": (dict(repetition_penalty=-1.0), "penalty"),
-}
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_followed_is_refused_before_any_work(
-    session: ifkv.Session,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    place: str,
-) -> None:
-    said, message = REFUSED[name]
-    ready = session.prepare(QUESTION)
-    options = PLACES[place](session, tmp_path, said)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("work was done")
-
-    monkeypatch.setattr(ifkv.session.prepare, "stitch_many", refuse)
-    monkeypatch.setattr(ifkv.session.ask, "prepare", refuse)
-    monkeypatch.setattr(ifkv.session.complete, "run_generate", refuse)
-    monkeypatch.setattr(ifkv.session.complete, "decode", refuse)
-    for way, ask in WAYS.items():
-        if way == "completed":
-            continue
-        with pytest.raises(InvalidInputError, match=message) as refusal:
-            ask(session, **options)
-        assert any(word in str(refusal.value) for word in _words(place)), way
-    with pytest.raises(InvalidInputError, match=message):
-        session.complete(ready, **options)
-
-
-def _words(place: str) -> list[str]:
-    if place == "as_keywords":
-        return ["keyword", "cannot be given", "generate() cannot be told"]
-    if place == "as_config":
-        return ["in the generation config given", "generate() cannot be told"]
-    return ["in the model's generation config", "generate() cannot be told"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(max_new_tokens=0), "max_new_tokens is 0"),
-        (dict(max_new_tokens=True), "max_new_tokens is True"),
-        (dict(max_new_tokens=2.5), "max_new_tokens is 2.5"),
-        (dict(max_length=0), "max_length is 0"),
-        (dict(generation_config={"max_new_tokens": 3}), "generation_config is a dict"),
-        (dict(stopping_criteria=len), "stopping_criteria is .* list of functions"),
-        (dict(stopping_criteria=[3]), "stopping_criteria is .* list of functions"),
-        (dict(logits_processor=["x"]), "logits_processor is .* list of functions"),
-        (dict(output_scores=True), "output_scores=True cannot be given here"),
-        (dict(custom_generate="a/b"), "custom_generate='a/b' cannot be given here"),
-        (dict(early_stopping="soon"), "early_stopping"),
-        (dict(num_return_sequences=2), "num_return_sequences"),
-        (dict(num_beams=0), "num_beams is 0"),
-        (dict(num_beams="4"), "num_beams is '4'"),
-        (dict(num_beams=2.5), "num_beams is 2.5"),
-        (dict(min_new_tokens="x"), "min_new_tokens is 'x'"),
-        (dict(min_new_tokens=-1), "min_new_tokens is -1"),
-        (dict(max_time="x"), "max_time is 'x'"),
-        (dict(guidance_scale="x"), "guidance_scale is 'x'"),
-        (dict(eos_token_id="x"), "cannot be told"),
-        (
-            dict(exponential_decay_length_penalty=(1, 1.5), eos_token_id=None),
-            r"fails over these settings: .*'exponential_decay_length_penalty'",
-        ),
-    ],
-)
-def test_bad_settings_are_refused(
-    session: ifkv.Session, options: dict[str, Any], message: str
-) -> None:
-    for ask in WAYS.values():
-        with pytest.raises(InvalidInputError, match=message):
-            ask(session, **options)
-
-
-def test_settings_of_the_config_that_is_none_of_generation_are_refused(
-    session: ifkv.Session,
-) -> None:
-    """generate() refuses them too, after all the work; greedy batches would ignore them."""
-    config: Any = session.model.config
-    config.num_beams = 4
-    try:
-        for ask in WAYS.values():
-            with pytest.raises(InvalidInputError, match=r"model.config holds {'num_beams': 4}"):
-                ask(session)
-    finally:
-        del config.num_beams
-
-
-def test_stop_strings_by_hand_need_a_tokenizer(session: ifkv.Session) -> None:
-    ready = session.prepare(QUESTION)
-    with pytest.raises(InvalidInputError, match=r"stop_strings .* give tokenizer="):
-        ifkv.generate(session.model, ready.cache, ready.prompt_ids, stop_strings=["."])
-
-
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_chunks_of_a_prefill_change_no_token(session: ifkv.Session, by_hand: bool) -> None:
     expected = asked(session, max_new_tokens=5)
@@ -358,10 +153,9 @@ def test_what_a_file_says_beside_settings_costs_no_batch(session: ifkv.Session) 
     """Entries that generate() does not know, and neutral values, leave greedy answers greedy."""
     own = GenerationConfig(chat_format="chatml", num_beams=1, no_repeat_ngram_size=0, top_k=20)
     session.model.generation_config = own
-    settings = ifkv.generation.greedy.greedy_settings(session.model, {})
-    assert isinstance(settings, ifkv.generation.greedy.GreedySettings)
+    assert isinstance(greedy_settings(GenerationSettings.of(session.model, {})), GreedySettings)
     own.do_sample = True
-    assert ifkv.generation.greedy.greedy_settings(session.model, {}) == "do_sample=True"
+    assert greedy_settings(GenerationSettings.of(session.model, {})) == "do_sample=True"
 
 
 def test_a_comparison_is_greedy_whatever_the_file_says(session: ifkv.Session) -> None:
@@ -372,73 +166,3 @@ def test_a_comparison_is_greedy_whatever_the_file_says(session: ifkv.Session) ->
     assert [way.text for way in found] == expected
     assert [way.tokens for way in found] == [6, 6]
     assert {way.finish_reason for way in found} == {"length"}
-
-
-# The command line
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"return_dict_in_generate": True},
-        {"prompt_lookup_num_tokens": 3},
-        {"stop_strings": ["a"]},
-        {"suppress_tokens": EVEN, "num_beams": 2, "do_sample": True},
-    ],
-)
-def test_the_laws_hold_whatever_the_file_says(folder: Path, said: dict[str, Any]) -> None:
-    (folder / "model" / "generation_config.json").write_text(json.dumps(said))
-    result = CliRunner().invoke(app, ["verify", str(folder / "model"), "--length", "16"])
-    assert result.exit_code == 0, result.output
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), max_position_embeddings=2048)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "lamp.txt").write_text("The lamp is red.")
-    return tmp_path
-
-
-def ask_in(folder: Path, said: dict[str, Any] | str, *options: str) -> Any:
-    text = said if isinstance(said, str) else json.dumps(said)
-    (folder / "model" / "generation_config.json").write_text(text)
-    arguments = ["ask", QUESTION, str(folder / "lamp.txt"), "--model", str(folder / "model")]
-    return CliRunner().invoke(app, [*arguments, "--store", "memory", *options])
-
-
-@pytest.mark.parametrize("options", [(), ("--no-compare",)])
-def test_the_command_line_follows_the_file(folder: Path, options: tuple[str, ...]) -> None:
-    result = ask_in(folder, {"num_beams": 4, "max_new_tokens": 3}, *options)
-    assert result.exit_code == 0, result.output
-    assert "cut off at 3 tokens" in " ".join(result.output.split())
-    said = "num_beams=4; a comparison decodes greedily" in " ".join(result.output.split())
-    assert said == (not options)
-    result = ask_in(folder, {"max_new_tokens": 3}, "--max-new-tokens", "5", *options)
-    assert "cut off at 5 tokens" in " ".join(result.output.split())
-
-
-@pytest.mark.parametrize(
-    ("said", "message"),
-    [
-        ({"num_return_sequences": 2, "num_beams": 2}, "num_return_sequences is 2"),
-        ({"max_length": 20}, "max_length is 20"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ("{", "generation_config.json cannot be used"),
-    ],
-)
-def test_the_command_line_refuses_before_the_weights_are_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Any, message: str
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr("ifkv.cli.load_model.load_model", refuse)
-    result = ask_in(folder, said)
-    assert result.exit_code != 0
-    assert not isinstance(result.exception, AssertionError)
-    shown = " ".join(f"{result.output} {result.exception}".split())
-    assert message in shown

@@ -14,6 +14,7 @@ from ifkv.backends.reference import ReferenceBackend
 from ifkv.errors import InvalidInputError, NotPatchedError, UnsupportedModelError
 from ifkv.evaluation.compare import compare
 from ifkv.generation.greedy import GreedySettings, greedy_settings
+from ifkv.generation.settings import GenerationSettings
 from ifkv.selectors import Budget
 from ifkv.steps.select import budget
 from ifkv.store import MemoryStore
@@ -117,7 +118,8 @@ def test_a_stop_string_ends_an_answer_alone_in_a_batch_and_by_hand(session: ifkv
     assert answer.token_ids.tolist() == whole[: place + 1]
     (batched,) = session.ask_many([QUESTION], ratio=1.0, **limits)
     assert batched.token_ids.tolist() == answer.token_ids.tolist()
-    plain = greedy_settings(session.model, {"max_new_tokens": 3, "tokenizer": session.tokenizer})
+    given = {"max_new_tokens": 3, "tokenizer": session.tokenizer}
+    plain = greedy_settings(GenerationSettings.of(session.model, given))
     assert isinstance(plain, GreedySettings), "a tokenizer alone asks for no stop string"
     ready = session.prepare(QUESTION, ratio=1.0)
     by_hand = ifkv.generate(

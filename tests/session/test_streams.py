@@ -14,6 +14,7 @@ import ifkv
 from ifkv.errors import InvalidInputError
 from ifkv.store import MemoryStore
 from ifkv.testing import tiny_model, tiny_tokenizer
+from long_answers import long_answer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
 QUESTION = "Which colour is the door?"
@@ -26,18 +27,6 @@ def session() -> ifkv.Session:
     made = ifkv.Session(model, tokenizer, store=MemoryStore())
     made.add(TEXTS)
     return made
-
-
-def long_answer(session: ifkv.Session) -> dict[str, Any]:
-    """Options that make the model say one word again and again.
-
-    Some releases of transformers hand over whole words only, so there has to be an end to them.
-    """
-    word = session.tokenizer.encode("a ", add_special_tokens=False)
-    return {
-        "max_new_tokens": 400,
-        "prefix_allowed_tokens_fn": lambda batch, ids: [word[len(ids) % len(word)]],
-    }
 
 
 def workers() -> list[threading.Thread]:

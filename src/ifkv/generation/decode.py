@@ -19,7 +19,7 @@ from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import embed, row_logits, run_layers
 from ifkv.generation.checks import check_settings
 from ifkv.generation.generate import has_prompt
-from ifkv.generation.greedy import GreedySettings, greedy_part, penalised
+from ifkv.generation.greedy import GreedySettings, greedy_settings, penalised
 from ifkv.generation.settings import GenerationSettings
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import PatchHandle, handle_of
@@ -93,7 +93,7 @@ def generate_many(
     }
     asked = GenerationSettings.of(model, {k: v for k, v in own.items() if v is not None})
     check_settings(model, asked)
-    settings = greedy_part(asked)
+    settings = greedy_settings(asked)
     if isinstance(settings, str):
         raise InvalidInputError(
             f"the model's generation config has {settings}, which generate_many has no part for; "
@@ -182,23 +182,24 @@ def decode(
     Returns:
         For each request the new tokens, long ``[new]``, on the CPU.
     """
-    answers: list[list[int]] = [[] for _ in caches]
     if not caches:
         return []
-    seen = [
-        torch.cat((cache.token_ids, prompt)) for cache, prompt in zip(caches, prompts, strict=True)
-    ]
+    answers: list[list[int]] = [[] for _ in caches]
+    penalty, seen = settings.repetition_penalty, list[Tensor]()
+    if penalty != 1:
+        pairs = zip(caches, prompts, strict=True)
+        seen = [torch.cat((cache.token_ids, prompt)) for cache, prompt in pairs]
     handle = handle_of(model)  # once for all steps
     active = list(range(len(caches)))
     rows = torch.stack(list(logits))
     while True:
-        if settings.repetition_penalty != 1:
-            rows = penalised(rows, [seen[index] for index in active], settings.repetition_penalty)
+        if penalty != 1:
+            rows = penalised(rows, [seen[index] for index in active], penalty)
         chosen = rows.argmax(dim=-1)
         tokens: list[int] = chosen.tolist()  # the only wait for the device in a step
         for index, token in zip(active, tokens, strict=True):
             answers[index].append(token)
-            if settings.repetition_penalty != 1:
+            if penalty != 1:
                 seen[index] = torch.cat((seen[index], seen[index].new_tensor([token])))
             if emit is not None:
                 emit(index, token)

@@ -15,7 +15,7 @@ from ifkv.generation.settings import GenerationSettings
 from ifkv.generation.streaming import Closing
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig
 
 # Settings that do not affect the greedy decoding of one sequence, or that ifkv handles.
 _IDLE = frozenset(
@@ -90,21 +90,15 @@ class GreedySettings:
         return any(closing.closed for closing in self.closings)
 
 
-def greedy_settings(model: PreTrainedModel, given: dict[str, Any]) -> GreedySettings | str:
+def greedy_settings(settings: GenerationSettings) -> GreedySettings | str:
     """Return settings for `generate_many`, or the setting that it does not support.
 
     Args:
-        model: The model, whose generation config counts.
-        given: Keywords for ``model.generate()``, which come before it.
+        settings: All settings of an answer.
 
     Returns:
         The settings, or ``name=value`` of the setting that needs ``model.generate()``.
     """
-    return greedy_part(GenerationSettings.of(model, given))
-
-
-def greedy_part(settings: GenerationSettings) -> GreedySettings | str:
-    """Return `greedy_settings` of given `GenerationSettings`."""
     fields = dict(vars(settings.effective))
     declared = set(vars(_empty()))  # generate() ignores other entries of a file
     known = {name: value for name, value in fields.items() if name in declared}

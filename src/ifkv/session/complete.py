@@ -14,7 +14,7 @@ from ifkv.cache.checks import check_cache
 from ifkv.generation.decode import decode
 from ifkv.generation.finish_reason import FinishReason, finish_reason
 from ifkv.generation.generate import run_generate
-from ifkv.generation.greedy import GreedySettings, greedy_part
+from ifkv.generation.greedy import GreedySettings, greedy_settings
 from ifkv.generation.streaming import text_streamer
 from ifkv.session.answer import Answer, Prepared
 
@@ -64,7 +64,7 @@ def complete(
         check_cache(engine.model, one.cache)  # weights may have changed since it was prepared
     streams = [False] * len(ready) if streams is None else streams
     seeds = [None] * len(ready) if seeds is None else seeds
-    greedy = greedy_part(settings)
+    greedy = greedy_settings(settings)
     if isinstance(greedy, GreedySettings):
         return _decode(engine, ready, settings, greedy, streams, keep)
     return [
