@@ -1,4 +1,4 @@
-"""What can go wrong, in words.
+"""Errors and warnings that ifkv raises.
 
 Every error a caller can provoke is an `IfkvError`. Each message names the value that was
 found, the rule it breaks and what to do about it. Errors about an argument are ``ValueError`` too.
@@ -59,7 +59,7 @@ class DocumentUnreadableError(StoreError):
 
     Attributes:
         key: The document's key, or an empty string if it is about none.
-        reason: What is in the way.
+        reason: Reason why the document cannot be read.
     """
 
     def __init__(self, message: str, *, key: str = "", reason: str = ""):
@@ -77,7 +77,7 @@ class StoreUnavailableError(DocumentUnreadableError):
 
 
 class PromptWarning(UserWarning):
-    """A prompt does not say what its chat template would have said by itself."""
+    """A prompt differs from what its chat template would have written by default."""
 
 
 class StoreWarning(UserWarning):
@@ -93,7 +93,7 @@ class CalibrationWarning(UserWarning):
 
 
 class UpstreamWarning(UserWarning):
-    """A model runs code that nobody has read; ``ifkv verify`` tells whether ifkv fits it."""
+    """A model runs code that ifkv was not reviewed for; check it with ``ifkv verify``."""
 
 
 class StoreFullError(StoreError):

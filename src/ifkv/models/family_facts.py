@@ -101,7 +101,7 @@ def _check_rotation(model: PreTrainedModel, family: Family, attention: Any) -> N
     """Raise if an attention rotates queries and keys differently than ifkv does."""
     apply = attention_function(attention, "apply_rotary_pos_emb")
     if apply is None:
-        return  # it calls code that nobody has read, of which `warn_of_unread_code` warns
+        return  # it calls code that was not reviewed; `warn_of_unread_code` warns of it
     device, half = model.device, DecoderView(model).rotary.inv_freq.numel()
     heads = torch.linspace(-1, 2, 2 * attention.head_dim, device=device)
     heads = heads.reshape(1, 1, 2, attention.head_dim)

@@ -1,4 +1,4 @@
-"""Hashes of upstream's code, which show whether it is the code that somebody has read."""
+"""Hashes of upstream's code, which show whether it is the code that ifkv was reviewed for."""
 
 from __future__ import annotations
 

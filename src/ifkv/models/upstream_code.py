@@ -1,4 +1,4 @@
-"""Check that a model runs upstream code that somebody has read, because ifkv relies on it."""
+"""Check that a model runs upstream code that ifkv was reviewed for, and warn otherwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
-    """Warn once of a model's classes and functions that nobody has read, and name them.
+    """Warn once of a model's classes and functions that were not reviewed, and name them.
 
     Code is compared by its hash and not by its name. So new releases of transformers, subclasses,
     classes that came with a checkpoint, and replaced functions are all noticed.
@@ -40,7 +40,7 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
     if unread:
         warnings.warn(
             f"{', '.join(unread)}: not the code that family {family.name!r} was written for, so "
-            "nobody has read whether ifkv fits it. Check this model with `ifkv verify` (or "
+            "ifkv may not fit it. Check this model with `ifkv verify` (or "
             "ifkv.testing.verify.verify) before you trust its answers.",
             UpstreamWarning,
             stacklevel=3,  # the caller of patch()

@@ -186,7 +186,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         BackendUnavailableError: The backend cannot run here.
 
     Warns:
-        UpstreamWarning: The model runs code that nobody has read; check it with ``ifkv verify``.
+        UpstreamWarning: The model runs code that ifkv was not reviewed for; check it with
+            ``ifkv verify``.
 
     Examples:
         >>> import ifkv

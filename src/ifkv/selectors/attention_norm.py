@@ -36,7 +36,7 @@ class AttentionNorm(QueryRanked):
 
     Attributes:
         layers: Scoring layers.
-        query: Which tokens score; ``both`` adds up the scores of two passes.
+        query: Tokens that score; ``both`` adds up the scores of two passes.
         reduction: Over query tokens.
         geometry: Positions of the documents while they are scored. Any but ``global`` stitches
             the request's documents once more.

@@ -45,7 +45,7 @@ class CacheBlend(Ranked):
     times head_dim and p pairs of a row and a slot up to its own.
 
     Attributes:
-        deviation: Of values, of rotated keys, or the sum of both.
+        deviation: Deviation of values, of rotated keys, or the sum of both.
     """
 
     name: ClassVar[str] = "cacheblend"

@@ -40,10 +40,10 @@ class DeviationAware(Ranked):
     Costs the sum of ``value-aware`` and ``cacheblend``.
 
     Attributes:
-        power: Of the deviation, above 0.
+        power: Power of the deviation, above 0.
         deviation: As in ``cacheblend``.
         layers: Scoring layers.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
         reduction: Over query tokens.
     """
 

@@ -44,7 +44,7 @@ class Entropy(QueryRanked):
 
     Attributes:
         layers: Scoring layers.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
     """
 
     name: ClassVar[str] = "entropy"

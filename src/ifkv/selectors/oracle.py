@@ -46,10 +46,10 @@ class Oracle(Ranked):
     query's pass.
 
     Attributes:
-        deviation: Which errors count; ``none`` leaves the true attention alone.
+        deviation: Errors that count; ``none`` leaves the true attention alone.
         attention: Whose attention counts: the ``true`` cache's, or the ``stitched`` one's.
         layers: Layers that count.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
         reduction: Over query tokens.
     """
 

@@ -41,7 +41,7 @@ class ProphetKV(QueryRanked):
     Attributes:
         shortlist: Share of the slots that each layer proposes, above 0 and at most 1.
         layers: Layers that propose.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
     """
 
     name: ClassVar[str] = "prophetkv"

@@ -130,7 +130,7 @@ class Selector(ABC):
             model: A patched model.
             caches: For each request its cache.
             requests: For each request its prompt and question.
-            budget: Of all requests, or one for each.
+            budget: Budget for all requests, or one for each.
         """
         budgets = Budget.each(budget, len(caches))
         return [self.select(model, *each) for each in zip(caches, requests, budgets, strict=True)]

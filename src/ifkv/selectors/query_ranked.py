@@ -51,7 +51,7 @@ class QueryRanked(Ranked):
 
     Attributes:
         layers: Scoring layers.
-        query: Which tokens score; ``both`` adds up the scores of two passes.
+        query: Tokens that score; ``both`` adds up the scores of two passes.
     """
 
     layers: Layers

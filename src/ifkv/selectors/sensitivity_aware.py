@@ -38,11 +38,11 @@ class SensitivityAware(SinkAware):
     cost, which is that of ``sink-aware``.
 
     Attributes:
-        power: Of the sensitivity, above 0.
+        power: Power of the sensitivity, above 0.
         sinks: As in ``sink-aware``.
         share: As in ``sink-aware``.
         layers: Scoring layers.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
         reduction: As in ``value-aware``.
     """
 

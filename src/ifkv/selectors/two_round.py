@@ -43,9 +43,9 @@ class TwoRound(Selector):
     Costs ``attention-norm`` twice and the recomputation of the first round's slots.
 
     Attributes:
-        share: Of the budget, for the first round; between 0 and 1, rounded down.
+        share: Share of the budget for the first round; between 0 and 1, rounded down.
         layers: Scoring layers.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
         reduction: Over query tokens.
     """
 

@@ -30,7 +30,7 @@ class ValueAware(QueryRanked):
 
     Attributes:
         layers: Scoring layers.
-        query: Which tokens score, as in ``attention-norm``.
+        query: Tokens that score, as in ``attention-norm``.
         reduction: Over query tokens.
     """
 

@@ -27,35 +27,35 @@ class Answer:
     Attributes:
         text: The answer, special tokens left out.
         token_ids: The answer's tokens, long ``[new]``, on the CPU.
-        ttft_seconds: From the question's arrival to the first token's logits.
-        timings: Seconds of each step before that, and of ``decode`` after it. ``load`` is what the
-            store has cost: finding documents, and waiting for rows that were read in the
-            background while other steps ran (copies to a GPU count to the step that waits).
-        scores: What the slots were chosen by, ``[T]`` in the cache's order, on the CPU: the
-            selector's scores. None if nothing had to be scored (ratio 0 or 1).
-        attention: What the question looks at, ``[T]``, on the CPU: with the default selector,
-            the attention norms of the slots times the size of their values, in the layers at 55 to
-            70 % of the depth. None with a selector
-            that does not ask the question, and if nothing had to be scored.
+        ttft_seconds: Seconds from the question's arrival to the first token's logits.
+        timings: Seconds of each step before that, and of ``decode`` after it. ``load`` is the
+            time that the store took: finding documents, and waiting for rows that were read in the
+            background while other steps ran (copies to a GPU count for the step that waits).
+        scores: Selector's scores, by which the slots were chosen, ``[T]`` in the cache's order, on
+            the CPU. None if nothing had to be scored (ratio 0 or 1).
+        attention: The question's attention to each slot, ``[T]``, on the CPU. With the default
+            selector: the slots' attention norms times the norms of their values, in the layers at
+            55 to 70 % of the depth. None with a selector that does not use the question, and if
+            nothing had to be scored.
         slots: Slots that were recomputed, ascending, on the CPU.
         order: For each document of the context, its index among those asked.
         context_ids: The context's tokens ``[T]``, on the CPU.
         document_slices: Slots of each document, in the cache's order.
         prompt_ids: The prompt's tokens, on the CPU.
         first_logits: Logits of the first answered token, float32 ``[vocabulary]``, on the CPU.
-        speedup_bound: S(r) of this request: what a full prefill costs over what this did, in
-            operations, with the selected rows' actual positions.
-        selector: What chose the slots, as `ifkv.selectors.resolve` takes it.
+        speedup_bound: S(r) of this request: operations of a full prefill divided by those of this
+            request, with the selected rows' actual positions.
+        selector: Selector that chose the slots, as text for `ifkv.selectors.resolve`.
         question: The question that was asked.
-        selection_cost: What choosing them cost, reordering included.
-        plan: What ``ratio="auto"`` was decided by; None for other ratios.
+        selection_cost: Cost of choosing the slots, reordering included.
+        plan: Plan that decided ``ratio="auto"``; None for other ratios.
         tokenizer: The session's tokenizer, which turns the context's tokens into text again.
-        finish_reason: Why the answer ended: ``"stop"`` (a stop token of the model),
+        finish_reason: Reason why the answer ended: ``"stop"`` (a stop token of the model),
             ``"stop_string"``, ``"length"`` (it was cut off at its greatest length), ``"time"``
             (cut off at ``max_time``), ``"criteria"`` (the caller's ``stopping_criteria``) or
             ``"closed"`` (its stream was closed).
-        sources: Where each document is from, in the order they were asked; None where nobody said.
-            Of a text that was added under several names, the first.
+        sources: Source of each document, in the order in which documents were given; None if it is
+            not known. For a text that was added under several names, the first one.
 
     In a notebook, an answer is displayed as `to_html` draws it.
     """

@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Engine:
-    """Everything that a question needs; sessions and conversations share one.
+    """Engine that answers questions; a session and its conversations share one.
 
     Attributes:
         model: A patched model.
-        tokenizer: Its tokenizer.
-        format: The layout of its prompts.
+        tokenizer: The model's tokenizer.
+        format: Layout of the model's prompts.
         prefix_ids: Tokens that every document is encoded behind.
         library: The documents.
-        catalog: Where the documents are from.
-        ratios: What recompute ratios mean.
-        selector: What chooses tokens where a question does not say.
-        kv_dtype: Of requests' caches, as in [ifkv.stitch][].
+        catalog: Sources of the documents.
+        ratios: Recompute ratios, which turn ``"auto"`` into a plan.
+        selector: Selector for questions that name none.
+        kv_dtype: Dtype of requests' caches, as in [ifkv.stitch][].
     """
 
     model: PreTrainedModel

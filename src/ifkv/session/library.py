@@ -57,15 +57,15 @@ class Library:
     """Documents of one model behind one prefix.
 
     Attributes:
-        store: Where they are kept.
-        keys: Keys of those that were added, in order, each once.
-        prefilled: How many documents had to be prefilled so far.
+        store: Store that keeps the documents.
+        keys: Keys of the documents that were added, in order, each once.
+        prefilled: Number of documents that have been prefilled so far.
 
     Args:
         model: A patched model.
-        store: Where documents are kept.
-        prefix_ids: What each is encoded behind.
-        decode: Turns token ids into text, for what is said of them.
+        store: Store that keeps the documents.
+        prefix_ids: Tokens that every document is encoded behind.
+        decode: Function from token ids to text, for error messages.
     """
 
     def __init__(

@@ -21,10 +21,10 @@ class AskOptions:
     Attributes:
         ratio: Recompute ratio; the session's if None.
         reorder: Whether the documents that the question finds most in go last.
-        selector: What chooses the tokens to recompute; the session's if None.
+        selector: Selector of the tokens to recompute; the session's if None.
         layers: Scoring layers.
-        max_new_tokens: Length of the answer at most.
-        seed: Of sampling; for several questions one for all or one for each.
+        max_new_tokens: Most tokens of the answer.
+        seed: Seed of sampling; for several questions one for all or one for each.
         generate_kwargs: Keywords for ``model.generate()``.
     """
 

@@ -1,4 +1,4 @@
-"""``ratio="auto"``: a session's recompute ratio is planned anew for every request."""
+"""Recompute ratios of requests: fixed, or planned for every request by ``ratio="auto"``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Ratios:
 
     Args:
         model: A patched model.
-        default: The ratio of requests that give none.
-        backend: As in [ifkv.patch][]; rates are measured with it.
-        planner: Makes the plans. If None, `ifkv.planning.planner_for` makes one for this
-            machine when a plan is first wanted.
+        default: Ratio of requests that give none.
+        backend: Attention backend, as in [ifkv.patch][]; rates are measured with it.
+        planner: Planner that makes the plans. If None, `ifkv.planning.planner_for` makes one for
+            this machine when the first plan is needed.
 
     Raises:
         InvalidInputError: The ratio is neither ``"auto"`` nor a ratio or budget.
@@ -49,11 +49,11 @@ class Ratios:
         """Return the budget of a request that cannot be planned.
 
         Args:
-            ratio: As the request gives it.
-            where: What cannot be planned, for the message.
+            ratio: Ratio that the request gives, or None.
+            where: Kind of request that cannot be planned, for the message.
 
         Raises:
-            InvalidInputError: It would have to be planned, or is a bad ratio.
+            InvalidInputError: The ratio is ``"auto"`` or not a valid ratio.
         """
         given = self._default if ratio is None else ratio
         if given == "auto":
@@ -65,11 +65,13 @@ class Ratios:
     def chooser(self, ratio: Ratio | None, selector: Selector, *, reorder: bool) -> Chooser:
         """Return a function from documents, prompt tokens and question tokens to a budget.
 
-        For ``"auto"`` the machine is measured here if it has to be, before the request's clock
-        starts. A plan that recommends full prefill becomes a ratio of 1, which equals it.
+        For ``"auto"`` the machine is measured here if that has not been done, before the request's
+        time is counted. A plan that recommends full prefill becomes a ratio of 1, which gives the
+        same result.
 
         Raises:
-            InvalidInputError: A bad ratio; or ``"auto"`` with what plans know nothing of.
+            InvalidInputError: The ratio is not valid; or it is ``"auto"`` and the request cannot be
+                planned.
         """
         given = self._default if ratio is None else ratio
         if given != "auto":
@@ -93,7 +95,7 @@ class Ratios:
         return choose
 
     def _planned(self) -> Planner:
-        with self._lock:  # several threads measuring at once would measure each other
+        with self._lock:  # threads that measured at once would slow each other down
             if self._planner is None:
                 from ifkv.planning import planner
 

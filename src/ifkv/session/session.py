@@ -53,35 +53,33 @@ class Session(Uncopied):
 
     Args:
         model: A Llama, Qwen, Mistral or Phi-3 model; it is patched if it is not.
-        tokenizer: Its tokenizer.
-        store: Where documents are kept: a store; or the path or URL of one, which is opened behind
-            2 GiB of memory. If None, in the user's cache folder (or where ``IFKV_STORE`` or
-            ``IFKV_CACHE`` point), so that they are there the next time; for this session alone
-            with ``MemoryStore()``.
+        tokenizer: The model's tokenizer.
+        store: Store that keeps the documents; or its path or URL, which is opened behind 2 GiB of
+            memory. If None, a store in the user's cache folder (or where ``IFKV_STORE`` or
+            ``IFKV_CACHE`` point), in which later sessions find the documents. ``MemoryStore()``
+            keeps them for this session only.
         prefix: Text or token ids that every document is encoded behind; by default what the
             tokenizer's chat template puts before the documents, with ``instruction``.
         instruction: Text before the documents, when the prefix is not given.
-        system: The system prompt, part of the prefix; what the chat template says by itself if
-            None.
+        system: System prompt, part of the prefix; the chat template's default if None.
         chat_template_kwargs: Further variables of the chat template, such as
             ``{"enable_thinking": False}``.
-        date: What is written where the chat template prints today's date, with which no document
-            would be found the next day: a date, as text too (``"2026-01-31"``), or ``"today"``,
-            which stays that of this call. If None, always the same date, with a
-            `PromptWarning`.
+        date: Date for chat templates that print today's, with which no document would be found
+            the next day: a date, also as text (``"2026-01-31"``), or ``"today"``, the day of this
+            call. If None, always the same date, with a `PromptWarning`.
         control_tokens: ``"text"`` takes control tokens such as ``<|im_end|>`` for letters in
             documents and questions, in the instruction and in the system prompt; ``"parse"`` takes
             them for what they are in the chat template, so that whoever writes a document can end
             its message.
-        backend: For [ifkv.patch][].
-        ratio: Of requests that give none; see `ask`.
-        selector: Of requests that give none; see `ask`.
-        planner: Makes the plans of ``ratio="auto"``, in place of one for this machine.
-        kv_dtype: Of each request's cache, as in [ifkv.stitch][]; what the store keeps is
-            another matter (``codec`` of the stores).
+        backend: Attention backend, as in [ifkv.patch][].
+        ratio: Recompute ratio of requests that give none; see `ask`.
+        selector: Selector of requests that give none; see `ask`.
+        planner: Planner for ``ratio="auto"``; one for this machine if None.
+        kv_dtype: Dtype of each request's cache, as in [ifkv.stitch][]. The dtype of stored
+            documents is set by the stores' ``codec``.
 
     Attributes:
-        engine: What answers the questions; conversations share it.
+        engine: Engine that answers the questions; conversations share it.
 
     Examples:
         >>> import ifkv
@@ -227,10 +225,10 @@ class Session(Uncopied):
         Args:
             texts: The documents' texts: a list, or anything else that has them in an order, such
                 as a generator or one column of a table.
-            split: Tokens of a document at most: longer texts are cut into several, at headings,
+            split: Most tokens of a document: longer texts are cut into several, at headings,
                 paragraphs, sentences and, where these are too long themselves, words. If None, a
                 text is a document.
-            sources: Where each text is from: an [ifkv.Source][], or a title. They are kept
+            sources: Source of each text: an [ifkv.Source][], or a title. They are kept
                 beside the documents, are no part of their keys, and come back with answers
                 (`Answer.sources`); those of pieces say which, and where it begins.
             batch_tokens: As in [ifkv.prefill_documents][].
@@ -279,7 +277,7 @@ class Session(Uncopied):
         """Return where documents are from, by key: what this session was told, then the store.
 
         Args:
-            documents: Their keys; all that this session added if None.
+            documents: The documents' keys; all that this session added if None.
         """
         keys = self.engine.library.named(documents)
         known = self.engine.catalog.find(keys)
@@ -292,7 +290,7 @@ class Session(Uncopied):
 
         Args:
             question: The question.
-            count: How many at most; documents that share no word with it are left out.
+            count: Most documents to return; those without a word of the question are left out.
             documents: Keys of those to choose among, as `stored` gives them; all that this
                 session added if None.
 
@@ -333,17 +331,17 @@ class Session(Uncopied):
             reorder: Put the documents the question finds most in last.
             max_new_tokens: Length of the answer at most; 64 if nothing else limits it.
             stream: True prints the answer as it comes; a function is called with each piece.
-            selector: What chooses the tokens to recompute: a name, with options behind a colon, or
-                a selector; see [ifkv.selectors][]. The session's if None.
+            selector: Selector of the tokens to recompute: a name, with options behind a colon, or
+                a selector object; see [ifkv.selectors][]. The session's if None.
             layers: Scoring layers, as in [ifkv.score][], of reordering and of a selector that
                 has some and does not name them itself.
-            seed: Of sampling; torch's own random numbers go on undisturbed.
-            **generate_kwargs: For ``model.generate()``, where they mean what they mean here:
-                sampling, beams, penalties, ``stop_strings``, or a ``generation_config``. What they
-                leave out, the model's own ``generation_config`` says, which
-                ``generation_config.json`` fills: a checkpoint that asks for sampling there is
-                sampled from, ``do_sample=False`` is greedy. ``max_length`` counts from the
-                prompt's start, in the model's own config from the context's.
+            seed: Seed of sampling; torch's own random numbers go on undisturbed.
+            **generate_kwargs: Keywords of ``model.generate()``, with the same meaning:
+                sampling, beams, penalties, ``stop_strings``, or a ``generation_config``. All else
+                is taken from the model's own ``generation_config``, which the checkpoint's
+                ``generation_config.json`` fills. If that asks for sampling, answers are sampled;
+                ``do_sample=False`` makes them greedy. ``max_length`` counts from the prompt's
+                start, in the model's own config from the context's.
 
         Returns:
             The answer.
@@ -367,7 +365,7 @@ class Session(Uncopied):
 
         Args:
             question: The question.
-            **options: As of `ask`.
+            **options: Options as in `ask`.
 
         Returns:
             An iterator over the pieces, for ``for`` or ``async for``, whose ``answer`` is the
@@ -428,7 +426,7 @@ class Session(Uncopied):
             max_new_tokens: As in `ask`, of each answer.
             stream: Called with a question's number and each piece of its answer as it comes.
             layers: As in `ask`.
-            seed: Of sampling: one for each question, or one that all have.
+            seed: Seed of sampling: one for each question, or one for all.
             batch_tokens: Tokens of context, prompt and answer that a batch holds at most, over
                 its questions (a longer one goes alone): it bounds the memory.
             **generate_kwargs: As in `ask`.
