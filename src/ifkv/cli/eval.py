@@ -79,6 +79,14 @@ def evaluate(
             help="Also measure every selector with the documents of the highest scores put last.",
         ),
     ] = False,
+    surrogate: Annotated[
+        str,
+        typer.Option(
+            help="Surrogate contexts to compare, separated by commas: text files that stand before "
+            "each document while it is encoded, and are dropped; files joined by + for the mean "
+            "over several; none for documents encoded alone."
+        ),
+    ] = "none",
     limit: Annotated[
         int | None, typer.Option(help="Largest number of questions. Default: all.", min=1)
     ] = None,
@@ -172,6 +180,7 @@ def evaluate(
     from ifkv.cli.wording import count
     from ifkv.evaluation import Bench, draw, load, matrix, run, settings_of
     from ifkv.evaluation.budgets import parse_budgets
+    from ifkv.evaluation.encodings import encodings_of
     from ifkv.evaluation.progress import ways_bar
     from ifkv.evaluation.results_log import LOCK, only_run
     from ifkv.evaluation.specs import numbers, split_specs
@@ -187,6 +196,7 @@ def evaluate(
             geometries=[name.strip() for name in geometries.split(",") if name.strip()],
             reorder=reorder,
             budgets=parse_budgets(budgets),
+            encodings=encodings_of([each.strip() for each in surrogate.split(",") if each.strip()]),
         )
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_dtype(dtype)

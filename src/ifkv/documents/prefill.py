@@ -65,9 +65,10 @@ def prefill_documents(
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
             ``.prefix`` of documents made earlier, which is then shared and not computed again.
         surrogate: Token ids of a text that stands between prefix and document while it is encoded,
-            and is then dropped ([ifkv.SurrogateContext][]); of several texts, the mean over them,
-            for as many prefills. No document is then exact without recompute. None encodes each
-            document alone.
+            and is then dropped; of several texts, the mean over them, for as many prefills. No
+            document is then exact without recompute. The ``.surrogate`` of documents made earlier,
+            or [ifkv.SurrogateContext.of][], is shared, and its texts are prefilled once. None
+            encodes each document alone.
         batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
             more memory. Default 1024 on a CPU, where more is slower, and 4096 elsewhere.
         progress: Show a progress bar.
@@ -140,8 +141,8 @@ def _prefill_alone(
     return _prefill_batch(model, handle, [ids], ids[:0], None, identity)[0]
 
 
-# The rows of prefix and surrogate texts that a model computed last, and what they are rows of.
-_LAST_ROWS: WeakKeyDictionary[PatchHandle, tuple[object, list[DocumentCache]]] = WeakKeyDictionary()
+# The rows of each surrogate context that is in use, computed last: what of, and the rows.
+_ROWS: WeakKeyDictionary[SurrogateContext, tuple[object, list[DocumentCache]]] = WeakKeyDictionary()
 
 
 def _surrogate_rows(
@@ -151,13 +152,13 @@ def _surrogate_rows(
     surrogate: SurrogateContext,
     identity: str,
 ) -> list[DocumentCache]:
-    """Return the rows of the prefix and each text; those of the last call are not computed anew."""
-    wanted = identity, tuple(prefix_ids.tolist()), surrogate.identity
-    held, rows = _LAST_ROWS.get(handle, (None, []))
+    """Return the rows of the prefix and each text, computed once for one surrogate context."""
+    wanted = identity, tuple(prefix_ids.tolist())
+    held, rows = _ROWS.get(surrogate, (None, []))
     if held != wanted:
         texts = [torch.cat((prefix_ids, text)) for text in surrogate.texts]
         rows = [_prefill_alone(model, handle, text, identity) for text in texts]
-        _LAST_ROWS[handle] = wanted, rows
+        _ROWS[surrogate] = wanted, rows
     return rows
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from ifkv.cost import ModelShape
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.prefill import prefill_documents
+from ifkv.documents.surrogate import SurrogateContext
 from ifkv.documents.token_ids import no_padding
 from ifkv.errors import InvalidInputError
+from ifkv.evaluation.encodings import Encoding
 from ifkv.evaluation.questions import Question
 from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
 from ifkv.patching.handle import patch
@@ -53,9 +55,10 @@ class Bench:
         patch(self.model)
         self.shape = ModelShape.of(self.model)
         self._prefix: DocumentCache | None = None
+        self._surrogates: dict[Encoding, SurrogateContext] = {}
 
-    def documents(self, question: Question) -> list[DocumentCache]:
-        """Return the question's passages, or pieces of them, prefilled."""
+    def parts(self, question: Question) -> list[list[int]]:
+        """Return the token ids of the question's passages, or of pieces of them."""
         parts = [self.format.document_ids(passage.document) for passage in question.passages]
         if self.split is not None:
             parts = fixed_length(parts, self.split)
@@ -64,14 +67,29 @@ class Bench:
                 f"question {question.id!r} has one document, which is exact already: there is "
                 "nothing to recompute. Cut it into pieces of a fixed length (split)."
             )
+        return parts
+
+    def documents(
+        self, question: Question, encoding: Encoding | None = None
+    ) -> list[DocumentCache]:
+        """Return the question's `parts`, prefilled alone or behind a surrogate context."""
+        parts = self.parts(question)
         made = prefill_documents(
             self.model,
             parts,
             attention_mask=no_padding(parts),
             prefix=self._prefix or self.format.prefix_ids(),
+            surrogate=None if encoding is None else self._surrogate(encoding),
         )
         self._prefix = made[0].prefix
         return made
+
+    def _surrogate(self, encoding: Encoding) -> SurrogateContext:
+        """Return the token ids of an encoding's texts, tokenised as documents are."""
+        if encoding not in self._surrogates:
+            texts = [self.format.document_ids(text) for text in encoding.texts]
+            self._surrogates[encoding] = SurrogateContext.of(self.model, texts)
+        return self._surrogates[encoding]
 
     def prompt(self, question: Question) -> list[int]:
         """Return the token ids of the prompt."""

@@ -13,6 +13,7 @@ from ifkv.cache.stitch import stitch
 from ifkv.cost import Cost, prefill_cost, recompute_cost
 from ifkv.documents.cache import DocumentCache
 from ifkv.evaluation.decoding import greedy, teacher_forced
+from ifkv.evaluation.encodings import Encoding
 from ifkv.evaluation.questions import Question
 from ifkv.evaluation.ranked_once import RankedOnce
 from ifkv.evaluation.setup import Bench
@@ -26,6 +27,10 @@ from ifkv.steps.recompute import recompute
 
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
+
+
+# How documents were encoded, and their order; None is the given one.
+Placed = tuple["Encoding | None", tuple[int, ...] | None]
 
 
 class Trial:
@@ -44,17 +49,14 @@ class Trial:
 
     def __init__(self, bench: Bench, question: Question):
         self._bench, self._question = bench, question
-        self._documents = bench.documents(question)
+        self._parts = bench.parts(question)
         self._prompt = bench.prompt(question)
         self._gold = bench.gold(question, self._prompt).to(bench.model.device)
-        self._request = Request(
-            prompt_ids=self._prompt,
-            question_ids=bench.format.encode(question.text),
-            documents=self._documents,
-        )
-        self._caches: dict[tuple[int, ...] | None, StitchedCache] = {}
-        self._ranked: dict[tuple[str, tuple[int, ...] | None], RankedOnce] = {}
-        self._orders: dict[float, tuple[tuple[int, ...], Cost]] = {}
+        self._question_ids = bench.format.encode(question.text)
+        self._documents: dict[Encoding | None, list[DocumentCache]] = {}
+        self._caches: dict[Placed, StitchedCache] = {}
+        self._ranked: dict[tuple[str, Placed], RankedOnce] = {}
+        self._orders: dict[tuple[Encoding | None, float], tuple[tuple[int, ...], Cost]] = {}
         self.reference = self._full_prefill()
 
     def measure(self, ways: Sequence[Way], *, answers: bool = True) -> Iterator[Result]:
@@ -71,7 +73,8 @@ class Trial:
     def _full_prefill(self) -> Reference:
         """Run the model's own forward over the same ids, and return it as the reference."""
         bench, model = self._bench, self._bench.model
-        ids = torch.cat([d.token_ids for d in self._parts()] + [torch.tensor(self._prompt)])
+        parts = [bench.format.prefix_ids(), *self._parts, self._prompt]
+        ids = torch.cat([torch.tensor(part, dtype=torch.long) for part in parts])
         # A plain cache keeps every key, so that it can be cropped where layers slide.
         run: Any = model
         cache = DynamicCache()
@@ -91,7 +94,7 @@ class Trial:
         return Reference(
             context=len(ids) - len(self._prompt),
             prompt=len(self._prompt),
-            documents=len(self._documents),
+            documents=len(self._parts),
             tokens=len(self._reply),
             flops=prefill_cost(bench.shape, len(ids)).flops,
             nll=negative_log_likelihood(gold_logits, self._gold),
@@ -100,17 +103,14 @@ class Trial:
             em=best(exact_match, text, self._question.answers),
         )
 
-    def _parts(self) -> list[DocumentCache]:
-        prefix = self._documents[0].prefix
-        return ([] if prefix is None else [prefix]) + self._documents
-
     @torch.no_grad()
     def _measured(self, way: Way, answers: bool) -> Result:
         bench, model = self._bench, self._bench.model
         order, spent = self._order(way)
-        selection = self._selection(way, order)
+        placed = way.encoding, order
+        selection = self._selection(way, placed)
         spent += selection.cost
-        cache = self._stitched(order).clone()
+        cache = self._stitched(placed).clone()
         first = recompute(model, cache, selection.slots, prompt_ids=self._prompt)
         assert first is not None
         logits = teacher_forced(model, cache, first, self._reply)
@@ -149,30 +149,39 @@ class Trial:
         """Return the documents' order, None for the given one, and the cost of finding it."""
         if not way.reorder:
             return None, Cost()
-        ratio = reorder_ratio(way.budget)
-        if ratio not in self._orders:
-            question = list(self._request.question_ids)
-            asked = PrepareRequest(self._documents, self._prompt, question, way.budget)
+        key = way.encoding, reorder_ratio(way.budget)
+        if key not in self._orders:
+            documents, question = self._encoded(way.encoding), list(self._question_ids)
+            asked = PrepareRequest(documents, self._prompt, question, way.budget)
             (order,), (cost,) = find_orders(self._bench.model, [asked])
-            self._orders[ratio] = tuple(order), cost
-        return self._orders[ratio]
+            self._orders[key] = tuple(order), cost
+        return self._orders[key]
 
-    def _stitched(self, order: tuple[int, ...] | None) -> StitchedCache:
-        """Return the documents stitched in an order, to be read only."""
-        if order not in self._caches:
-            self._caches[order] = stitch(self._bench.model, self._documents, order=order)
-        return self._caches[order]
+    def _encoded(self, encoding: Encoding | None) -> list[DocumentCache]:
+        """Return the documents, prefilled when they are first wanted."""
+        if encoding not in self._documents:
+            self._documents[encoding] = self._bench.documents(self._question, encoding)
+        return self._documents[encoding]
 
-    def _selection(self, way: Way, order: tuple[int, ...] | None) -> Selection:
-        cache = self._stitched(order)
+    def _stitched(self, placed: Placed) -> StitchedCache:
+        """Return documents stitched in an order, to be read only."""
+        if placed not in self._caches:
+            encoding, order = placed
+            documents = self._encoded(encoding)
+            self._caches[placed] = stitch(self._bench.model, documents, order=order)
+        return self._caches[placed]
+
+    def _selection(self, way: Way, placed: Placed) -> Selection:
+        cache = self._stitched(placed)
         if way.selector is None:
             return Selection(torch.zeros(0, dtype=torch.long), None, Cost())
         selector: Selector = way.selector
         if isinstance(selector, Ranked):
-            selector = self._ranked.setdefault((str(selector), order), RankedOnce(selector))
+            selector = self._ranked.setdefault((str(selector), placed), RankedOnce(selector))
         bench = self._bench
+        request = Request(self._prompt, self._question_ids, self._encoded(way.encoding))
         (selection,) = choose(
-            bench.model, [cache], [self._request], [way.budget], selector, bench.tokenizer
+            bench.model, [cache], [request], [way.budget], selector, bench.tokenizer
         )
         return selection
 

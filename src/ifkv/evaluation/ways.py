@@ -9,6 +9,7 @@ from typing import Any
 from ifkv.cache.layout import GEOMETRIES
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.budgets import kind, label
+from ifkv.evaluation.encodings import Encoding
 from ifkv.selectors import Budget, Selector, resolve
 from ifkv.steps.select import budget
 
@@ -24,12 +25,14 @@ class Way:
         ratio: The recompute ratio.
         reorder: True if documents are first ordered by [ifkv.reorder][].
         other: A budget that is not a plain ratio; it replaces the ratio.
+        encoding: The surrogate context of the documents; None if they are encoded alone.
     """
 
     selector: Selector | None = None
     ratio: float = 0.0
     reorder: bool = False
     other: Budget | None = None
+    encoding: Encoding | None = None
 
     @property
     def budget(self) -> Budget:
@@ -38,10 +41,11 @@ class Way:
 
     @property
     def name(self) -> str:
-        """Return the selector as a string, with a note if documents are reordered."""
-        if self.selector is None:
-            return STITCH_ONLY
-        return f"{self.selector} +reorder" if self.reorder else str(self.selector)
+        """Return the selector as a string, and what else was done to the documents."""
+        chosen = STITCH_ONLY if self.selector is None else str(self.selector)
+        moved = " +reorder" if self.reorder else ""
+        behind = "" if self.encoding is None else f" behind {self.encoding}"
+        return chosen + moved + behind
 
     @property
     def key(self) -> str:
@@ -127,8 +131,12 @@ def matrix(
     geometries: Sequence[str] = (),
     reorder: bool = False,
     budgets: Sequence[Budget] = (),
+    encodings: Sequence[Encoding | None] = (None,),
 ) -> list[Way]:
     """Return every way of a matrix: stitching alone first, then selector by selector.
+
+    Stitching alone of documents that were encoded alone is always one of them, because gaps are
+    measured from it.
 
     Args:
         selectors: Selectors, or strings that name them with their options.
@@ -137,6 +145,7 @@ def matrix(
             the selector's own.
         reorder: True to try every selector with documents reordered too.
         budgets: Budgets besides the ratios: numbers, shares of the scores, smoothed ones.
+        encodings: Surrogate contexts of the documents; None encodes them alone.
 
     Returns:
         The ways, each once.
@@ -172,8 +181,14 @@ def matrix(
             variants = [dataclasses.replace(options, geometry=name) for name in geometries]
         chosen.update((str(variant), variant) for variant in variants)
     ways = [Way()]
-    for selector in chosen.values():
-        for moved in (False, True) if reorder else (False,):
-            ways += [Way(selector, float(ratio), moved) for ratio in sorted(set(ratios))]
-            ways += [Way(selector, 0.0, moved, one) for one in others]
+    for encoding in encodings:
+        if encoding is not None:
+            ways.append(Way(encoding=encoding))
+        for selector in chosen.values():
+            for moved in (False, True) if reorder else (False,):
+                ways += [
+                    Way(selector, float(ratio), moved, encoding=encoding)
+                    for ratio in sorted(set(ratios))
+                ]
+                ways += [Way(selector, 0.0, moved, one, encoding) for one in others]
     return ways
