@@ -69,6 +69,22 @@ def test_at_one_rate_a_plan_is_the_counted_arithmetic(
     assert forecast.hot == pytest.approx(forecast.stitch + forecast.select + forecast.recompute)
 
 
+def test_plans_count_what_the_windows_of_layers_leave() -> None:
+    shape = dataclasses.replace(SHAPE, windows=(None, 40, 300, 40, 4000, 300))
+    tokens, prompt = 3000, 50
+    plan = Planner(shape, ideal(shape, RATE)).plan(
+        tokens, documents=3, prompt=prompt, ratios=[0.3], selector="attention-norm"
+    )
+    (forecast,) = plan.forecasts
+    assert plan.prefill == pytest.approx(prefill_cost(shape, tokens + prompt).flops / RATE)
+    rule: Any = resolve("attention-norm")
+    scored = scoring_cost(shape, prompt, tokens, rule.layers.within(shape.num_layers)).flops
+    assert forecast.select == pytest.approx(scored / RATE)
+    spread = 1000 + (torch.arange(forecast.rows) + 0.5) / forecast.rows * 2000
+    counted = recompute_cost(shape, spread, tokens, prompt).flops / RATE
+    assert forecast.recompute == pytest.approx(counted, rel=1e-3)
+
+
 @pytest.mark.parametrize("selector", PLANNED)
 def test_a_plan_counts_what_the_selector_reports(selector: str) -> None:
     model = tiny_model("qwen3", num_layers=6)

@@ -6,14 +6,19 @@ matrices and ``alpha = T heads head_dim / P`` the share of attention relative to
     S(r) = (1 + alpha) / (r (1 + c alpha / 2) + (Q / T) (1 + 2 alpha) (1 + Ls / L))
 
 where c is four times the mean normalised position of the selected rows: 2 if they are spread
-evenly. For c >= 2 the bound is below 1 / r.
+evenly. For c >= 2 the bound is below 1 / r. Where layers have a sliding window, each alpha is
+multiplied by the share of its pairs that lie within it, averaged over the layers.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ifkv.cost.pairs import causal_pairs, spread_pairs
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ifkv.cost.shape import ModelShape
@@ -66,10 +71,20 @@ def speedup_bound(
     """
     alpha = context_length * shape.attention_width / shape.layer_parameters
     c = 4 * position
-    query = query_length / context_length * (1 + 2 * alpha)
+    full = _share(shape, lambda window: causal_pairs(0, context_length, window))
+    rows = _share(shape, lambda window: spread_pairs(1, context_length, position, window))
+    asked = _share(shape, lambda window: causal_pairs(context_length, 1, window))
+    query = query_length / context_length * (1 + 2 * alpha * asked)
     whole = 2.0 * context_length * shape.layer_parameters * shape.num_layers
-    return (1 + alpha) / (
-        ratio * (1 + c * alpha / 2)
+    return (1 + alpha * full) / (
+        ratio * (1 + c * alpha * rows / 2)
         + query * (1 + scoring_layers / shape.num_layers)
         + selection_flops / whole
     )
+
+
+def _share(shape: ModelShape, count_in: Callable[[int | None], float]) -> float:
+    """Return the share of pairs that lie within the layers' windows; 1 without windows."""
+    if not shape.windows:
+        return 1.0
+    return shape.pairs(count_in) / (shape.num_layers * count_in(None))

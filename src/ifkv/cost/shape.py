@@ -10,6 +10,8 @@ from ifkv.models.decoder import DecoderView
 from ifkv.models.families import resolve_family
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -56,6 +58,7 @@ class ModelShape:
         hidden_size: Width of the hidden states.
         head_dim: Elements of one head.
         vocabulary: Rows of the output embedding.
+        windows: Sliding window of each layer, None for a layer without one; empty if none has one.
 
     >>> from ifkv.testing import tiny_model
     >>> shape = ModelShape.of(tiny_model("qwen3", num_heads=4, num_kv_heads=2, head_dim=8))
@@ -72,10 +75,11 @@ class ModelShape:
     hidden_size: int = 0
     head_dim: int = 0
     vocabulary: int = 0
+    windows: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
-        """Read the shape of a model from its first layer, which stands for all.
+        """Read the shape of a model from its first layer, which stands for all but the windows.
 
         Only shapes are read, so the model may be on the ``meta`` device.
         """
@@ -87,6 +91,7 @@ class ModelShape:
         # give beside the queries is keys and values.
         hidden, width = _sizes(layer.self_attn.o_proj)
         kv_width = (attention // hidden - 2 * width) // 2
+        windows = view.windows
         return cls(
             layer_parameters=matrices,
             attention_width=width,
@@ -97,6 +102,7 @@ class ModelShape:
             hidden_size=hidden,
             head_dim=layer.self_attn.head_dim,
             vocabulary=_sizes(view.head)[0],
+            windows=windows if any(windows) else (),
         )
 
     @classmethod
@@ -146,6 +152,33 @@ class ModelShape:
     def layer(self, rows: int, pairs: float, keys: int) -> Cost:
         """Return the cost of rows through one whole decoder layer."""
         return self.product(self.layer_parameters, rows) + self.attention(pairs, keys)
+
+    def pairs(self, count_in: Callable[[int | None], float], layers: int | None = None) -> float:
+        """Add up the pairs of a row and a key over layers.
+
+        Args:
+            count_in: Counts the pairs of one layer; its argument is the layer's window.
+            layers: Number of layers, from the first; all if None.
+        """
+        if not self.windows:
+            return count_in(None) * (self.num_layers if layers is None else layers)
+        return sum(map(count_in, self.windows[:layers]))
+
+    def layers(
+        self,
+        rows: int,
+        count_in: Callable[[int | None], float],
+        keys: int,
+        layers: int | None = None,
+    ) -> Cost:
+        """Return the cost of rows through whole decoder layers; `pairs` explains the arguments."""
+        number = self.num_layers if layers is None else layers
+        attention = self.attention(self.pairs(count_in, layers), 0)
+        return number * self.layer(rows, 0, keys) + attention
+
+    def window(self, layer_idx: int) -> int | None:
+        """Return the sliding window of a layer; None if it has none."""
+        return self.windows[layer_idx] if self.windows else None
 
     def head(self) -> Cost:
         """Return the cost of the logits of one row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ifkv.cost.pairs import causal_pairs, query_pairs, slot_pairs
 from ifkv.cost.shape import Cost, ModelShape
 
 if TYPE_CHECKING:
@@ -12,35 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def causal_pairs(context_length: int, rows: int) -> float:
-    """Count the pairs of a row and a key it sees, for rows right behind a context.
-
-    >>> causal_pairs(10, 2), causal_pairs(0, 3)
-    (23.0, 6.0)
-    """
-    return rows * context_length + rows * (rows + 1) / 2
-
-
 def prefill_cost(shape: ModelShape, length: int) -> Cost:
     """Return the cost of a full prefill of ``length`` tokens, with its keys and values written."""
-    layer = shape.layer(length, causal_pairs(0, length), length)
-    return shape.num_layers * (layer + Cost(bytes=2.0 * length * shape.row_bytes))
-
-
-def spread_pairs(rows: int, context_length: int, position: float = 0.5) -> float:
-    """Estimate the pairs of a row and a key for rows scattered over a context.
-
-    If the slots are known, the number is ``sum(slot + 1)``.
-
-    Args:
-        rows: Selected rows.
-        context_length: Slots of the context, T.
-        position: `mean_position` of the rows.
-
-    >>> spread_pairs(10, 100)
-    510.0
-    """
-    return rows * (position * context_length + 1)
+    through = shape.layers(length, lambda window: causal_pairs(0, length, window), length)
+    return through + Cost(bytes=float(length * shape.token_bytes))
 
 
 def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int) -> Cost:
@@ -54,10 +30,14 @@ def documents_cost(shape: ModelShape, lengths: Sequence[int], prefix_length: int
         prefix_length: Tokens of the prefix.
     """
     rows = sum(lengths)
-    pairs = sum(causal_pairs(prefix_length, length) for length in lengths)
-    layer = shape.layer(rows, pairs, rows + prefix_length)
+    through = shape.layers(
+        rows,
+        lambda window: sum(causal_pairs(prefix_length, length, window) for length in lengths),
+        rows + prefix_length,
+        shape.num_layers - 1,
+    )
     last = shape.product(shape.attention_parameters, rows)
-    return (shape.num_layers - 1) * layer + last + Cost(bytes=float(rows * shape.token_bytes))
+    return through + last + Cost(bytes=float(rows * shape.token_bytes))
 
 
 def stitch_cost(shape: ModelShape, context_length: int) -> Cost:
@@ -80,7 +60,7 @@ def decode_cost(shape: ModelShape, keys: int) -> Cost:
         shape: The model's shape.
         keys: Rows of the cache, the new token's included.
     """
-    through = shape.num_layers * shape.layer(1, keys, keys)
+    through = shape.layers(1, lambda window: causal_pairs(keys - 1, 1, window), keys)
     return through + shape.head() + Cost(bytes=float(shape.token_bytes))
 
 
@@ -113,10 +93,13 @@ def recompute_cost(
         if layer == shape.num_layers - 1:
             total += shape.product(shape.attention_parameters, rows)
         else:
-            pairs = float((alive.double() + 1).sum()) + causal_pairs(context_length, prompt_length)
+            window = shape.window(layer)
+            pairs = slot_pairs(alive, window) + causal_pairs(context_length, prompt_length, window)
             seen = keys if prompt_length else int(alive.max()) + 1
             total += shape.layer(rows, pairs, seen)
-    return total + shape.layer(1, keys, keys) if prompt_length else total
+    if prompt_length == 0:
+        return total
+    return total + shape.layer(1, causal_pairs(keys - 1, 1, shape.window(-1)), keys)
 
 
 def scoring_cost(
@@ -133,15 +116,32 @@ def scoring_cost(
         context_length: Slots of the context, T.
         layers: Scoring layers, counted from 0.
     """
-    deepest, pairs = max(layers), causal_pairs(context_length, query_length)
-    attention = shape.attention(pairs, context_length)
-    norms = Cost(
-        2.0 * shape.attention_width * query_length * context_length,
-        float(context_length * shape.row_bytes),
-    )
+    deepest = max(layers)
+
+    def pairs(window: int | None) -> float:
+        return causal_pairs(context_length, query_length, window)
+
     return (
-        deepest * shape.layer(query_length, pairs, context_length)
+        shape.layers(query_length, pairs, context_length, deepest)
         + shape.product(shape.attention_parameters, query_length)
-        + attention
-        + len(set(layers)) * norms
+        + shape.attention(pairs(shape.window(deepest)), context_length)
+        + norms_cost(shape, query_length, context_length, layers)
     )
+
+
+def norms_cost(
+    shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
+) -> Cost:
+    """Return the cost of the query's second products with the context's keys in scoring layers.
+
+    Args:
+        shape: The model's shape.
+        query_length: Scoring tokens, Q.
+        context_length: Slots of the context, T.
+        layers: Scoring layers, counted from 0.
+    """
+    cost = Cost(bytes=float(len(set(layers)) * context_length * shape.row_bytes))
+    for layer in set(layers):
+        pairs = query_pairs(context_length, query_length, shape.window(layer))
+        cost += Cost(2.0 * shape.attention_width * pairs)
+    return cost

@@ -67,6 +67,15 @@ class DecoderView:
         return tuple(read)
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Return the sliding window of each layer; None for a layer without one.
+
+        An attention has its own window in some families, and reads the config's in others.
+        """
+        stated = getattr(self.config, "sliding_window", None)
+        return tuple(getattr(layer.self_attn, "sliding_window", stated) for layer in self.layers)
+
+    @property
     def rotary(self) -> Any:
         """Return the module that makes cosines and sines."""
         return self.stack.rotary_emb

@@ -2,7 +2,9 @@
 
 Predicted times are the counts of `ifkv.cost` at the rates of [ifkv.planning.calibration][]: rows
 through a layer, pairs of a row and a key, bytes stitched, one read of the vocabulary's matrix. On a
-machine with one rate for everything and no overhead, the prediction is the arithmetic itself.
+machine with one rate for everything and no overhead, the prediction is the arithmetic itself. Where
+layers have a sliding window, pairs beyond it are taken to need no time. An attention that computes
+and masks them, as SDPA does in full prefill, takes longer than predicted.
 
 `ifkv.planning.plan.choose` takes the largest ratio whose hot time to first token is predicted to be
 ``speedup`` times faster than full prefill (twice by default), since answers come nearer to full
@@ -19,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ifkv.cost import ModelShape, causal_pairs, scoring_cost, speedup_bound, spread_pairs
+from ifkv.cost import (
+    ModelShape,
+    causal_pairs,
+    query_pairs,
+    scoring_cost,
+    speedup_bound,
+    spread_pairs,
+)
 from ifkv.errors import CalibrationWarning
 from ifkv.planning.calibration import Rates, rates_for
 from ifkv.planning.plan import Forecast, Plan, choose
@@ -134,9 +143,9 @@ class Planner:
 
     def _prefill(self, tokens: int) -> float:
         shape, rates = self.shape, self.rates
-        pairs = 4 * shape.attention_width * causal_pairs(0, tokens)
-        layer = rates.layer.at(tokens) + pairs / rates.prefill_attention.at(tokens, 1)
-        return shape.num_layers * layer + self._head()
+        pairs = shape.pairs(lambda window: causal_pairs(0, tokens, window))
+        attention = 4 * shape.attention_width * pairs / rates.prefill_attention.at(tokens, 1)
+        return shape.num_layers * rates.layer.at(tokens) + attention + self._head()
 
     def _forecast(
         self,
@@ -190,16 +199,14 @@ class Planner:
     def _scoring(self, tokens: int, query: int, layers: list[int]) -> float:
         shape, rates = self.shape, self.rates
         wide = shape.attention_width
-        attention = 4 * wide * causal_pairs(tokens, query)
-        attention /= rates.query_attention.at(tokens, query)
-        norms = 2 * wide * query * tokens / rates.norms.at(tokens, query)
-        through = rates.layer.at(query)
+        deepest, through = max(layers), rates.layer.at(query)
+        attended = shape.pairs(lambda window: causal_pairs(tokens, query, window), deepest + 1)
+        scored = sum(query_pairs(tokens, query, shape.window(layer)) for layer in layers)
         # The deepest layer runs without its MLP.
         return (
-            max(layers) * (through + attention)
-            + through * self._attention_share
-            + attention
-            + len(layers) * norms
+            (deepest + self._attention_share) * through
+            + 4 * wide * attended / rates.query_attention.at(tokens, query)
+            + 2 * wide * scored / rates.norms.at(tokens, query)
         )
 
     def _recompute(self, tokens: int, rows: int, prompt: int, position: float) -> float:
@@ -207,15 +214,20 @@ class Planner:
         wide, every = shape.attention_width, rows + prompt
         through = rates.layer.at(every)
         rate = rates.rows_attention.at(tokens, every / tokens)
-        pairs = spread_pairs(rows, tokens, position) + causal_pairs(tokens, prompt)
-        one = causal_pairs(tokens + prompt - 1, 1) * 4 * wide / rates.query_attention.at(tokens, 1)
+
+        def pairs(window: int | None) -> float:
+            spread = spread_pairs(rows, tokens, position, window)
+            return spread + causal_pairs(tokens, prompt, window)
+
+        attended = shape.pairs(pairs, shape.num_layers - 1)
+        one = causal_pairs(tokens + prompt - 1, 1, shape.window(-1))
         # In the last layer, all rows give keys and values, but only the last row runs through the
         # rest.
         return (
-            (shape.num_layers - 1) * (through + 4 * wide * pairs / rate)
-            + through * self._attention_share
+            (shape.num_layers - 1 + self._attention_share) * through
+            + 4 * wide * attended / rate
             + rates.layer.at(1)
-            + one
+            + 4 * wide * one / rates.query_attention.at(tokens, 1)
             + self._head()
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifkv.backends.base import RowPlan
 from ifkv.cache.checks import check_cache
-from ifkv.cost import Cost, ModelShape
+from ifkv.cost import Cost, ModelShape, causal_pairs
 from ifkv.errors import InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers
 from ifkv.forward.passes import LayerCall
@@ -100,7 +100,7 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 def _cost(shape: ModelShape, start: int, total: int) -> Cost:
     rows = total - start
-    pairs = (start + 1 + total) * rows / 2
+    pairs = causal_pairs(start, rows, shape.window(0))
     compared = Cost(bytes=2.0 * rows * shape.row_bytes)
     return (
         shape.layer(rows, pairs, total) + shape.product(shape.attention_parameters, rows) + compared

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ifkv.backends.norms import NORM_BLOCK, hidden_by_window
 from ifkv.backends.partial import explicit_logits
-from ifkv.cost import Cost, ModelShape
+from ifkv.cost import Cost, ModelShape, norms_cost
 from ifkv.selectors.options import DEFAULT_LAYERS, Layers
 from ifkv.selectors.query_ranked import Query, QueryRanked
 from ifkv.selectors.registry import register
@@ -62,8 +62,7 @@ class Entropy(QueryRanked):
         self, shape: ModelShape, query_length: int, context_length: int, layers: Sequence[int]
     ) -> Cost:
         """Return the cost of the query's second products with the keys."""
-        products = 2.0 * shape.attention_width * query_length * context_length
-        return len(layers) * Cost(products, bytes=float(context_length * shape.row_bytes))
+        return norms_cost(shape, query_length, context_length, layers)
 
 
 def focused_attention(view: QueryView) -> Tensor:
