@@ -67,7 +67,7 @@ def prefill_documents(
         surrogate: Token ids of a text that stands between prefix and document while it is encoded,
             and is then dropped; of several texts, the mean over them, for as many prefills. No
             document is then exact without recompute. The ``.surrogate`` of documents made earlier,
-            or [ifkv.SurrogateContext.of][], is shared, and its texts are prefilled once. None
+            or an [ifkv.SurrogateContext][], is shared, and its texts are prefilled once. None
             encodes each document alone.
         batch_tokens: Tokens of one forward at most (a longer document goes alone); more takes
             more memory. Default 1024 on a CPU, where more is slower, and 4096 elsewhere.
