@@ -156,6 +156,8 @@ def test_the_default_store_leaves_half_of_the_free_disk(
     assert opened.stats().documents == 2
     assert open_store(max_bytes=7).stats().max_bytes == 7
     assert open_store(tmp_path).stats().max_bytes is None
+    with pytest.raises(InvalidInputError, match=r"max_bytes is 7, but a store behind a URL"):
+        open_store(f"memory://{tmp_path}", max_bytes=7)
 
 
 def test_an_interrupted_add_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

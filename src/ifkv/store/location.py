@@ -38,10 +38,16 @@ def open_store(
         A `DiskStore` or a `RemoteStore`.
 
     Raises:
+        InvalidInputError: A URL is given a budget, or the codec is unknown.
         StoreError: It cannot be opened.
     """
     named = where if where is not None else os.environ.get("IFKV_STORE")
     if named is not None and "://" in str(named):
+        if max_bytes is not None:
+            raise InvalidInputError(
+                f"max_bytes is {max_bytes}, but a store behind a URL ({named}) has no budget. "
+                "Leave it out, or put a DiskStore that has one in front, by a TieredStore."
+            )
         return RemoteStore(str(named), codec=codec)
     path = default_store_path() if where is None else Path(where)
     try:

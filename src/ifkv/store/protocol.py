@@ -80,7 +80,8 @@ class DocumentStore(Protocol):
             Its key.
 
         Raises:
-            StoreFullError: It does not fit; nothing was stored.
+            StoreFullError: It does not fit; nothing was stored, except that the prefix may have
+                been.
             InvalidInputError: The document contradicts itself.
         """
         ...
