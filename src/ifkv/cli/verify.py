@@ -48,8 +48,8 @@ def verify(
             broken += not result.holds
             allowed = f"{result.tolerance:.1e}" if result.tolerance else "same bits"
             mark = "[green]holds[/]" if result.holds else "[bold red]BROKEN[/]"
-            table.add_row(result.law, f"{result.error:.1e}", allowed, mark)
-            status.update(f"checked: {result.law}")
+            table.add_row(result.name, f"{result.error:.1e}", allowed, mark)
+            status.update(f"checked: {result.name}")
     console.print(table)
     if broken:
         found = "1 property does" if broken == 1 else f"{broken} properties do"

@@ -84,8 +84,6 @@ class Bootstrap:
         0 is stitching alone, 1 a full prefill. Sums over questions are taken before the division,
         so a question without a gap neither counts nor divides by zero. The sign of a metric
         cancels. NaN if there is no gap.
-        counts nor divides by zero. 0 is stitching alone, 1 a full prefill; the signs of a metric
-        cancel. NaN where there is no gap.
         """
 
         def share(sums: Values) -> Values:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ifkv.evaluation.bootstrap import Estimate
 from ifkv.evaluation.chart import HEIGHT, WIDTH, Chart, Line, Point
-from ifkv.evaluation.summary_rows import FULL, Row
+from ifkv.evaluation.summary_rows import FULL, SummaryRow
 from ifkv.evaluation.tables import estimate, evaluation_only
 from ifkv.evaluation.ways import STITCH_ONLY
 
@@ -27,7 +27,7 @@ _PLOTS = (
 
 def render(
     title: str,
-    rows: Sequence[Row],
+    rows: Sequence[SummaryRow],
     sections: Sequence[tuple[str, str, list[str], list[list[str]]]],
     settings: dict[str, Any],
 ) -> str:
@@ -57,7 +57,9 @@ def render(
     )
 
 
-def _chart(rows: Sequence[Row], what: str, title: str, hint: str, percent: bool) -> Chart | None:
+def _chart(
+    rows: Sequence[SummaryRow], what: str, title: str, hint: str, percent: bool
+) -> Chart | None:
     """Return the plot of one metric; None if full prefill or stitching alone lacks it."""
     levels = []
     for row in rows:
@@ -80,7 +82,7 @@ def _chart(rows: Sequence[Row], what: str, title: str, hint: str, percent: bool)
     return Chart(title, hint, lines, levels, percent)
 
 
-def _point(row: Row, what: str, percent: bool, ceiling: bool) -> Point | None:
+def _point(row: SummaryRow, what: str, percent: bool, ceiling: bool) -> Point | None:
     value: Estimate | None = getattr(row, what)
     if value is None or not math.isfinite(value.value):
         return None

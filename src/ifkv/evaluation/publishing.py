@@ -10,6 +10,7 @@ from ifkv.evaluation.page import render
 from ifkv.evaluation.results_log import Ledger
 from ifkv.evaluation.summary import Summary
 from ifkv.evaluation.tables import comma_separated, csv_of, markdown, sections
+from ifkv.utils.files import write_whole
 
 SUMMARY, TABLE, PAIRS = "summary.md", "summary.csv", "differences.csv"
 PAGE = "summary.html"
@@ -60,6 +61,6 @@ def publish(
     written = []
     for name, content in contents.items():
         path = ledger.folder / name
-        path.write_text(content, encoding="utf-8")
+        write_whole(path, content)
         written.append(path)
     return summary, written

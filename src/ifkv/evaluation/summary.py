@@ -11,7 +11,7 @@ import numpy as np
 from ifkv.errors import InvalidInputError
 from ifkv.evaluation.bootstrap import Bootstrap, Estimate, Values, at_costs
 from ifkv.evaluation.results_log import Ledger
-from ifkv.evaluation.summary_rows import FULL, Difference, Row
+from ifkv.evaluation.summary_rows import FULL, Difference, SummaryRow
 from ifkv.evaluation.ways import STITCH_ONLY
 
 SOLVED_F1 = 0.5
@@ -85,7 +85,7 @@ class Summary:
         return sorted(ratio for name, ratio in self.keys if name == way)
 
     @functools.cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SummaryRow]:
         """Return the rows: full prefill, stitching alone, then every way by ratio."""
         named = [(way, ratio) for way in self.ways for ratio in self.ratios(way)]
         return [self._full(), *(self._row(key) for key in [(STITCH_ONLY, 0.0), *named])]
@@ -141,13 +141,13 @@ class Summary:
     def _reference(self, what: str, questions: Sequence[str]) -> Values:
         return np.array([self._references[question][what] for question in questions], dtype=float)
 
-    def _full(self) -> Row:
+    def _full(self) -> SummaryRow:
         questions = list(self._results)
         boot = self._bootstrap(len(questions))
         zero, one = np.zeros(len(questions)), np.ones(len(questions))
         stitched: Key = (STITCH_ONLY, 0.0)
         nll = self._reference("nll", questions)
-        return Row(
+        return SummaryRow(
             way=FULL,
             ratio=1.0,
             budget="1",
@@ -164,7 +164,7 @@ class Summary:
             em=boot.mean(self._reference("em", questions)),
         )
 
-    def _row(self, key: Key) -> Row:
+    def _row(self, key: Key) -> SummaryRow:
         questions = self._questions(key)
         boot = self._bootstrap(len(questions))
         full = self._reference("flops", questions).sum()
@@ -178,7 +178,7 @@ class Summary:
             values = column(what)
             return None if np.isnan(values).any() else boot.mean(values)
 
-        return Row(
+        return SummaryRow(
             way=key[0],
             ratio=key[1] if key in self._plain else None,
             budget=self._budgets[key],

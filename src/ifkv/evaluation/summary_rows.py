@@ -11,7 +11,7 @@ FULL = "full prefill"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """Measurements of one way over all questions that were asked in it.
 
     Attributes:
@@ -47,6 +47,9 @@ class Row:
     budget: str
 
 
+Row = SummaryRow  # another name of it
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """Difference between two ways over the same questions: which is nearer to full prefill.
@@ -71,7 +74,7 @@ class Difference:
     budget: str
 
 
-def as_dict(row: Row | Difference) -> dict[str, Any]:
+def as_dict(row: SummaryRow | Difference) -> dict[str, Any]:
     """Return a row's numbers by name, intervals as ``name_low`` and ``name_high``."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(row):

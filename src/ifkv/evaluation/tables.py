@@ -10,7 +10,7 @@ from typing import Any
 
 from ifkv.evaluation.bootstrap import Estimate
 from ifkv.evaluation.summary import Summary
-from ifkv.evaluation.summary_rows import FULL, Difference, Row, as_dict
+from ifkv.evaluation.summary_rows import FULL, Difference, SummaryRow, as_dict
 from ifkv.evaluation.ways import STITCH_ONLY
 from ifkv.selectors import names, selector_class
 
@@ -55,7 +55,9 @@ def factor(value: Estimate) -> str:
     return f"{value.value:.2f}× [{value.low:.2f}, {value.high:.2f}]"
 
 
-def quality_table(rows: Sequence[Row], *, brief: bool = False) -> tuple[list[str], list[list[str]]]:
+def quality_table(
+    rows: Sequence[SummaryRow], *, brief: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells of the quality table, with counts of questions if they differ.
 
     If brief, only the gap has its interval.
@@ -185,6 +187,6 @@ def comma_separated(lines: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def csv_of(rows: Iterable[Row | Difference], **further: Any) -> list[dict[str, Any]]:
+def csv_of(rows: Iterable[SummaryRow | Difference], **further: Any) -> list[dict[str, Any]]:
     """Return rows for `comma_separated`, with further columns in front."""
     return [{**further, **as_dict(row)} for row in rows]

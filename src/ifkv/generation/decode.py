@@ -152,9 +152,7 @@ def _check_request(
     length = cache.query_position + len(prompt)
     handle.rope.check_length(length, "context and prompt")
     limit = settings.new_tokens(cache.context_length, len(prompt))
-    if handle.rope.rope_type == "longrope":
-        # The last new token is not run.
-        handle.rope.check_length(length + limit - 1, "context, prompt and answer")
+    handle.rope.check_answer(length, limit, "context, prompt and answer")
     return prompt, limit
 
 

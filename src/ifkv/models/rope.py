@@ -116,6 +116,21 @@ class Rope:
                 f"{length} positions are needed for {what}, but {self.limit_reason}. {advice}"
             )
 
+    def check_answer(self, length: int, new_tokens: int, what: str) -> None:
+        """Raise if an answer would make longrope change its frequencies.
+
+        Args:
+            length: Positions that context and prompt take.
+            new_tokens: Length of the answer at most.
+            what: Name of context, prompt and answer together, for the message.
+
+        Raises:
+            InvalidInputError: The rope type is longrope, and the answer would reach further than
+                `limit`.
+        """
+        if new_tokens and self.rope_type == "longrope":
+            self.check_length(length + new_tokens - 1, what)  # the last new token is not run
+
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Compute cosines and sines by the model's rotary module, with its attention scaling.
 

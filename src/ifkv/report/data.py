@@ -127,7 +127,7 @@ class Report:
             answer: The answer. Without scores (ratio 0 or 1) every token counts the same.
             rows: The ways compared.
             titles: Names of the documents, in the order in which they were given; the answer's
-                sources if None.
+                sources if not given.
         """
         titles = titles or ["" if source is None else str(source) for source in answer.sources]
         ids = answer.context_ids.tolist()

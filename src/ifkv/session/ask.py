@@ -141,8 +141,7 @@ class _Questions:
             with self._naming(index):
                 rope.check_length(length, "context and prompt")
                 limit = 0 if settings is None else settings.new_tokens(context, len(prompt))
-                if limit and rope.rope_type == "longrope":
-                    rope.check_length(length + limit - 1, "context, prompt and answer")
+                rope.check_answer(length, limit, "context, prompt and answer")
             sizes.append(length + limit)
         return sizes
 

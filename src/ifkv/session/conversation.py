@@ -271,8 +271,7 @@ class Conversation(Uncopied):
             context += self._cache.context_length
         limit = settings.new_tokens(context, prompt)
         rope = handle_of(self._engine.model).rope
-        if rope.rope_type == "longrope":
-            rope.check_length(length + limit - 1, "the conversation and answer")
+        rope.check_answer(length, limit, "the conversation and answer")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -105,14 +105,14 @@ def prepare(
     with timed("recompute and prompt"):
         slots = [found.slots for found in selections]
         logits = recompute_many(model, caches, slots, prompts=prompts)
-    prepared = []
+    prepared, shape = [], ModelShape.of(model)
     for cache, prompt, row, found, before in zip(
         caches, prompts, logits, selections, spent, strict=True
     ):
         assert row is not None
         cost = before + found.cost
         bound = speedup_bound(
-            ModelShape.of(model),
+            shape,
             context_length=cache.context_length,
             query_length=len(prompt),
             ratio=len(found.slots) / cache.context_length,
@@ -120,7 +120,7 @@ def prepare(
             selection_flops=cost.flops,
         )
         chosen = dataclasses.replace(found, cost=cost)
-        prepared.append(finished(cache, prompt, row, chosen, how.selector, bound, timed))
+        prepared.append(prepared_of(cache, prompt, row, chosen, how.selector, bound, timed))
     return prepared
 
 
@@ -203,7 +203,7 @@ def _read_shared(requests: Sequence[Sequence[DocumentCache]], *, every: bool) ->
                 _ = document.keys
 
 
-def finished(
+def prepared_of(
     cache: StitchedCache,
     prompt_ids: list[int],
     logits: Tensor,

@@ -16,7 +16,7 @@ from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import handle_of
 from ifkv.selectors import Budget, Request, Selection, Selector
-from ifkv.session.prepare import choose, finished
+from ifkv.session.prepare import choose, prepared_of
 from ifkv.session.prompt_format import check_question
 from ifkv.session.stopwatch import Stopwatch
 from ifkv.steps.pending_rows import defer
@@ -182,5 +182,5 @@ def prepare_turn(
     new = recompute_cost(shape, torch.arange(start, length), length, len(turn.prompt_ids))
     own = recompute_cost(shape, ran, length, len(turn.prompt_ids)) + selection.cost
     bound = new.flops / own.flops
-    ready = finished(cache, turn.prompt_ids, logits, selection, selector, bound, timed)
+    ready = prepared_of(cache, turn.prompt_ids, logits, selection, selector, bound, timed)
     return dataclasses.replace(ready, question=asked.question)

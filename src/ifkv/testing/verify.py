@@ -49,18 +49,23 @@ POISON = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class LawResult:
+class PropertyResult:
     """Measured result for one property of the method.
 
     Attributes:
-        law: The property, in words.
+        name: The property, in words.
         error: Largest deviation, relative to the largest value compared.
         tolerance: Largest error that is allowed; 0 if bits must be equal.
     """
 
-    law: str
+    name: str
     error: float
     tolerance: float
+
+    @property
+    def law(self) -> str:
+        """Return the name."""
+        return self.name
 
     @property
     def holds(self) -> bool:
@@ -68,8 +73,11 @@ class LawResult:
         return self.error <= self.tolerance
 
 
+LawResult = PropertyResult  # another name of it
+
+
 @torch.no_grad()
-def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[LawResult]:
+def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterator[PropertyResult]:
     """Check the properties of the method on a model, with random token ids.
 
     Args:
@@ -103,7 +111,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
     allowed = yardstick(model, ids, total, truth)
 
     with patch(model):
-        yield LawResult(
+        yield PropertyResult(
             "a patched model without our caches gives the same bits",
             0.0 if torch.equal(native(ids).logits, before) else float("inf"),
             0.0,
@@ -113,7 +121,7 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
         sizes = _Sizes(total, first, range(len(truth.cache.layers)))
         yield from _properties(model, documents, prompt, truth, sizes, allowed)
         alone = prefill_documents(model, [parts[1]], prefix=prefix)[0]
-        yield LawResult(
+        yield PropertyResult(
             "documents are alone: a cache does not depend on its neighbours",
             max(
                 error(alone.keys, documents[1].keys),
@@ -139,17 +147,17 @@ def _properties(
     native: NativePass,
     sizes: _Sizes,
     allowed: Yardstick,
-) -> Iterator[LawResult]:
+) -> Iterator[PropertyResult]:
     total, first, layers = sizes.total, sizes.first, sizes.layers
     truth, expected, tolerance = native.cache, native.logits, allowed.rows
     everything = slice(0, total)
     stitched = stitch(model, documents)
-    yield LawResult(
+    yield PropertyResult(
         "first layer: right at every slot without recompute",
         cache_error(stitched, truth, everything, range(1)),
         tolerance,
     )
-    yield LawResult(
+    yield PropertyResult(
         "first document: right in every layer, and so is the prefix",
         cache_error(stitched, truth, slice(0, first), layers),
         tolerance,
@@ -158,18 +166,18 @@ def _properties(
     whole = stitched.clone()
     logits = recompute(model, whole, range(total), prompt_ids=prompt)
     assert logits is not None
-    yield LawResult(
+    yield PropertyResult(
         "everything recomputed: keys and values equal full prefill's",
         cache_error(whole, truth, everything, layers),
         tolerance,
     )
-    yield LawResult(
+    yield PropertyResult(
         "everything recomputed: logits equal full prefill's", error(logits, expected), tolerance
     )
     rest = stitched.clone()
     logits = recompute(model, rest, range(first, total), prompt_ids=prompt)
     assert logits is not None
-    yield LawResult(
+    yield PropertyResult(
         "all but the exact rows: prefix and first document left out",
         error(logits, expected),
         tolerance,
@@ -183,7 +191,7 @@ def _properties(
             return_dict_in_generate=True,
             output_logits=True,
         )
-    yield LawResult(
+    yield PropertyResult(
         "generate() continues from these logits",
         error(answer.logits[0][0], expected),
         max(tolerance, SINGLE),  # transformers hands them out in float32
@@ -191,7 +199,7 @@ def _properties(
 
     scores = score(model, stitched, prompt)
     asked = torch.tensor([prompt], device=model.device)
-    yield LawResult(
+    yield PropertyResult(
         "scores are the norms of the attentions that the model itself computes",
         error(scores, native_scores(model, asked, total, stitched.clone(), [len(prompt)])),
         max(allowed.scores, SINGLE),  # eager attention is computed in float32
@@ -207,13 +215,13 @@ def _selection_properties(
     prompt: list[int],
     truth: Any,
     tolerance: float,
-) -> Iterator[LawResult]:
+) -> Iterator[PropertyResult]:
     layers = range(len(stitched.layers))
     everything = slice(0, stitched.context_length)
     cache = stitched.clone()
     recompute(model, cache, slots)
     if len(layers) > 1:
-        yield LawResult(
+        yield PropertyResult(
             "second layer: right at selected slots",
             cache_error(cache, truth, slots, range(1, 2)),
             tolerance,
@@ -226,13 +234,13 @@ def _selection_properties(
         and torch.equal(a.values[:, :, untouched], b.values[:, :, untouched])
         for a, b in zip(cache.layers, stitched.layers, strict=True)
     )
-    yield LawResult(
+    yield PropertyResult(
         "unselected rows untouched: they keep their bits", 0.0 if equal else float("inf"), 0.0
     )
 
     again = cache.clone()
     recompute(model, again, slots)
-    yield LawResult(
+    yield PropertyResult(
         "twice is once: recomputing again changes nothing",
         cache_error(again, cache, everything, layers),
         tolerance,
@@ -242,14 +250,14 @@ def _selection_properties(
         layer.keys[:, :, slots] = POISON
         layer.values[:, :, slots] = POISON
     recompute(model, poisoned, slots)
-    yield LawResult(
+    yield PropertyResult(
         "old rows unread: what stood at selected slots has no influence",
         cache_error(poisoned, cache, everything, layers),
         tolerance,
     )
     blocks = stitched.clone()
     recompute(model, blocks, slots, block_tokens=5)
-    yield LawResult(
+    yield PropertyResult(
         "blocks: front to back they equal one pass",
         cache_error(blocks, cache, everything, layers),
         tolerance,
@@ -259,7 +267,7 @@ def _selection_properties(
     one_by_one = recompute(model, cache, [], prompt_ids=prompt)
     assert together is not None
     assert one_by_one is not None
-    yield LawResult(
+    yield PropertyResult(
         "fused with the prompt: one pass equals two",
         error(together, one_by_one),
         tolerance,

@@ -15,7 +15,7 @@ from ifkv.planning.calibration.curves import Curve, Grid
 from ifkv.planning.calibration.disk import measure_disk
 from ifkv.planning.calibration.rates import Rates
 from ifkv.planning.calibration.timing import Clock, Probe, grow, run_in_passes
-from ifkv.planning.calibration.workloads import Bench, ascending, few_layers
+from ifkv.planning.calibration.workloads import Workloads, ascending, few_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -70,23 +70,23 @@ def measure(
     model = few_layers(config, dtype, device, shape)
     clock, limit = Clock(device), config.max_position_embeddings
     with patch(model, backend=backend):
-        bench = Bench(model, shape)
+        work = Workloads(model, shape)
         depths: dict[int, int] = {}
         pairs: dict[tuple[int, float], float] = {}
 
         def layers(rows: int) -> list[Probe]:
-            run, depths[rows] = bench.through_layers(rows)
+            run, depths[rows] = work.through_layers(rows)
             return [Probe(run)]
 
         def scattered(context: int) -> list[Probe]:
             probes = []
             for share in SHARES:
-                run, pairs[context, share] = bench.rows_attention(context, share)
+                run, pairs[context, share] = work.rows_attention(context, share)
                 probes.append(Probe(run))
             return probes
 
         def queries(context: int) -> list[Probe]:
-            return [Probe(run) for q in QUERIES for run in bench.query_attention(context, q)]
+            return [Probe(run) for q in QUERIES for run in work.query_attention(context, q)]
 
         contexts = ascending(CONTEXTS, limit)
         through = grow(
@@ -94,7 +94,7 @@ def measure(
         )
         full = grow(
             ascending(TOKENS, limit),
-            lambda tokens: [Probe(bench.prefill_attention(tokens))],
+            lambda tokens: [Probe(work.prefill_attention(tokens))],
             clock,
             limit=probe_seconds,
             power=2,
@@ -102,14 +102,14 @@ def measure(
         rows = grow(contexts, scattered, clock, limit=probe_seconds, power=2)
         asked = grow(contexts, queries, clock, limit=probe_seconds, power=1)
         tokens = min(STITCHED_TOKENS, limit)
-        few, stitched_bytes = bench.stitching(1, tokens)
-        many, _ = bench.stitching(STITCHED_DOCUMENTS, tokens)
-        head, head_bytes = bench.head()
-        sizes, value_bytes = bench.value_sizes(tokens)
+        few, stitched_bytes = work.stitching(1, tokens)
+        many, _ = work.stitching(STITCHED_DOCUMENTS, tokens)
+        head, head_bytes = work.head()
+        sizes, value_bytes = work.value_sizes(tokens)
         single = [Probe(few), Probe(many), Probe(head), Probe(sizes)]
         host_bytes = 0
         if device.type != "cpu":
-            copying, host_bytes = bench.to_device()
+            copying, host_bytes = work.to_device()
             single.append(Probe(copying))
         for probe in single:
             clock.time(probe.run)

@@ -53,8 +53,8 @@ def few_layers(
     return done
 
 
-class Bench:
-    """Maker of the pieces of work that are timed.
+class Workloads:
+    """Pieces of work that are timed.
 
     Args:
         model: A model that `few_layers` built, patched.
@@ -89,9 +89,8 @@ class Bench:
         depth = self.depth if rows <= 16 else 1
         hidden = self.random(1, rows, self.shape.hidden_size)
         positions = torch.arange(rows, device=self.model.device)
-        cos, sin = self.handle.rope.cos_sin(positions, hidden.dtype)
+        rotation = self.handle.rope.rotation(positions, hidden.dtype)
         run = _NoAttention(positions, self.kv(rows), self.kv(rows))
-        rotation = (cos[None], sin[None])
         return lambda: run_layers(self.model, hidden, positions, rotation, run, depth), depth
 
     def prefill_attention(self, tokens: int) -> Callable[[], object]:
