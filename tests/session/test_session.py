@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -38,6 +39,23 @@ def test_ratio_zero_and_between_are_approximations(session: ifkv.Session) -> Non
         ready = session.prepare(QUESTION, ratio=ratio)
         assert len(ready.slots) == rows
         assert (ready.logits - truth).abs().max() > 1e-3
+
+
+def test_the_time_to_the_first_token_ends_with_its_step(
+    session: ifkv.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ifkv.session.prepare
+
+    bound = ifkv.session.prepare.speedup_bound
+
+    def late(*args: Any, **options: Any) -> float:
+        time.sleep(0.3)  # counting operations is no part of an answer
+        return bound(*args, **options)
+
+    monkeypatch.setattr(ifkv.session.prepare, "speedup_bound", late)
+    for answer in session.ask_many([QUESTION, QUESTION], max_new_tokens=1):
+        steps = sum(seconds for name, seconds in answer.timings.items() if name != "decode")
+        assert steps <= answer.ttft_seconds < steps + 0.3
 
 
 def test_parts_are_what_the_template_renders(session: ifkv.Session) -> None:

@@ -22,15 +22,17 @@ class Stopwatch:
 
     Attributes:
         timings: Seconds of each step; a step that is run twice has the sum.
+        seconds: Seconds from when it was made to the end of the last step.
         loaders: What reads the documents in the background, if anything does.
 
     Args:
         model: Whose device is waited for.
-        since: Count `seconds` from when this one was made.
+        since: Another; `seconds` are counted from when that one was made.
     """
 
     def __init__(self, model: PreTrainedModel, since: Stopwatch | None = None):
         self.timings: dict[str, float] = {}
+        self.seconds = 0.0
         self.loaders: list[LayerLoader] = []
         self._device = model.device
         self._started: float = time.perf_counter() if since is None else since._started
@@ -44,8 +46,9 @@ class Stopwatch:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         finally:
-            waited = self._waited - waited
-            self._add(name, time.perf_counter() - start - waited)
+            end, waited = time.perf_counter(), self._waited - waited
+            self.seconds = end - self._started
+            self._add(name, end - start - waited)
             if waited:
                 self._add("load", waited)
 
@@ -55,8 +58,3 @@ class Stopwatch:
     @property
     def _waited(self) -> float:
         return sum(loader.wait_seconds for loader in self.loaders)
-
-    @property
-    def seconds(self) -> float:
-        """Return the seconds since it was made."""
-        return time.perf_counter() - self._started
