@@ -121,9 +121,9 @@ def test_masked_attention_on_both_paths_equals_the_definition(
     want, want_logsumexp, _ = dense_attention(query, k, v, ~mask, 0.4)
     blind = mask.all(dim=1)
     with patch.object(partial, "_EXPLICIT_ELEMENTS", elements):
-        explicit = partial._attend_explicit(query, k, v, 0.4, mask)
+        explicit = partial._attend_explicit(query, k, v, AttentionSpec(0.4), mask)
     for name, (out, logsumexp) in (
-        ("kernel", attend_partial(query, k, v, 0.4, mask=mask)),
+        ("kernel", attend_partial(query, k, v, AttentionSpec(0.4), mask=mask)),
         ("explicit", explicit),
     ):
         assert out.dtype == logsumexp.dtype == dtype
@@ -148,8 +148,8 @@ def test_unmasked_and_causal_attention_on_both_paths(
     visible = torch.ones(rows, keys).bool()
     visible = visible.tril() if causal else visible
     want, want_logsumexp, _ = dense_attention(query, k, v, visible, 0.4)
-    kernel = attend_partial(query, k, v, 0.4, causal=causal)
-    explicit = partial._attend_explicit(query, k, v, 0.4, ~visible)
+    kernel = attend_partial(query, k, v, AttentionSpec(0.4), causal=causal)
+    explicit = partial._attend_explicit(query, k, v, AttentionSpec(0.4), ~visible)
     for out, logsumexp in (kernel, explicit):
         assert_close(out.transpose(1, 2), want, what="output", tolerance=1e-12)
         assert_close(logsumexp, want_logsumexp, what="log-sum-exp", tolerance=1e-12)
@@ -164,8 +164,8 @@ def test_half_precision_on_both_paths(shape: Heads, rows: int, keys: int, share:
     want, want_logsumexp, _ = dense_attention(query, k, v, ~mask, 0.4)
     seeing = ~mask.all(dim=1)
     for out, logsumexp in (
-        attend_partial(query, k, v, 0.4, mask=mask),
-        partial._attend_explicit(query, k, v, 0.4, mask),
+        attend_partial(query, k, v, AttentionSpec(0.4), mask=mask),
+        partial._attend_explicit(query, k, v, AttentionSpec(0.4), mask),
     ):
         assert (out.dtype, logsumexp.dtype) == (torch.bfloat16, torch.float32)
         assert_close(out.transpose(1, 2), want, what="output", tolerance=3 * 2**-8)
@@ -183,10 +183,10 @@ def test_merged_parts_equal_the_whole(
     query, k, v = shape.draw(rows, keys, torch.float64)
     visible = ~random_mask(rows, keys, 0.4, shape.seed)
     parts = [
-        attend_partial(query, k[:, :, a:b], v[:, :, a:b], 0.4, mask=~visible[:, a:b])
+        attend_partial(query, k[:, :, a:b], v[:, :, a:b], AttentionSpec(0.4), mask=~visible[:, a:b])
         for a, b in ((0, cuts[0]), (cuts[0], cuts[1]), (cuts[1], keys))
     ]
-    whole = attend_partial(query, k, v, 0.4)
+    whole = attend_partial(query, k, v, AttentionSpec(0.4))
     seeing = visible.any(dim=1)
     want, want_logsumexp, _ = dense_attention(query, k, v, visible, 0.4)
     for order in (parts, parts[::-1]):

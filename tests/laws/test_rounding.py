@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import ifkv
 from ifkv.backends import quantized
 from ifkv.backends.fp8 import quantize
+from ifkv.backends.spec import AttentionSpec
 from ifkv.cache.layout import GEOMETRIES
 from ifkv.errors import GeometryError
 from ifkv.selectors import Budget, Request, names, resolve
@@ -125,7 +126,7 @@ def test_blocks_equal_one_shot(data, rows, count, step, masked):
     mask = torch.rand(rows, count, generator=generator) < 0.7 if masked else None
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(quantized, "BLOCK_SLOTS", step)
-        got = quantized.attend_quantized(query, keys, values, 0.3, mask=mask)
+        got = quantized.attend_quantized(query, keys, values, AttentionSpec(0.3), mask=mask)
     wide = [x.double().repeat_interleave(2, dim=1) for x in (keys, values)]
     logits = query @ wide[0].mT * 0.3
     if mask is not None:

@@ -14,8 +14,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import ifkv
+from ifkv.backends.reference import ReferenceBackend
+from ifkv.backends.spec import AttentionSpec
 from ifkv.errors import UnsupportedModelError, UpstreamWarning
 from ifkv.models.families import families
+from ifkv.patching import functions
 from ifkv.patching.attention_keywords import strange_keywords
 from ifkv.testing import FAMILIES, assert_bit_equal, tiny_model
 
@@ -215,6 +218,40 @@ def test_decoding_with_a_keyword_is_the_model_s_own(
         ifkv.unpatch(model)
     assert len(seen) == (2 if asked else 0)
     assert all(call.keys() >= asked.keys() for call in seen)
+
+
+class _Recorder(ReferenceBackend):
+    """Reference backend that records the specs of decoding steps."""
+
+    def __init__(self, *features: str) -> None:
+        self.features = frozenset(features)  # type: ignore[misc]
+        self.decoded: list[AttentionSpec] = []
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spec: AttentionSpec,
+        **options: Any,
+    ) -> torch.Tensor | None:
+        self.decoded.append(spec)
+        return super().decode(query, keys, values, spec, **options)
+
+
+@pytest.mark.parametrize("features", [(), ("softcap",)])
+def test_decoding_hands_the_whole_spec_to_backends_that_support_it(
+    features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, backend = llama(dtype=torch.float32), _Recorder(*features)
+    with ifkv.patch(model, backend=backend):
+        documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
+        cache = ifkv.stitch(model, documents, kv_dtype=torch.float8_e4m3fn)
+        # As if layers asked for a softcap and ifkv understood them.
+        monkeypatch.setattr(functions, "spec_of", lambda _: AttentionSpec(0.5, 40, softcap=9.0))
+        model(IDS[:, :1], past_key_values=cache)
+    asked = [(each.scaling, each.window, each.softcap) for each in backend.decoded]
+    assert asked == ([(0.5, None, 9.0)] * 2 if features else [])
 
 
 def test_attentions_of_a_decoding_step_come_out() -> None:

@@ -46,6 +46,10 @@ class Backend(ABC):
     name: str
     features: ClassVar[frozenset[str]] = frozenset()
 
+    def supports(self, spec: AttentionSpec) -> bool:
+        """True if every field of the spec that is set is ``scaling``, ``window`` or a feature."""
+        return spec.extras.keys() <= self.features
+
     def check_spec(self, spec: AttentionSpec) -> None:
         """Raise if this backend does not support the attention of a layer.
 

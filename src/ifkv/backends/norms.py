@@ -35,7 +35,7 @@ def blocked_attention_norm(
     for start in range(0, context_keys.shape[2], NORM_BLOCK):
         block = slice(start, start + NORM_BLOCK)
         mask = hidden_by_window(plan, block, spec)
-        logits = explicit_logits(query, context_keys[:, :, block], spec.scaling, mask)
+        logits = explicit_logits(query, context_keys[:, :, block], spec, mask)
         attention = logits.sub_(logsumexp[0, ..., None]).exp_().mean(dim=0)  # [Q, block]
         norms.append(attention.norm(dim=0) if reduction == "l2" else attention.sum(dim=0))
     found = torch.cat(norms) if norms else logsumexp.new_zeros(0)

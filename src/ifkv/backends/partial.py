@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ifkv.backends.fp8 import upcast
+from ifkv.backends.spec import AttentionSpec
 
 # Logits held at once by the explicit form, in elements.
 _EXPLICIT_ELEMENTS = 1 << 24
@@ -57,7 +58,7 @@ def attend_partial(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scaling: float,
+    spec: AttentionSpec,
     *,
     mask: Tensor | RowMask | None = None,
     causal: bool = False,
@@ -68,7 +69,7 @@ def attend_partial(
         query: ``[1, heads, rows, head_dim]``.
         keys: ``[1, kv_heads, n, head_dim]``.
         values: Values of the same shape.
-        scaling: Factor on the logits.
+        spec: Settings of the layer. ``mask`` and ``causal`` are its mask; a window is not applied.
         mask: Bool ``[rows, n]``, True where a row must not attend, or such a mask as a `RowMask`
             for many layers. If a row is all True, its output is 0 and its log-sum-exp -inf.
         causal: Let row i see keys 0 to i; only with ``rows == n`` and no mask.
@@ -80,18 +81,18 @@ def attend_partial(
     if isinstance(mask, Tensor):
         mask = RowMask(mask)
     if query.device.type == "cpu" and keys.shape[2] > 0 and query.shape[2] > 0:
-        return _attend_flash(query, keys, values, scaling, mask, causal)
+        return _attend_flash(query, keys, values, spec, mask, causal)
     if causal:
         row = torch.arange(query.shape[2], device=query.device)
         mask = RowMask(row > row[:, None])
-    return _attend_explicit(query, keys, values, scaling, None if mask is None else mask.hidden)
+    return _attend_explicit(query, keys, values, spec, None if mask is None else mask.hidden)
 
 
 def _attend_flash(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scaling: float,
+    spec: AttentionSpec,
     mask: RowMask | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ def _attend_flash(
         if mask is not None:
             bias = mask.bias(query.dtype, group)
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, causal, attn_mask=bias, scale=scaling
+        query, keys, values, 0.0, causal, attn_mask=bias, scale=spec.scaling
     )
     out, logsumexp = out.reshape(shape), logsumexp.reshape(shape[:3])
     if mask is not None and mask.blind is not None:
@@ -119,7 +120,7 @@ def _attend_flash(
 
 
 def _attend_explicit(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None
+    query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute attention by an explicit softmax, a block of rows at a time."""
     heads, rows, n = query.shape[1], query.shape[2], keys.shape[2]
@@ -128,7 +129,7 @@ def _attend_explicit(
     for start in range(0, max(rows, 1), step):
         block = slice(start, start + step)
         part_mask = None if mask is None else mask[block]
-        logits = explicit_logits(query[:, :, block], keys, scaling, part_mask)
+        logits = explicit_logits(query[:, :, block], keys, spec, part_mask)
         logsumexp = logits.logsumexp(dim=-1)
         weights = logits.sub_(logsumexp.nan_to_num(neginf=0.0)[..., None]).exp_()
         groups = weights.unflatten(0, (keys.shape[1], -1)).flatten(1, 2)  # [kv, group*rows, n]
@@ -138,13 +139,15 @@ def _attend_explicit(
     return torch.cat(outs, dim=1)[None], torch.cat(logsumexps, dim=1)[None]
 
 
-def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def explicit_logits(
+    query: Tensor, keys: Tensor, spec: AttentionSpec, mask: Tensor | None
+) -> Tensor:
     """Compute scaled logits, -inf where masked.
 
     Args:
         query: ``[1, heads, rows, head_dim]``.
         keys: ``[1, kv_heads, n, head_dim]``; they may be FP8, whatever the query's dtype.
-        scaling: Factor on the logits.
+        spec: Settings of the layer. ``mask`` is its mask; a window is not applied.
         mask: Bool ``[rows, n]``, True where a row must not attend; None hides nothing.
 
     Returns:
@@ -153,7 +156,7 @@ def explicit_logits(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | 
     dtype = torch.promote_types(query.dtype, torch.float32)
     kv_heads, rows = keys.shape[1], query.shape[2]
     grouped = query[0].unflatten(0, (kv_heads, -1)).flatten(1, 2).to(dtype)  # [kv, group*rows, D]
-    logits = torch.bmm(grouped, upcast(keys[0], dtype).transpose(1, 2)).mul_(scaling)
+    logits = torch.bmm(grouped, upcast(keys[0], dtype).transpose(1, 2)).mul_(spec.scaling)
     logits = logits.view(query.shape[1], rows, -1)
     return logits if mask is None else logits.masked_fill_(mask, float("-inf"))
 

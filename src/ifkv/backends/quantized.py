@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ifkv.backends.fp8 import upcast
 from ifkv.backends.partial import RowMask, attend_partial
+from ifkv.backends.spec import AttentionSpec
 
 # Slots of a block.
 BLOCK_SLOTS = 4096
@@ -16,7 +17,7 @@ def attend_quantized(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scaling: float,
+    spec: AttentionSpec,
     *,
     mask: Tensor | RowMask | None = None,
     causal: bool = False,
@@ -26,7 +27,7 @@ def attend_quantized(
     The causal form upcasts all keys at once, because they are no more than the queries.
     """
     if keys.dtype == query.dtype:
-        return attend_partial(query, keys, values, scaling, mask=mask, causal=causal)
+        return attend_partial(query, keys, values, spec, mask=mask, causal=causal)
     count = keys.shape[2]
     step = count if causal else BLOCK_SLOTS
     state: tuple[Tensor, Tensor] | None = None
@@ -39,7 +40,7 @@ def attend_quantized(
             query,
             upcast(keys[:, :, block], query.dtype),
             upcast(values[:, :, block], query.dtype),
-            scaling,
+            spec,
             mask=seen,
             causal=causal,
         )

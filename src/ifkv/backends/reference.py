@@ -74,7 +74,7 @@ class ReferenceBackend(Backend):
                 # Blank rows in place of the prefix make this one causal call.
                 blank = query.new_zeros(1, query.shape[1], prefix, query.shape[3])
                 padded = torch.cat((blank, own), dim=2)
-                seen = attend_partial(padded, seen_keys, seen_values, spec.scaling, causal=True)[0]
+                seen = attend_partial(padded, seen_keys, seen_values, spec, causal=True)[0]
                 out[:, rows] = seen[:, :, prefix:].transpose(1, 2)
                 continue
             tile = Tile(0, length, prefix, prefix + length - 1)
@@ -136,7 +136,7 @@ class ReferenceBackend(Backend):
         if keys.dtype == query.dtype:
             return None
         outs = [
-            attend_quantized(*one, spec.scaling * scales.keys)[0]
+            attend_quantized(*one, spec.scaled(scales.keys))[0]
             for one in zip(query.split(1), keys.split(1), values.split(1), strict=True)
         ]
         return torch.cat(outs).mul_(scales.values).transpose(1, 2)
@@ -203,10 +203,9 @@ def _attend_query(
     own_mask = mask = None
     if spec.window is not None:  # the whole context lies before the query
         own_mask, mask = spec.hidden(rows, rows), spec.hidden(rows, plan.context_positions)
-    scaling = spec.scaling
-    own = attend_partial(query, keys, values, scaling, mask=own_mask, causal=own_mask is None)
+    own = attend_partial(query, keys, values, spec, mask=own_mask, causal=own_mask is None)
     seen, its_logsumexp = attend_quantized(
-        query, context_keys, context_values, scaling * scales.keys, mask=mask
+        query, context_keys, context_values, spec.scaled(scales.keys), mask=mask
     )
     if scales.values != 1:
         seen.mul_(scales.values)
@@ -223,27 +222,24 @@ def _attend_tile(
     spec: AttentionSpec,
 ) -> Tensor:
     """Compute the attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
-    first, end = tile.first, tile.last + 1
-    scaling, window = spec.scaling, spec.window
+    first, end, window = tile.first, tile.last + 1, spec.window
     if tile.stop - tile.start == 1:  # no mask: it sees all slots up to its own
         begin = 0 if window is None else max(0, end - window)
-        return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], scaling)[0]
+        return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], spec)[0]
     if window is not None and tile.last >= window:
         # The edge of the window needs a mask too: one masked call over all that the rows see.
         begin = max(0, first - window + 1)
         mask = planned.mask(tile, begin, spec)
         return attend_quantized(
-            query, keys[:, :, begin:end], values[:, :, begin:end], scaling, mask=mask
+            query, keys[:, :, begin:end], values[:, :, begin:end], spec, mask=mask
         )[0]
     fringe = slice(first, end)
     if tile.adjacent:
-        seen = attend_quantized(
-            query, keys[:, :, fringe], values[:, :, fringe], scaling, causal=True
-        )
+        seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], spec, causal=True)
     else:
         mask = planned.mask(tile, first, dataclasses.replace(spec, window=None))
-        seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], scaling, mask=mask)
+        seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], spec, mask=mask)
     if first == 0:
         return seen[0]
-    before = attend_quantized(query, keys[:, :, :first], values[:, :, :first], scaling)
+    before = attend_quantized(query, keys[:, :, :first], values[:, :, :first], spec)
     return merge_partial(*before, *seen)[0]

@@ -6,12 +6,12 @@ other call goes to the attention that the model used before the patch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ifkv.backends.fp8 import dequantize
 from ifkv.backends.plans import UNSCALED, is_stitched, scales_of
-from ifkv.backends.spec import AttentionSpec
 from ifkv.errors import UnsupportedModelError
 from ifkv.forward.passes import LayerCall
 from ifkv.models.upstream_code import attention_function
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ifkv.backends.base import Backend
+    from ifkv.backends.spec import AttentionSpec
     from ifkv.forward.passes import AttentionPass
 
 Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
@@ -57,7 +58,7 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
             return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
         scales = scales_of(key)
         decoding = _spec_of_decoding(query, key, attention_mask, kwargs)
-        if backend is not None and decoding is not None:
+        if backend is not None and decoding is not None and backend.supports(decoding):
             decoded = backend.decode(query, key, value, decoding, scales=scales or UNSCALED)
             if decoded is not None:
                 return decoded, None
@@ -100,7 +101,7 @@ def _spec_of_decoding(
     spec = None if strange_keywords(kwargs) else spec_of(kwargs)
     if spec is None or (spec.window is not None and key.shape[2] > spec.window):
         return None
-    return AttentionSpec(spec.scaling)
+    return dataclasses.replace(spec, window=None)
 
 
 def unregister(name: str) -> None:

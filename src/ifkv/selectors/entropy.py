@@ -89,6 +89,6 @@ def _attention_blocks(view: QueryView) -> Iterator[tuple[Tensor, Tensor]]:
         block = slice(start, start + NORM_BLOCK)
         mask = hidden_by_window(view.plan, block, view.spec)
         keys = view.context_keys[:, :, block]
-        logits = explicit_logits(view.query, keys, view.spec.scaling, mask)
+        logits = explicit_logits(view.query, keys, view.spec, mask)
         logarithm = logits.sub_(view.logsumexp[0, ..., None])
         yield logarithm.exp(), logarithm
