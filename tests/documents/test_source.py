@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 
-import ifkv
 from ifkv import Source
 from ifkv.errors import InvalidInputError, StoreError, StoreWarning
 from ifkv.store import DiskStore, MemoryStore
-from ifkv.testing import tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-MODEL = tiny_model(vocab_size=len(TOKENIZER))
-TEXTS = ["The lamp is red.", "The door is green.", "It rains."]
-FERRY = "# The ferry\n\nIt leaves at two.\n\nIt takes an hour."
-
-
-def make_session(store: Any, **options: Any) -> ifkv.Session:
-    return ifkv.Session(MODEL, TOKENIZER, store=store, **options)
+from sourced import FERRY, TEXTS, make_session
 
 
 def test_an_answer_says_where_its_documents_are_from() -> None:

@@ -12,16 +12,7 @@ import ifkv
 from ifkv import Source
 from ifkv.errors import InvalidInputError
 from ifkv.store import DiskStore, MemoryStore, TieredStore
-from ifkv.testing import tiny_model, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-MODEL = tiny_model(vocab_size=len(TOKENIZER))
-TEXTS = ["The lamp is red.", "The door is green.", "It rains."]
-FERRY = "# The ferry\n\nIt leaves at two.\n\nIt takes an hour."
-
-
-def make_session(store: Any, **options: Any) -> ifkv.Session:
-    return ifkv.Session(MODEL, TOKENIZER, store=store, **options)
+from sourced import FERRY, TEXTS, TOKENIZER, make_session
 
 
 @pytest.fixture

@@ -12,9 +12,7 @@ import torch
 
 import ifkv
 from ifkv.errors import InvalidInputError
-from ifkv.store import MemoryStore
-from ifkv.testing import tiny_model, tiny_tokenizer
-from long_answers import long_answer
+from long_answers import long_answer, session_over
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
 QUESTION = "Which colour is the door?"
@@ -22,11 +20,7 @@ QUESTION = "Which colour is the door?"
 
 @pytest.fixture(scope="module")
 def session() -> ifkv.Session:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048)
-    made = ifkv.Session(model, tokenizer, store=MemoryStore())
-    made.add(TEXTS)
-    return made
+    return session_over(TEXTS)
 
 
 def workers() -> list[threading.Thread]:
