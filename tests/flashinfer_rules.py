@@ -173,7 +173,7 @@ def rule_auto_sticks(engine: Engine) -> None:
     """Where "auto" means fa3, a wrapper that has been planned once takes no mask any more."""
     real = engine.device.type == "cuda"
     if real and torch.cuda.get_device_capability(engine.device) != (9, 0):
-        pytest.skip("only a Hopper card has fa3")
+        pytest.skip("only a Hopper GPU has fa3")
     mask = torch.ones(33, dtype=torch.bool, device=engine.device)
     wrapper = paged(engine, backend="auto", module=engine.strict)
     strict = {"head_dim_qk": 128, "q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}

@@ -65,7 +65,7 @@ class FlashInferStandIn:
         relaxed: Take any floating dtype and any head_dim, so that results can be compared with an
             exact oracle; log-sum-exps are then as wide as the queries.
         broken: Names of `RULES` to break.
-        hopper: Whether "auto" finds a card on which fa3 runs.
+        hopper: Whether "auto" finds a GPU on which fa3 runs.
     """
 
     __version__ = "0.6.18.post1"

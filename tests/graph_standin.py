@@ -1,4 +1,4 @@
-"""CUDA graphs without a card: notes operations instead of launches, and repeats them on demand.
+"""CUDA graphs without a GPU: records operations instead of launches, and repeats them on demand.
 
 Obeys what captures rest on: a graph works on the tensors it was made with, in place; nothing may
 wait for the host while it is made; graphs do not nest; and nothing is computed at replay but what

@@ -1,7 +1,7 @@
 """The FlashInfer backend: on a stand-in everywhere, on FlashInfer itself under `pytest -m gpu`.
 
 The same checks run on three engines: the stand-in with exact arithmetic, the stand-in in bfloat16,
-and the real module on a card.
+and the real module on a GPU.
 """
 
 import inspect

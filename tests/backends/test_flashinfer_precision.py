@@ -1,7 +1,7 @@
 """The method in bfloat16 through FlashInfer, within the floor of what plain attention loses.
 
 On the stand-in everywhere, on FlashInfer itself under `pytest -m gpu`. Requests are long enough
-for every kind of call, and for a Hopper card's own kernels.
+for every kind of call, and for a Hopper GPU's own kernels.
 """
 
 import copy
@@ -210,7 +210,7 @@ def test_eight_bit_caches_stay_near_the_wide_ones(engine: Engine, form: str) -> 
 
 
 def waits(step: Callable[[], Any]) -> tuple[int, Any]:
-    """How often torch waits for the card in a step, and what the step returned."""
+    """How often torch waits for the GPU in a step, and what the step returned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

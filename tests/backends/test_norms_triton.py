@@ -1,6 +1,6 @@
 """The Triton kernel of attention norms against the blocked torch form.
 
-Runs where Triton is: on the CPU through its interpreter (`tox -e triton`), or on a card under
+Runs where Triton is: on the CPU through its interpreter (`tox -e triton`), or on a GPU under
 `pytest -m gpu`. Triton is 150 MB, hence not among the dependencies of the tests.
 """
 
@@ -51,7 +51,7 @@ def check(rows, length, heads, head_dim, window, reduction, device, dtype, gap=0
     assert_close(got, want, what=f"{reduction} norm", tolerance=tolerance)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no card is used")
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no GPU is used")
 @given(
     rows=st.integers(1, 80),
     length=st.integers(1, 140),

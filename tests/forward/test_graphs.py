@@ -1,6 +1,6 @@
 """Few rows that run in CUDA graphs: as without them, or not in them at all.
 
-On the stand-in everywhere, on a card under `pytest -m gpu`.
+On the stand-in everywhere, on a GPU under `pytest -m gpu`.
 """
 
 import logging
@@ -62,10 +62,10 @@ class Bench:
         return ifkv.score(self.model, self.cache, query, layers=[0, 2]).cpu()
 
 
-@pytest.fixture(params=["standin", pytest.param("card", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["standin", pytest.param("gpu", marks=pytest.mark.gpu)])
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     model = tiny_model("qwen3", dtype=torch.float32, max_position_embeddings=1024)
-    if request.param == "card":
+    if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
         model = model.to("cuda")

@@ -85,7 +85,7 @@ def marked(name: str, value: object, *, known: bool = True) -> Any:
 def spread() -> Any:
     model = tiny_model("llama", num_layers=1)
     places = [SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1)]
-    model.parameters = lambda *_: iter(places)  # there need not be two cards here
+    model.parameters = lambda *_: iter(places)  # there need not be two GPUs here
     return model
 
 

@@ -40,7 +40,7 @@ def check(rows, shape, rotary_dim, slot, device, dtype):
     assert_bit_equal(got[1], want[1], what="values")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no card is used")
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no GPU is used")
 @given(
     rows=st.integers(0, 140),
     shape=st.sampled_from([(1, 1, 8), (3, 2, 24), (2, 3, 64)]),
@@ -50,7 +50,7 @@ def check(rows, shape, rotary_dim, slot, device, dtype):
 @settings(max_examples=25)
 def test_the_interpreted_kernel_equals_the_rotation(rows, shape, partial, slot):
     rotary_dim = shape[2] // 2 if partial else shape[2]
-    # Not in bfloat16, which the interpreter cuts off where a card rounds.
+    # Not in bfloat16, which the interpreter cuts off where a GPU rounds.
     check(rows, shape, rotary_dim, slot, "cpu", torch.float16)
 
 

@@ -1,6 +1,6 @@
 """The Triton kernel that reads bytes by their addresses.
 
-Runs where Triton is: on the CPU through its interpreter (`tox -e triton`), or on a card under
+Runs where Triton is: on the CPU through its interpreter (`tox -e triton`), or on a GPU under
 `pytest -m gpu`.
 """
 
@@ -32,7 +32,7 @@ def check_gather_bytes(device: str) -> None:
     assert got.tolist() == want
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no card is used")
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set, and no GPU is used")
 def test_interpreted_it_reads_what_lies_there() -> None:
     check_gather_bytes("cpu")
 

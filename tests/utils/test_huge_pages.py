@@ -34,7 +34,7 @@ def test_asks_for_whole_pages_within_the_tensor(monkeypatch):
 
 
 def test_other_devices_are_left_alone(monkeypatch):
-    monkeypatch.setattr(memory, "_madvise", lambda: pytest.fail("asked for pages of a card"))
+    monkeypatch.setattr(memory, "_madvise", lambda: pytest.fail("asked for pages of a GPU"))
     assert empty((8 << 20,), torch.float16, torch.device("meta")).device.type == "meta"
 
 
