@@ -221,6 +221,8 @@ def test_encode_builds_a_store_that_a_session_uses(
     assert "0 encoded, 2 already there" in again.output
     small = run(*arguments, "--store", tmp_path / "small", "--max-bytes", "80k", app=app)
     assert "1 of them have been evicted again" in small.output
+    with pytest.raises(InvalidInputError, match=r"behind a URL \(memory://far\) has no budget"):
+        run(*arguments, "--store", "memory://far", "--max-bytes", "80k", app=app)
     with DiskStore(folder) as store:
         session = ifkv.Session(model, tokenizer, store=store)
         monkeypatch.setattr(store, "put", lambda _, **__: pytest.fail("nothing is missing"))

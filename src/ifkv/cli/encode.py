@@ -56,8 +56,8 @@ def encode(
     max_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Largest size of the store, such as 20GiB. Beyond it, the least recently "
-            "used documents are evicted. Default: no limit."
+            help="Largest size of a store in a folder, such as 20GiB. Beyond it, the least "
+            "recently used documents are evicted. Default: no limit."
         ),
     ] = None,
     sensitivities: Annotated[
