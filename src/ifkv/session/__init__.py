@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING
 from ifkv.utils.lazy import lazily
 
 if TYPE_CHECKING:
+    from ifkv.session.answer import Answer, Prepared
+    from ifkv.session.answer_stream import AnswerStream
+    from ifkv.session.conversation import Conversation
     from ifkv.session.session import Session
 
-__all__ = ["Session"]
+__all__ = ["Answer", "AnswerStream", "Conversation", "Prepared", "Session"]
 
 __getattr__ = lazily(
     __name__,
     {
+        "Answer": "answer",
+        "AnswerStream": "answer_stream",
+        "Conversation": "conversation",
+        "Prepared": "answer",
         "Session": "session",
     },
 )

@@ -17,7 +17,7 @@ from ifkv.generation.finish_reason import FinishReason, cut_sign
 if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
     from ifkv.documents.source import Source
-    from ifkv.planning.planner import Plan
+    from ifkv.planning.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents.cache import DocumentCache
-    from ifkv.planning.planner import Plan, Planner
+    from ifkv.planning.plan import Plan
+    from ifkv.planning.planner import Planner
 
 Ratio = float | Budget | Literal["auto"]
 Chooser = Callable[["Sequence[DocumentCache]", int, int], "tuple[Budget, Plan | None]"]
