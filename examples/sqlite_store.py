@@ -44,9 +44,11 @@ class SqliteStore:
         # One per call: a connection belongs to the thread that made it.
         return sqlite3.connect(self._path, timeout=60)
 
-    def key_for(self, model, token_ids: Sequence[int], prefix: Sequence[int] = ()) -> str:
+    def key_for(
+        self, model, token_ids: Sequence[int], prefix: Sequence[int] = (), surrogate=None
+    ) -> str:
         """Return the key of a document."""
-        return key_for(model, token_ids, prefix)
+        return key_for(model, token_ids, prefix, surrogate)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix in one transaction: both or neither."""

@@ -68,6 +68,47 @@ def test_they_are_what_two_plain_forwards_say(family: str, prefix: list[int]) ->
         assert float(got.max()) > 1e-3, "nothing moves"
 
 
+def test_a_document_keeps_all_else_it_has() -> None:
+    prefix = random_document(1)
+    surrogate = ifkv.SurrogateContext((torch.tensor([4, 5]),))
+    document = random_document(0, prefix=prefix, surrogate=surrogate).rebuilt(extent=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity, "measure_sensitivities", lambda *_: [torch.ones(5)])
+        (found,) = with_sensitivities(shared_tiny_model("llama"), [document])
+    for field in dataclasses.fields(ifkv.DocumentCache):
+        assert getattr(document, field.name) is not None or field.name == "sensitivity"
+        if field.name != "sensitivity":
+            assert getattr(found, field.name) is getattr(document, field.name)
+    assert found.sensitivity is not None
+
+
+@pytest.mark.parametrize("texts", [[7, 8], [[7, 8], [9]]])
+def test_behind_a_surrogate_context_both_ways_measure_the_same(texts: Any) -> None:
+    """Documents when they are made, and those of a cache that came without sensitivities."""
+    model = shared_tiny_model("qwen2")
+    ids = [torch.tensor(each) for each in DOCUMENTS[:2]]
+    with ifkv.patch(model):
+        behind = ifkv.prefill_documents(model, ids, prefix=[1], surrogate=texts)
+        alone = ifkv.prefill_documents(model, ids, prefix=[1])
+        wanted = [
+            measure_sensitivities(model, [behind[0], alone[1]]),
+            measure_sensitivities(model, [alone[0], behind[1]]),
+        ]
+        kept = Sensitivities()
+        found = [
+            kept.of(model, torch.tensor([1]), ids, [behind[0].surrogate, None]),
+            kept.of(model, torch.tensor([1]), ids, [None, behind[1].surrogate]),
+        ]
+        assert not torch.equal(wanted[0][0], wanted[1][0])
+        for got, right in zip(found, wanted, strict=True):
+            for one, other in zip(got, right, strict=True):
+                assert_close(one, other, what="sensitivities", tolerance=1e-6)
+        cache = ifkv.stitch(model, [alone[0], behind[1]])
+        assert cache.surrogates == [None, behind[1].surrogate]
+        ifkv.extend(model, cache, [behind[0]])
+        assert cache.surrogates[2] is behind[0].surrogate
+
+
 def test_foreign_tokens_are_ids_of_the_vocabulary_and_always_the_same() -> None:
     for vocabulary in (7, 1000, 151_936):
         ids = foreign_tokens(vocabulary)

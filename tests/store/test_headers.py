@@ -28,7 +28,27 @@ def rewrite_header(file: Path, change: Callable[[dict], object]) -> None:  # typ
 
 
 def set_version(header: dict) -> None:  # type: ignore[type-arg]
-    header["__metadata__"]["version"] = "2"
+    header["__metadata__"]["version"] = "3"
+
+
+def set_surrogate_version(header: dict) -> None:  # type: ignore[type-arg]
+    metadata = header["__metadata__"]
+    del metadata["seal"]
+    metadata["version"] = "2"
+    metadata["seal"] = _seal(metadata)
+
+
+def claim_surrogate(lengths: str) -> Callable[[dict[str, Any]], None]:
+    """Names texts that are not in the file, under a seal that fits."""
+
+    def change(header: dict[str, Any]) -> None:
+        set_surrogate_version(header)
+        metadata = header["__metadata__"]
+        del metadata["seal"]
+        metadata["surrogate_lengths"] = lengths
+        metadata["seal"] = _seal(metadata)
+
+    return change
 
 
 def set_format(header: dict) -> None:  # type: ignore[type-arg]
@@ -67,7 +87,13 @@ def set_sensitivity(word: str | None) -> Callable[[dict[str, Any]], None]:
         (set_sensitivity(None), "bytes of data and should have"),
         (set_sensitivity("false"), "bytes of data and should have"),
         (lambda header: header.pop("sensitivity"), "not the one that its metadata call for"),
-        (set_version, "format version is '2'.*newer ifkv"),
+        (set_version, "format version is '3'.*newer ifkv"),
+        (set_surrogate_version, "not the one that its metadata call for"),
+        (claim_surrogate("[3]"), "bytes of data and should have"),
+        (claim_surrogate("[]"), "not the one that its metadata call for"),
+        (claim_surrogate("[0]"), "lengths of its surrogate context"),
+        (claim_surrogate("[-3, true]"), "lengths of its surrogate context"),
+        (claim_surrogate("3"), "metadata are not readable"),
         (set_format, "format is 'pt'"),
         (set_fingerprint, "do not match their checksum"),
         (set_shape, "do not match their checksum"),

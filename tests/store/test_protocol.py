@@ -29,7 +29,7 @@ from ifkv.store import (
     key_of,
 )
 from ifkv.testing import random_document, tiny_model
-from stored_documents import PREFIX, same
+from stored_documents import BEHIND, DOCUMENT, OTHER_SURROGATE, PREFIX, same
 
 MAKERS: dict[str, Callable[[Path], DocumentStore]] = {
     "memory": lambda _: MemoryStore(),
@@ -56,6 +56,7 @@ def test_round_trip(store: DocumentStore) -> None:
     assert isinstance(store, DocumentStore)
     documents = [random_document(i, prefix=PREFIX, length=2 + i) for i in range(3)]
     documents.append(random_document(9, dtype=torch.bfloat16, sensitivity=True))
+    documents.append(BEHIND)
     keys = [store.put(document) for document in documents]
     assert keys == [key_of(document) for document in documents]
     for lazy in (False, True):
@@ -63,8 +64,23 @@ def test_round_trip(store: DocumentStore) -> None:
             assert key in store
             same(store.get(key, lazy=lazy), document)
     assert sorted(store.keys()) == sorted([*keys, key_of(PREFIX)])
-    assert store.stats().documents == 5
-    assert store.stats().hits == 8  # no reading of a prefix counts
+    assert store.stats().documents == 6
+    assert store.stats().hits == 10  # no reading of a prefix counts
+
+
+def test_what_stood_before_a_document_is_never_mixed_up(store: DocumentStore) -> None:
+    """The same tokens alone, behind one surrogate context and behind another."""
+    alone, other = DOCUMENT, BEHIND.rebuilt(surrogate=OTHER_SURROGATE, keys=2 * DOCUMENT.keys)
+    for document in (BEHIND, alone, other):
+        key = store.put(document)
+        same(store.get(key), document)
+    assert len({key_of(each) for each in (alone, BEHIND, other)}) == 3
+    for document in (alone, BEHIND, other):
+        same(store.get(key_of(document)), document)
+    store.delete(key_of(BEHIND))
+    assert key_of(BEHIND) not in store
+    assert key_of(alone) in store
+    assert key_of(other) in store
 
 
 def test_what_another_store_reads_lazily_can_be_put(store: DocumentStore, tmp_path: Path) -> None:
@@ -238,6 +254,14 @@ def test_key_covers_all_that_decides_rows_and_nothing_else() -> None:
         document = ifkv.prefill_documents(model, [[5, 6]], prefix=[1])[0]
         assert key_for(model, [5, 6], [1]) == key_of(document)
         assert key_for(model, torch.tensor([5, 6]), document.prefix or ()) == key_of(document)
+        behind = {
+            key_of(ifkv.prefill_documents(model, [[5, 6]], prefix=[1], surrogate=texts)[0])
+            for texts in ([7, 8], [[7, 8]], [[7], [8]], [[8], [7]], [8, 7])
+        }
+        assert behind == {
+            key_for(model, [5, 6], [1], texts) for texts in ([7, 8], [[8], [7]], [8, 7])
+        }
+        assert len(behind | {key_of(document)}) == 4
 
 
 def test_memory_store_drops_the_least_recently_used() -> None:

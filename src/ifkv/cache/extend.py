@@ -125,6 +125,7 @@ def _join(cache: StitchedCache, documents: Sequence[DocumentCache], placed: Layo
     cache.document_slices = slices
     cache.order = [*cache.order, *range(len(cache.order), len(slices))]
     cache.sensitivities = [*cache.sensitivities, *(each.sensitivity for each in documents)]
+    cache.surrogates = [*cache.surrogates, *(each.surrogate for each in documents)]
     token_ids = torch.cat([document.token_ids for document in documents])
     cache.lengthen(token_ids, placed.positions, placed.extent)
     cache.plain = cache.plain and placed.plain

@@ -215,16 +215,14 @@ def _fill(
         for index, layer in enumerate(layers):
             layer.settle = functools.partial(_load, loader, index, layer)
     token_ids = torch.cat([part.token_ids for part in parts]).to(device)
-    known = [document.sensitivity for document in plan.documents]
-    exact = placed.document_slices[0]
     cache = StitchedCache(
         layers,
         token_ids,
         placed,
         plan.order,
-        known,
+        [document.sensitivity for document in plan.documents],
+        [document.surrogate for document in plan.documents],
         plan.first.fingerprint,
-        exact.stop if plan.first.surrogate is None else exact.start,
     )
     cache.loader = loader
     return cache

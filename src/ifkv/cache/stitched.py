@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ifkv.cache.layout import Layout
     from ifkv.cache.loading import LayerLoader
     from ifkv.cache.pending import PendingTokens
+    from ifkv.documents.surrogate import SurrogateContext
 
 
 class StitchedCache(CacheInterface):
@@ -40,6 +41,7 @@ class StitchedCache(CacheInterface):
         geometry: ``"global"``, ``"hl-hp"``, ``"tl-tp"`` or ``"hl-tp"``.
         order: The index of each document of the cache among the documents given.
         sensitivities: Of each document's tokens, as in `DocumentCache`; None if not measured.
+        surrogates: The surrogate context that each document was encoded behind; None if none.
         fingerprint: Identity of the cache's model.
         exact_length: Slots at the beginning that hold what a full prefill computes: the prefix,
             and the first document if it was encoded without a surrogate context.
@@ -62,8 +64,8 @@ class StitchedCache(CacheInterface):
         placed: Layout,
         order: list[int],
         sensitivities: list[Tensor | None],
+        surrogates: list[SurrogateContext | None],
         fingerprint: str,
-        exact_length: int,
     ):
         super().__init__(layers=cast(list[Any], layers))
         self.token_ids = token_ids
@@ -75,8 +77,10 @@ class StitchedCache(CacheInterface):
         self.geometry = placed.geometry
         self.order = order
         self.sensitivities = sensitivities
+        self.surrogates = surrogates
         self.fingerprint = fingerprint
-        self.exact_length = exact_length
+        first = placed.document_slices[0]
+        self.exact_length: int = first.stop if surrogates[0] is None else first.start
         self.prompt_ids: Tensor | None = None
         self.candidates: Tensor | None = None
         self.pending: PendingTokens | None = None

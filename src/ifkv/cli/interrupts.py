@@ -13,6 +13,7 @@ from ifkv.cli.wording import count
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.store import DocumentStore
 
 EXIT_CODE = 130  # as shells count it: 128, and the number of the signal
@@ -49,6 +50,7 @@ def documents_kept(
     model: PreTrainedModel,
     documents: Sequence[list[int]],
     prefix: Sequence[int],
+    surrogate: SurrogateContext | None = None,
 ) -> Callable[[], str]:
     """Return a function that says how many documents a store holds.
 
@@ -57,8 +59,9 @@ def documents_kept(
         model: A patched model; it need not be patched when the function is called.
         documents: Token ids of each.
         prefix: Prefix that they are encoded after.
+        surrogate: Surrogate context that they are encoded behind, or None.
     """
-    keys = {store.key_for(model, ids, prefix) for ids in documents}
+    keys = {store.key_for(model, ids, prefix, surrogate) for ids in documents}
 
     def sentence() -> str:
         found = sum(key in store for key in keys)

@@ -100,12 +100,14 @@ def list_entries(folder: Folder = None) -> None:
     with _look(folder) as store:
         sources = store.sources()
         typer.echo(
-            "key               tokens  size      codec  prefix            model     pinned  source"
+            "key               tokens  size      codec  prefix            surrogate  model     "
+            "pinned  source"
         )
         for entry in reversed(store.entries()):
             typer.echo(
                 f"{entry.key[:16]}  {entry.tokens:>6}  {_size(entry.nbytes):<8}  "
-                f"{entry.codec:<5}  {(entry.prefix_key or '-')[:16]:<16}  {entry.fingerprint[:8]}  "
+                f"{entry.codec:<5}  {(entry.prefix_key or '-')[:16]:<16}  "
+                f"{(entry.surrogate or '-')[:8]:<9}  {entry.fingerprint[:8]}  "
                 f"{'yes' if entry.pinned else '':<6}  {_named(sources.get(entry.key, []))}".rstrip()
             )
 
@@ -120,6 +122,7 @@ def stats(folder: Folder = None) -> None:
             ("folder", str(store.path)),
             ("documents", str(len(entries) - len(prefixes))),
             ("prefixes", str(len(prefixes))),
+            ("surrogates", str(len({entry.surrogate for entry in entries if entry.surrogate}))),
             ("models", str(len({entry.fingerprint for entry in entries}))),
             ("tokens", str(sum(entry.tokens for entry in entries))),
             ("size", _size(sum(entry.nbytes for entry in entries))),

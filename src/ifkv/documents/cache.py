@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,11 +81,20 @@ class DocumentCache:
         """
         return torch.stack((self.keys[layer], self.values[layer]))
 
+    def rebuilt(self, **changes: Any) -> DocumentCache:
+        """Return a document in memory that differs from this one in the fields given."""
+        names = [field.name for field in dataclasses.fields(DocumentCache)]
+        kept = {name: getattr(self, name) for name in names if name not in changes}
+        return DocumentCache(**kept, **changes)
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def __repr__(self) -> str:
+        behind = f"{len(self.prefix_ids)}"
+        if self.surrogate is not None:
+            behind += f" and a {self.surrogate!r}"
         return (
-            f"DocumentCache({len(self)} tokens behind {len(self.prefix_ids)}, "
+            f"DocumentCache({len(self)} tokens behind {behind}, "
             f"{self.nbytes / 2**20:.1f} MiB, {self.keys.dtype}, {self.fingerprint[:8]})"
         )

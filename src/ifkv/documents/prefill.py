@@ -12,7 +12,7 @@ from torch import Tensor
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.checks import check_rows
 from ifkv.documents.mean import Mean
-from ifkv.documents.surrogate import SurrogateContext, Texts
+from ifkv.documents.surrogate import SurrogateContext, Texts, before_documents
 from ifkv.documents.token_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers
@@ -104,9 +104,7 @@ def prefill_documents(
     prefix_ids = token_tensor(model, wanted, "the prefix", empty=True)
     standing_in = None if surrogate is None else SurrogateContext.of(model, surrogate)
     tokens = document_tensors(model, documents, attention_mask)
-    before, what = len(prefix_ids), "with its prefix"
-    if standing_in is not None:
-        before, what = before + standing_in.longest, "with its prefix and surrogate context"
+    before, what = before_documents(prefix_ids, standing_in)
     for index, ids in enumerate(tokens):
         handle.rope.check_length(before + len(ids), f"document {index} {what}")
     identity = handle.identity(model)

@@ -20,6 +20,10 @@ from ifkv.patching.handle import handle_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext
+
+# What sensitivities are of: model, prefix, document, and the surrogate context's identity.
+_Known = tuple[str, tuple[int, ...], tuple[int, ...], str | None]
 # Tokens of other text. So many take the attention that a lone document gives to its beginning.
 FOREIGN_TOKENS = 128
 # Tokens whose sensitivities are kept, 4 bytes each.
@@ -45,8 +49,9 @@ def measure_sensitivities(
     """Measure how far each token's values move when other text stands before its document.
 
     A document is prefilled once more, behind its prefix and `foreign_tokens` (fewer if the model
-    has not enough positions). With ``v`` the document's values of token j in layer l, over all key
-    heads, and ``w`` the same token's values in the second prefill,
+    has not enough positions), without a surrogate context. With ``v`` the document's values of
+    token j in layer l, over all key heads, as it was encoded (alone, or behind its surrogate
+    context), and ``w`` the same token's values in the second prefill,
 
         s[j] = mean over l of |w_l[j] - v_l[j]| / rms over j of |v_l[j]|
 
@@ -96,16 +101,7 @@ def with_sensitivities(
     """Return the documents with their sensitivities; errors of `measure_sensitivities`."""
     measured = measure_sensitivities(model, documents)
     return [
-        DocumentCache(
-            document.token_ids,
-            document.prefix_ids,
-            document.keys,
-            document.values,
-            document.fingerprint,
-            document.prefix,
-            sensitivity,
-            document.extent,
-        )
+        document.rebuilt(sensitivity=sensitivity)
         for document, sensitivity in zip(documents, measured, strict=True)
     ]
 
@@ -122,21 +118,27 @@ class Sensitivities:
 
     def __init__(self, limit: int = REMEMBERED_TOKENS):
         self._limit = limit
-        self._known: OrderedDict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = (
-            OrderedDict()
-        )
+        self._known: OrderedDict[_Known, Tensor] = OrderedDict()
         self._tokens = 0
         self._lock = threading.Lock()
 
     def of(
-        self, model: PreTrainedModel, prefix_ids: Tensor, documents: Sequence[Tensor]
+        self,
+        model: PreTrainedModel,
+        prefix_ids: Tensor,
+        documents: Sequence[Tensor],
+        surrogates: Sequence[SurrogateContext | None] | None = None,
     ) -> list[Tensor]:
         """Return the sensitivities of each document's tokens, float32 ``[n]``, on the CPU.
+
+        They are those that `measure_sensitivities` finds of the documents as they were made.
 
         Args:
             model: A patched model.
             prefix_ids: The prefix of the documents, long ``[P]``, on the CPU.
             documents: Token ids of each, long ``[n]``, on the CPU.
+            surrogates: The surrogate context that each was encoded behind, or None; None if
+                all were encoded alone.
 
         Raises:
             NotPatchedError: The model is not patched.
@@ -144,16 +146,29 @@ class Sensitivities:
         """
         identity = handle_of(model).identity(model)
         before = tuple(prefix_ids.tolist())
-        keys = [(identity, before, tuple(ids.tolist())) for ids in documents]
+        given = [None] * len(documents) if surrogates is None else surrogates
+        contexts = {None if one is None else one.identity: one for one in given}
+        keys = [
+            (identity, before, tuple(ids.tolist()), None if one is None else one.identity)
+            for ids, one in zip(documents, given, strict=True)
+        ]
         with self._lock:  # two threads that measured the same would only wait for each other
             missing = list(dict.fromkeys(key for key in keys if key not in self._known))
             found = {key: self._known[key] for key in keys if key not in missing}
-            texts = [ids for _, _, ids in missing]
-            alone = prefill_documents(model, texts, attention_mask=no_padding(texts), prefix=before)
-            made = measure_sensitivities(model, alone)
-            for key, sensitivity in zip(missing, made, strict=True):
-                found[key] = self._known[key] = sensitivity
-                self._tokens += len(sensitivity)
+            for behind in dict.fromkeys(key[3] for key in missing):
+                alike = [key for key in missing if key[3] == behind]
+                texts = [key[2] for key in alike]
+                again = prefill_documents(
+                    model,
+                    texts,
+                    attention_mask=no_padding(texts),
+                    prefix=before,
+                    surrogate=contexts[behind],
+                )
+                made = measure_sensitivities(model, again)
+                for key, sensitivity in zip(alike, made, strict=True):
+                    found[key] = self._known[key] = sensitivity
+                    self._tokens += len(sensitivity)
             for key in keys:
                 self._known.move_to_end(key)
             while self._tokens > self._limit and len(self._known) > 1:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # Token ids of one text, or of several.
 Texts = Sequence[int] | Tensor | Sequence[Sequence[int] | Tensor]
+# Those in use that were read from stores, by identity: documents hold one object, not a copy each.
+_SHARED: WeakValueDictionary[str, SurrogateContext] = WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,9 +37,22 @@ class SurrogateContext:
     Attributes:
         texts: Token ids of each text, long ``[S]``, on the CPU; in ascending order, since the
             order in which they are given makes no difference.
+
+    Raises:
+        InvalidInputError: There is no text, one is empty, or they are not in ascending order, each
+            once; `of` puts them in order.
     """
 
     texts: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        ids = [text.tolist() for text in self.texts]
+        if not ids or not all(ids) or any(one >= two for one, two in itertools.pairwise(ids)):
+            raise InvalidInputError(
+                f"the texts of a surrogate context have {[len(text) for text in ids]} tokens, but "
+                "must be one or more that have some, in ascending order and each once; "
+                "SurrogateContext.of puts them in order."
+            )
 
     @classmethod
     def of(cls, model: PreTrainedModel, given: SurrogateContext | Texts) -> SurrogateContext:
@@ -73,7 +90,7 @@ class SurrogateContext:
                 )
         return cls(tuple(ordered))
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
         """Return SHA-256 over the texts, 64 hex digits: equal for equal texts."""
         digest = hashlib.sha256(b"ifkv surrogate\n")
@@ -83,6 +100,10 @@ class SurrogateContext:
             digest.update(ids)
         return digest.hexdigest()
 
+    def shared(self) -> SurrogateContext:
+        """Return the object that all who call this hold for these texts."""
+        return _SHARED.setdefault(self.identity, self)
+
     @property
     def longest(self) -> int:
         """Return the number of tokens of the longest text."""
@@ -91,6 +112,20 @@ class SurrogateContext:
     def __repr__(self) -> str:
         lengths = ", ".join(str(len(text)) for text in self.texts)
         return f"SurrogateContext({lengths} tokens, {self.identity[:8]})"
+
+
+def before_documents(
+    prefix_ids: Sequence[int] | Tensor, surrogate: SurrogateContext | None
+) -> tuple[int, str]:
+    """Return the most tokens that stand before a document while it is encoded, and their name.
+
+    Args:
+        prefix_ids: The prefix, ``[P]``.
+        surrogate: What stands behind the prefix, or None.
+    """
+    if surrogate is None:
+        return len(prefix_ids), "with its prefix"
+    return len(prefix_ids) + surrogate.longest, "with its prefix and surrogate context"
 
 
 def same_surrogate(one: SurrogateContext | None, other: SurrogateContext | None) -> bool:

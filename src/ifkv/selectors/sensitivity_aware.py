@@ -69,7 +69,8 @@ class SensitivityAware(SinkAware):
         if lacking:
             ids = cache.token_ids.cpu()
             prefix_ids, documents = ids[: cache.prefix_length], [ids[parts[n]] for n in lacking]
-            measured = _SENSITIVITIES.of(model, prefix_ids, documents)
+            behind = [cache.surrogates[number] for number in lacking]
+            measured = _SENSITIVITIES.of(model, prefix_ids, documents, behind)
             for number, found in zip(lacking, measured, strict=True):
                 known[number] = found
         factors = torch.ones(len(scores))  # on the CPU: one copy to the device, not many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ifkv.store import DiskStore, DocumentStore, TieredStore, document_key
 from ifkv.utils.listing import as_list
 
 if TYPE_CHECKING:
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.session.engine import Engine
 
 # How many names a refusal gives as examples.
@@ -47,14 +48,17 @@ class Corpus:
         store = self._engine.library.store
         identity = handle_of(self._engine.model).identity(self._engine.model)
         prefix_key = _prefix_key(identity, torch.tensor(self._engine.prefix_ids, dtype=torch.long))
+        own = self._engine.library.surrogate
+        behind = None if own is None else own.identity
         kinds = list(_kinds(store))
-        fitting = {key for key, kind in kinds if kind == (identity, prefix_key)} - {prefix_key}
+        made = {
+            key: kind.surrogate
+            for key, kind in kinds
+            if (kind.fingerprint, kind.prefix_key) == (identity, prefix_key) and key != prefix_key
+        }
+        fitting = {key for key, surrogate in made.items() if surrogate == behind}
         if not fitting:
-            raise InvalidInputError(
-                f"the store holds {len(kinds)} entries, and none is a document that this model "
-                "encoded behind this prefix. Encode documents with the same model, dtype, prompt "
-                "and store."
-            )
+            raise InvalidInputError(_nothing_fits(len(kinds), list(made.values()), own))
         sources = self._engine.catalog.find(None)
         if patterns is not None:
             for pattern in patterns:
@@ -96,14 +100,45 @@ def _patterns(only: str | Sequence[str]) -> list[str]:
     return patterns
 
 
-def _kinds(store: DocumentStore) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Yield each entry of a store: its key, its model's fingerprint and its prefix's key."""
+class _Kind(NamedTuple):
+    """What an entry of a store was made by and behind."""
+
+    fingerprint: str
+    prefix_key: str | None
+    surrogate: str | None  # identity of the surrogate context
+
+
+def _nothing_fits(entries: int, others: Sequence[str | None], own: SurrogateContext | None) -> str:
+    """Return the refusal of a store without a document that a session can answer from.
+
+    Args:
+        entries: How many entries the store holds.
+        others: The surrogate contexts of those that only differ in it.
+        own: The session's.
+    """
+    if not others:
+        return (
+            f"the store holds {entries} entries, and none is a document that this model "
+            "encoded behind this prefix. Encode documents with the same model, dtype, prompt "
+            "and store."
+        )
+    theirs = "without one" if None in others else "behind another"
+    wanted = "without a surrogate context" if own is None else f"behind the {own!r}"
+    return (
+        f"the store holds {len(others)} documents that this model encoded behind this prefix, but "
+        f"none {wanted}: they were encoded {theirs}. Give the surrogate context that they were "
+        "encoded behind, or encode them anew."
+    )
+
+
+def _kinds(store: DocumentStore) -> Iterator[tuple[str, _Kind]]:
+    """Yield each entry of a store: its key, and its kind."""
     while isinstance(store, TieredStore):
         store = store.slow
     if isinstance(store, DiskStore):
         for entry in store.entries():
             if entry.key in store:  # those of another codec are not served
-                yield entry.key, (entry.fingerprint, entry.prefix_key)
+                yield entry.key, _Kind(entry.fingerprint, entry.prefix_key, entry.surrogate)
         return
     for key in list(store.keys()):
         try:
@@ -113,8 +148,15 @@ def _kinds(store: DocumentStore) -> Iterator[tuple[str, tuple[str, str | None]]]
         except StoreCorruptionError as error:
             warnings.warn(f"{error}", StoreWarning, stacklevel=4)
             continue
-        fingerprint = document.fingerprint
-        yield key, (fingerprint, _prefix_key(fingerprint, document.prefix_ids))
+        fingerprint, surrogate = document.fingerprint, document.surrogate
+        yield (
+            key,
+            _Kind(
+                fingerprint,
+                _prefix_key(fingerprint, document.prefix_ids),
+                None if surrogate is None else surrogate.identity,
+            ),
+        )
 
 
 def _prefix_key(fingerprint: str, prefix_ids: Tensor) -> str | None:

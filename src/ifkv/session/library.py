@@ -35,6 +35,7 @@ from ifkv.utils.progress import token_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.store import DocumentStore
 
 KEYS_WANTED = "give a list of keys, for example [key]"
@@ -50,7 +51,13 @@ class _Origin(NamedTuple):
 
     token_ids: Tensor
     prefix_ids: Tensor
+    surrogate: SurrogateContext | None
     sensitivities: bool  # whether they were measured
+
+    def key(self, fingerprint: str) -> str:
+        """Return the key of the document that a model makes of it."""
+        behind = None if self.surrogate is None else self.surrogate.identity
+        return document_key(fingerprint, self.prefix_ids, self.token_ids, behind)
 
 
 class Library:
@@ -58,6 +65,8 @@ class Library:
 
     Attributes:
         store: Store that keeps the documents.
+        surrogate: Surrogate context that added documents are encoded behind, or None. Documents
+            that are got by key may have been encoded behind another, or alone.
         keys: Keys of the documents that were added, in order, each once.
         prefilled: Number of documents that have been prefilled so far.
 
@@ -66,6 +75,7 @@ class Library:
         store: Store that keeps the documents.
         prefix_ids: Tokens that every document is encoded behind.
         decode: Function from token ids to text, for error messages.
+        surrogate: Surrogate context that added documents are encoded behind, or None.
     """
 
     def __init__(
@@ -74,8 +84,10 @@ class Library:
         store: DocumentStore,
         prefix_ids: list[int],
         decode: Callable[[list[int]], str] | None = None,
+        surrogate: SurrogateContext | None = None,
     ):
         self.store = store
+        self.surrogate = surrogate
         self.keys: list[str] = []
         self.prefilled = 0
         self._model = model
@@ -118,6 +130,7 @@ class Library:
                 documents,
                 attention_mask=no_padding(documents),
                 prefix=self._current_prefix() or self._prefix_ids,
+                surrogate=self.surrogate,
                 batch_tokens=batch_tokens,
                 sensitivities=sensitivities,
                 on_progress=report,
@@ -129,7 +142,7 @@ class Library:
             self._prefix = done.prefix or self._prefix
             for key, ids in zip(done.keys, documents, strict=True):
                 tokens = torch.tensor(ids, dtype=torch.long)
-                self._origins[key] = _Origin(tokens, behind, sensitivities)
+                self._origins[key] = _Origin(tokens, behind, self.surrogate, sensitivities)
             self.keys += [key for key in dict.fromkeys(done.keys) if key not in self.keys]
         return done.keys
 
@@ -176,7 +189,10 @@ class Library:
             except (DocumentNotFoundError, DocumentUnreadableError) as error:
                 document = have[key] = self.make_again(key, error)
             origin = _Origin(
-                document.token_ids, document.prefix_ids, document.sensitivity is not None
+                document.token_ids,
+                document.prefix_ids,
+                document.surrogate,
+                document.sensitivity is not None,
             )
             self._origins.setdefault(key, origin)
             found.append(document)
@@ -240,7 +256,7 @@ class Library:
         """
         origin = self._origins.get(key)
         identity = handle_of(self._model).identity(self._model)
-        if origin is None or document_key(identity, origin.prefix_ids, origin.token_ids) != key:
+        if origin is None or origin.key(identity) != key:
             lacking = "its text is not known here" if origin is None else "the weights have changed"
             if isinstance(error, DocumentUnreadableError):
                 cannot = "This session cannot"
@@ -260,7 +276,9 @@ class Library:
             behind: DocumentCache | Tensor = origin.prefix_ids
         else:
             behind = prefix
-        made = prefill_documents(self._model, [origin.token_ids], prefix=behind)
+        made = prefill_documents(
+            self._model, [origin.token_ids], prefix=behind, surrogate=origin.surrogate
+        )
         (document,) = with_sensitivities(self._model, made) if origin.sensitivities else made
         with _COUNTING:
             self.prefilled += 1

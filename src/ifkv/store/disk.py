@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents.source import Source
+    from ifkv.documents.surrogate import SurrogateContext, Texts
 
 # How many times a put starts again because another process has evicted its prefix meanwhile.
 _ATTEMPTS = 20
@@ -105,9 +106,10 @@ class DiskStore(Uncopied):
         model: PreTrainedModel,
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
+        surrogate: SurrogateContext | Texts | None = None,
     ) -> str:
         """Return the key of a document; see `DocumentStore`."""
-        return key_for(model, token_ids, prefix)
+        return key_for(model, token_ids, prefix, surrogate)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix, durably when this returns.

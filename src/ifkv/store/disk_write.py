@@ -79,6 +79,7 @@ class DiskWriter:
             codec.name,
             len(document),
             file.nbytes,
+            surrogate=None if document.surrogate is None else document.surrogate.identity,
         )
         with self._folder.written(file) as temporary, self._index.transaction():
             now = self.find(key)

@@ -43,6 +43,9 @@ class DocumentFile:
             "token_ids": document.token_ids,
             "prefix_ids": document.prefix_ids,
         }
+        texts = () if document.surrogate is None else document.surrogate.texts
+        if texts:
+            tensors["surrogate_ids"] = torch.cat(texts)
         if document.sensitivity is not None:
             tensors["sensitivity"] = document.sensitivity
         rows: dict[str, Tensor] = {}
@@ -70,6 +73,7 @@ class DocumentFile:
             len(document.prefix_ids),
             checksums,
             document.sensitivity is not None,
+            tuple(map(len, texts)),
         )
         self._parts.insert(0, memoryview(self.header.encode()))
         self.nbytes = sum(part.nbytes for part in self._parts)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifkv.documents.surrogate import SurrogateContext
+from ifkv.errors import InvalidInputError
 from ifkv.store.format import (
     MAX_HEADER_BYTES,
     FormatError,
@@ -122,6 +124,7 @@ class DocumentReader:
         nbytes: Length of the file according to its header.
         token_ids: Long ``[n]``.
         prefix_ids: Long ``[P]``.
+        surrogate: The surrogate context that it was encoded behind, or None.
         sensitivity: Float32 ``[n]``, or None.
 
     Args:
@@ -150,11 +153,23 @@ class DocumentReader:
         self.nbytes = self._data_start + max(entry.end for entry in self._entries.values())
         self.token_ids = self._tensor("token_ids")
         self.prefix_ids = self._tensor("prefix_ids")
+        self.surrogate: SurrogateContext | None = None
+        if lengths := self.header.surrogate_lengths:
+            texts = self._tensor("surrogate_ids").split(list(lengths))
+            try:
+                self.surrogate = SurrogateContext(texts).shared()
+            except InvalidInputError as error:
+                raise FormatError(f"its surrogate context is none: {error}") from error
         self.sensitivity = self._tensor("sensitivity") if self.header.sensitivity else None
         self._scales: dict[str, Tensor] = {}
         if not self.header.codec.exact:
             self._scales = {part: self._tensor(f"scales.{part}") for part in ("keys", "values")}
-        held = document_key(self.header.fingerprint, self.prefix_ids, self.token_ids)
+        held = document_key(
+            self.header.fingerprint,
+            self.prefix_ids,
+            self.token_ids,
+            None if self.surrogate is None else self.surrogate.identity,
+        )
         if held != self.header.key or held != key:
             raise FormatError(f"it holds the document {held}, another than its name says")
 

@@ -19,6 +19,9 @@ from ifkv.store.codecs import CODECS, Codec
 from ifkv.store.keys import FORMAT_VERSION, KEY_PATTERN
 
 FORMAT_NAME = "ifkv-document"
+# A file that names a surrogate context is of a version of its own, which older releases refuse.
+# All others are what they were.
+SURROGATE_VERSION = 2
 # The limit of safetensors is 100 MB; this one suffices for ten thousand layers.
 MAX_HEADER_BYTES = 16 * 2**20
 ALIGNMENT = 64
@@ -71,6 +74,8 @@ class Header:
         prefix_length: Tokens of the prefix that it was encoded behind.
         checksums: Per tensor.
         sensitivity: Whether it holds the sensitivities of its tokens.
+        surrogate_lengths: Tokens of each text of its surrogate context; empty if it was encoded
+            without.
     """
 
     key: str
@@ -81,6 +86,12 @@ class Header:
     prefix_length: int
     checksums: dict[str, str]
     sensitivity: bool = False
+    surrogate_lengths: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Return the file's format version."""
+        return SURROGATE_VERSION if self.surrogate_lengths else FORMAT_VERSION
 
     def tensors(self) -> list[TensorEntry]:
         """Return all tensors in file order: ids, sensitivities, scales, then rows by layer."""
@@ -90,6 +101,8 @@ class Header:
             ("token_ids", torch.int64, (length,)),
             ("prefix_ids", torch.int64, (self.prefix_length,)),
         ]
+        if self.surrogate_lengths:
+            wanted.append(("surrogate_ids", torch.int64, (sum(self.surrogate_lengths),)))
         if self.sensitivity:
             wanted.append(("sensitivity", torch.float32, (length,)))
         if not self.codec.exact:
@@ -111,7 +124,7 @@ class Header:
         """Encode the file's head: length, JSON, padding."""
         metadata = {
             "format": FORMAT_NAME,
-            "version": str(FORMAT_VERSION),
+            "version": str(self.version),
             "key": self.key,
             "fingerprint": self.fingerprint,
             "codec": self.codec.name,
@@ -122,6 +135,8 @@ class Header:
         }
         if self.sensitivity:  # absent otherwise, as in older files
             metadata["sensitivity"] = "true"
+        if self.surrogate_lengths:
+            metadata["surrogate_lengths"] = json.dumps(list(self.surrogate_lengths))
         metadata["seal"] = _seal(metadata)
         fields: dict[str, Any] = {"__metadata__": metadata}
         for entry in self.tensors():
@@ -161,10 +176,10 @@ def decode_header(text: bytes, data_bytes: int | None) -> Header:
         raise FormatError(f"its header is not readable ({type(error).__name__})") from error
     if found["format"] != FORMAT_NAME:
         raise FormatError(f"its format is {str(found['format'])[:40]!r}, not {FORMAT_NAME!r}")
-    if found["version"] != str(FORMAT_VERSION):
+    if found["version"] not in (str(FORMAT_VERSION), str(SURROGATE_VERSION)):
         raise FormatError(
             f"its format version is {str(found['version'])[:20]!r} and this release of ifkv reads "
-            f"version {FORMAT_VERSION}; a newer ifkv may have written it"
+            f"versions {FORMAT_VERSION} and {SURROGATE_VERSION}; a newer ifkv may have written it"
         )
     try:
         seal = metadata.pop("seal")
@@ -179,7 +194,7 @@ def decode_header(text: bytes, data_bytes: int | None) -> Header:
     layers, kv_heads, length, _ = header.shape
     width = (header.codec.dtype or header.dtype).itemsize
     scales = 0 if header.codec.exact else 2 * 4 * layers * kv_heads
-    ids = 8 * (length + header.prefix_length)
+    ids = 8 * (length + header.prefix_length + sum(header.surrogate_lengths))
     measured = 4 * length if header.sensitivity else 0
     expected = ids + measured + scales + 2 * math.prod(header.shape) * width
     if data_bytes is not None and expected != data_bytes:
@@ -199,6 +214,9 @@ def _header(metadata: dict[str, str]) -> Header:
         raise FormatError("its shape is not four integers")
     if min(shape) < 1 or sizes[4] < 0 or max(sizes) >= 2**40:
         raise FormatError(f"its shape {str(shape)[:80]} is not possible")
+    standing_in = json.loads(metadata.get("surrogate_lengths", "[]"))
+    if not all(type(size) is int and 0 < size < 2**40 for size in standing_in):
+        raise FormatError("the lengths of its surrogate context are not positive integers")
     checksums = json.loads(metadata["checksums"])
     if KEY_PATTERN.fullmatch(metadata["key"]) is None or not isinstance(checksums, dict):
         raise FormatError("its key or checksums are malformed")
@@ -212,6 +230,7 @@ def _header(metadata: dict[str, str]) -> Header:
         sizes[4],
         checksums,
         metadata.get("sensitivity") == "true",
+        tuple(standing_in),
     )
 
 

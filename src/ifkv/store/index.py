@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS documents (
     nbytes INTEGER NOT NULL,
     pinned INTEGER NOT NULL DEFAULT 0,
     used INTEGER NOT NULL,
-    created REAL NOT NULL
+    created REAL NOT NULL,
+    surrogate TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS documents_used ON documents (used);
 CREATE INDEX IF NOT EXISTS documents_prefix ON documents (prefix_key);
@@ -42,7 +43,7 @@ CREATE TABLE IF NOT EXISTS sources (
     UNIQUE (key, source)
 );
 """
-_COLUMNS = "key, prefix_key, fingerprint, codec, tokens, nbytes, pinned, used, created"
+_COLUMNS = "key, prefix_key, fingerprint, codec, tokens, nbytes, pinned, used, created, surrogate"
 _NEXT = "(SELECT coalesce(max(used), 0) + 1 FROM documents)"
 
 
@@ -60,6 +61,7 @@ class Entry:
         pinned: Whether it is protected from eviction.
         used: Number of its last use; the smallest was used least recently.
         created: Seconds since the epoch.
+        surrogate: Identity of the surrogate context that it was encoded behind, or None.
     """
 
     key: str
@@ -71,6 +73,7 @@ class Entry:
     pinned: bool | int = False
     used: int = 0
     created: float = 0.0
+    surrogate: str | None = None
 
 
 class Index:
@@ -112,6 +115,9 @@ class Index:
             _until_free(connection, "BEGIN IMMEDIATE")
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
+            columns = connection.execute("PRAGMA table_info(documents)").fetchall()
+            if "surrogate" not in {column[1] for column in columns}:  # an older release made it
+                connection.execute("ALTER TABLE documents ADD COLUMN surrogate TEXT")
             connection.execute("COMMIT")
             self._connection, self._process = connection, os.getpid()
         return self._connection
@@ -176,8 +182,8 @@ class Index:
         values = dataclasses.astuple(entry)[:7]
         self.run(
             f"INSERT OR REPLACE INTO documents ({_COLUMNS}) "
-            f"VALUES (?, ?, ?, ?, ?, ?, ?, {_NEXT}, ?)",
-            (*values, time.time()),
+            f"VALUES (?, ?, ?, ?, ?, ?, ?, {_NEXT}, ?, ?)",
+            (*values, time.time(), entry.surrogate),
         )
 
     def touch(self, keys: Collection[str]) -> None:

@@ -52,6 +52,7 @@ class StoredDocument(DocumentCache):
             ("fingerprint", reader.header.fingerprint),
             ("prefix", prefix),
             ("sensitivity", reader.sensitivity),
+            ("surrogate", reader.surrogate),
             ("_header", reader.header),
             ("_read_layer", read_layer),
             ("_lock", threading.Lock()),
@@ -100,15 +101,7 @@ class StoredDocument(DocumentCache):
 
     def whole(self) -> DocumentCache:
         """Return the same document, in memory and independent of its store."""
-        return DocumentCache(
-            self.token_ids,
-            self.prefix_ids,
-            self.keys,
-            self.values,
-            self.fingerprint,
-            self.prefix,
-            self.sensitivity,
-        )
+        return self.rebuilt()
 
     def when_read(self, then: Callable[[DocumentCache], None]) -> None:
         """Keep layers that are read, and call a function with the whole document after the last."""

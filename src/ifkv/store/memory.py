@@ -18,6 +18,8 @@ from ifkv.utils.copying import Uncopied
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext, Texts
+
 
 class MemoryStore(Uncopied):
     """Store in host memory, which evicts the least recently used documents over its budget.
@@ -61,9 +63,10 @@ class MemoryStore(Uncopied):
         model: PreTrainedModel,
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
+        surrogate: SurrogateContext | Texts | None = None,
     ) -> str:
         """Return the key of a document; see `DocumentStore`."""
-        return key_for(model, token_ids, prefix)
+        return key_for(model, token_ids, prefix, surrogate)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document and its prefix.
@@ -229,12 +232,4 @@ class MemoryStore(Uncopied):
         keys, values = document.keys.cpu(), document.values.cpu()
         if self._pin_memory:
             keys, values = keys.pin_memory(), values.pin_memory()
-        return DocumentCache(
-            document.token_ids,
-            document.prefix_ids,
-            keys,
-            values,
-            document.fingerprint,
-            prefix,
-            document.sensitivity,
-        )
+        return document.rebuilt(keys=keys, values=values, prefix=prefix)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.prefill import Documents, default_batch_tokens, prefill_documents
 from ifkv.documents.sensitivity import with_sensitivities
+from ifkv.documents.surrogate import SurrogateContext, Texts, before_documents
 from ifkv.documents.token_ids import document_tensors, no_padding
 from ifkv.errors import DocumentNotFoundError, StoreCorruptionError, StoreFullError
 from ifkv.patching.handle import handle_of
@@ -48,6 +49,7 @@ def encode_documents(
     *,
     attention_mask: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
     prefix: Sequence[int] | Tensor | DocumentCache = (),
+    surrogate: SurrogateContext | Texts | None = None,
     batch_tokens: int | None = None,
     sensitivities: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -65,6 +67,8 @@ def encode_documents(
         documents: As in [ifkv.prefill_documents][].
         attention_mask: As in [ifkv.prefill_documents][].
         prefix: Token ids that every document is encoded behind, or the rows made for them earlier.
+        surrogate: As in [ifkv.prefill_documents][]. It is part of the documents' keys, so one
+            that was made behind another, or alone, is not taken for one of these.
         batch_tokens: As in [ifkv.prefill_documents][].
         sensitivities: Measure their sensitivities, for another prefill each
             (`measure_sensitivities`). Documents that exist without them are made again and then
@@ -88,10 +92,13 @@ def encode_documents(
     prefix_ids = token_tensor(model, given, "the prefix", empty=True)
     tokens = document_tensors(model, documents, attention_mask, names)
     named = names or [f"document {index}" for index in range(len(tokens))]
+    standing_in = None if surrogate is None else SurrogateContext.of(model, surrogate)
+    before, what = before_documents(prefix_ids, standing_in)
     for ids, name in zip(tokens, named, strict=True):  # all of them before any work
-        handle.rope.check_length(len(prefix_ids) + len(ids), f"{name} with its prefix")
+        handle.rope.check_length(before + len(ids), f"{name} {what}")
     identity = handle.identity(model)
-    keys = [document_key(identity, prefix_ids, ids) for ids in tokens]
+    context = None if standing_in is None else standing_in.identity
+    keys = [document_key(identity, prefix_ids, ids, context) for ids in tokens]
     distinct = dict(zip(keys, tokens, strict=True))
     claims, own = claims_of(store), 0
     others = claims.ended  # read first: claims that end later cause another look
@@ -118,6 +125,7 @@ def encode_documents(
                 texts,
                 attention_mask=no_padding(texts),  # ids are unpadded here
                 prefix=behind,
+                surrogate=standing_in,
                 batch_tokens=batch_tokens,
             )
             if sensitivities and fresh:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.surrogate import SurrogateContext, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,10 @@ class StoreStats:
 class DocumentStore(Protocol):
     """Store of prefilled documents by content.
 
-    A document is stored as [ifkv.prefill_documents][] made it, alone behind its prefix. The
-    prefix's rows are a separate entry, stored once for all documents behind it. Several threads
-    may use a store. A document is present when both it and its prefix are.
+    A document is stored as [ifkv.prefill_documents][] made it: behind its prefix, and alone or
+    behind a surrogate context, which is part of its key. The prefix's rows are a separate entry,
+    stored once for all documents behind it. Several threads may use a store. A document is
+    present when both it and its prefix are.
     """
 
     def key_for(
@@ -55,6 +57,7 @@ class DocumentStore(Protocol):
         model: PreTrainedModel,
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
+        surrogate: SurrogateContext | Texts | None = None,
     ) -> str:
         """Return the key of a document, whether or not the store holds it.
 
@@ -62,6 +65,8 @@ class DocumentStore(Protocol):
             model: A patched model.
             token_ids: The document's tokens, ``[n]``.
             prefix: The tokens it is encoded behind.
+            surrogate: The surrogate context it is encoded behind, as in
+                [ifkv.prefill_documents][].
 
         Returns:
             64 hex digits.

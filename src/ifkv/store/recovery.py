@@ -110,4 +110,5 @@ def describe(key: str, source: FileSource) -> Entry:
         header.codec.name,
         len(reader.token_ids),
         source.size,
+        surrogate=None if reader.surrogate is None else reader.surrogate.identity,
     )

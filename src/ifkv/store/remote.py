@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.documents.source import Source
+    from ifkv.documents.surrogate import SurrogateContext, Texts
 
 T = TypeVar("T")
 
@@ -96,9 +97,10 @@ class RemoteStore(Uncopied):
         model: PreTrainedModel,
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
+        surrogate: SurrogateContext | Texts | None = None,
     ) -> str:
         """Return the key of a document; see `DocumentStore`."""
-        return key_for(model, token_ids, prefix)
+        return key_for(model, token_ids, prefix, surrogate)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Upload a document and its prefix, unless they exist.

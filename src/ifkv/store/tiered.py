@@ -24,6 +24,8 @@ from ifkv.utils.copying import Uncopied
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext, Texts
+
 
 class TieredStore(Uncopied):
     """Store of two tiers: puts go to both; documents found only in the slow one move up.
@@ -46,9 +48,10 @@ class TieredStore(Uncopied):
         model: PreTrainedModel,
         token_ids: Sequence[int] | Tensor,
         prefix: Sequence[int] | Tensor | DocumentCache = (),
+        surrogate: SurrogateContext | Texts | None = None,
     ) -> str:
         """Return the key of a document; see `DocumentStore`."""
-        return key_for(model, token_ids, prefix)
+        return key_for(model, token_ids, prefix, surrogate)
 
     def put(self, document: DocumentCache, *, replace: bool = False) -> str:
         """Store a document in both tiers; only in the slow one if the fast one has no room."""

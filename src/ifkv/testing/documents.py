@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ifkv.documents.cache import DocumentCache
+from ifkv.documents.surrogate import SurrogateContext
 
 
 def random_document(
@@ -18,6 +19,7 @@ def random_document(
     head_dim: int = 4,
     fingerprint: str = "0" * 32,
     sensitivity: bool = False,
+    surrogate: SurrogateContext | None = None,
 ) -> DocumentCache:
     """Build a document of random tokens and rows; the same seed builds the same document.
 
@@ -31,6 +33,7 @@ def random_document(
         head_dim: Width of a head.
         fingerprint: Fingerprint of the model it claims to be of.
         sensitivity: True to give it sensitivities.
+        surrogate: Surrogate context that it claims to have been encoded behind.
 
     Returns:
         A document cache that no model can use.
@@ -40,4 +43,13 @@ def random_document(
     rows = torch.randn(2, layers, kv_heads, length, head_dim, generator=generator).to(dtype)
     prefix_ids = token_ids[:0] if prefix is None else prefix.token_ids
     measured = torch.rand(length, generator=generator) if sensitivity else None
-    return DocumentCache(token_ids, prefix_ids, rows[0], rows[1], fingerprint, prefix, measured)
+    return DocumentCache(
+        token_ids,
+        prefix_ids,
+        rows[0],
+        rows[1],
+        fingerprint,
+        prefix,
+        measured,
+        surrogate=surrogate,
+    )
