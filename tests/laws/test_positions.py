@@ -18,11 +18,10 @@ from ifkv.errors import InvalidInputError
 from ifkv.models.compat import cache_keyword
 from ifkv.selectors import Budget, Request, resolve
 from ifkv.store import MemoryStore
-from ifkv.testing import assert_close, shared_tiny_model
+from ifkv.testing import FAMILIES, assert_close, shared_tiny_model
 from ifkv.testing.strategies import token_ids
 
 EXACT = 1e-11
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3"]
 PREFIX, PROMPT = [1, 7, 9], [30, 31, 32, 33]
 DOCUMENTS = [[5, 6, 7, 8], [11, 12], [13, 14, 15, 16, 17]]
 EXTENTS = [9, 2, 11]

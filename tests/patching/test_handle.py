@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import ifkv
 from ifkv.patching import handle_of
-from ifkv.testing import assert_bit_equal, tiny_model
+from ifkv.testing import FAMILIES, assert_bit_equal, tiny_model
 from scenario import cache_of
 
 IDS = torch.tensor([[5, 9, 33, 2, 71, 40]])
@@ -79,7 +79,7 @@ def usable(model: PreTrainedModel) -> bool:
     return ifkv.generate(model, cache, [7, 8], max_new_tokens=2).shape == (1, 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_unpatch_leaves_everything_as_it_was(family: str) -> None:
     model = tiny_model(family, num_layers=2)
     before, config, names = state(model), vars(model.config).copy(), registered()

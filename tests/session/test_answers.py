@@ -9,7 +9,7 @@ from torch import Tensor
 import ifkv
 from ifkv.steps.select import budget
 from ifkv.store import MemoryStore
-from ifkv.testing import assert_bit_equal, assert_close, tiny_model, tiny_tokenizer
+from ifkv.testing import FAMILIES, assert_bit_equal, assert_close, tiny_model, tiny_tokenizer
 
 TEXTS = ["The lamp is red.", "The door is green and old.", "It rains in the valley."]
 QUESTION = "Which colour is the door?"
@@ -51,7 +51,7 @@ def test_an_answer_is_shown_in_a_line(session: ifkv.Session) -> None:
     assert "tensor" not in repr(session.prepare(QUESTION, ratio=0.5))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("template", [True, False])
 def test_at_ratio_one_an_answer_is_that_of_a_full_prefill(family: str, template: bool) -> None:
     session = make(template, family)
