@@ -14,6 +14,7 @@ from ifkv.cli.placement import AUTO, Device, Dtype
 from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, prompt_options
 from ifkv.cli.read_files import FILES_HELP, Field
 from ifkv.cli.split_option import Split
+from ifkv.cli.surrogate_option import Surrogate
 
 
 def ratio_of(text: str) -> float | Literal["auto"]:
@@ -94,6 +95,7 @@ def ask(
     imports: Imports = None,
     split: Split = None,
     field: Field = "text",
+    surrogate: Surrogate = None,
     system: System = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
@@ -156,6 +158,7 @@ def ask(
     from ifkv.cli.load_model import check_model, load_model, load_tokenizer
     from ifkv.cli.output_paths import check_page
     from ifkv.cli.split_option import check_request
+    from ifkv.cli.surrogate_option import surrogate_texts
     from ifkv.planning.support import check_plannable
     from ifkv.selectors import resolve
     from ifkv.session.options import AskOptions
@@ -172,8 +175,15 @@ def ask(
         check_question(question)
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         check_page(html)
+        standing_in = surrogate_texts(surrogate)
         choice = DocumentChoice(
-            files or [], only=only, retrieve=retrieve, split=split, field=field, store=store
+            files or [],
+            only=only,
+            retrieve=retrieve,
+            split=split,
+            field=field,
+            store=store,
+            surrogate=standing_in,
         )
         checked = check_model(model, dtype=dtype, device=device)
         settings = check_generation(model, max_new_tokens)
@@ -192,7 +202,13 @@ def ask(
         with console.status(f"loading {escape(model)}"):
             loaded = load_model(checked)
         session = Session(
-            loaded, tokenizer, store=opened, selector=rule, kv_dtype=kv_dtype, **prompt
+            loaded,
+            tokenizer,
+            store=opened,
+            surrogate=standing_in,
+            selector=rule,
+            kv_dtype=kv_dtype,
+            **prompt,
         )
         session.engine.settings(AskOptions(max_new_tokens=max_new_tokens))  # a model refuses more
         kept.sentence = choice.kept_sentence(session)

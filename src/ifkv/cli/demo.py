@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ifkv.cli.answer_length import MaxNewTokens
+from ifkv.cli.surrogate_option import Surrogate
 
 
 def demo(
@@ -27,6 +28,7 @@ def demo(
             "given order.",
         ),
     ] = False,
+    surrogate: Surrogate = None,
     max_new_tokens: MaxNewTokens = None,
     html: Annotated[
         Path,
@@ -47,18 +49,21 @@ def demo(
 
     from ifkv.cli.compare_and_show import add_documents, answer_questions
     from ifkv.cli.output_paths import check_page
+    from ifkv.cli.surrogate_option import surrogate_texts
     from ifkv.demo.corpus import load_corpus
     from ifkv.demo.model import MODEL_NAME, load_demo_model, prepare_demo_model
     from ifkv.session.session import Session
     from ifkv.store import MemoryStore
 
     check_page(html)
+    standing_in = surrogate_texts(surrogate)
     console = Console()
     prepare_demo_model()  # the first time it converts the model, and shows that by itself
     with console.status(f"loading {MODEL_NAME}"):
         model, tokenizer = load_demo_model()
     corpus = load_corpus()
-    session = Session(model, tokenizer, store=MemoryStore())  # every run shows the whole way
+    # Every run shows the whole way: nothing is kept.
+    session = Session(model, tokenizer, store=MemoryStore(), surrogate=standing_in)
     titles = [passage.title for passage in corpus.passages]
     keys = add_documents(console, session, [passage.text for passage in corpus.passages], titles)
     answer_questions(

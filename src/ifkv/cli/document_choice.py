@@ -39,6 +39,7 @@ class DocumentChoice:
         split: Largest number of tokens of a document that files are cut into; None cuts nothing.
         field: Field of a JSONL line that holds the text.
         store: Folder or URL of the store, or ``memory``; the user's cache folder if None.
+        surrogate: Texts of the surrogate context that documents are encoded behind, or None.
 
     Raises:
         InvalidInputError: The options contradict one another, a file cannot be read, there is no
@@ -54,6 +55,7 @@ class DocumentChoice:
         split: int | None,
         field: str,
         store: str | None,
+        surrogate: Sequence[str] | None = None,
     ):
         if files and only:
             raise InvalidInputError(
@@ -75,6 +77,7 @@ class DocumentChoice:
         self._retrieve = retrieve
         self._split = split
         self._store = store
+        self._surrogate = surrogate
         self._token_ids: list[list[int]] = []
 
     def tokenize(
@@ -91,7 +94,8 @@ class DocumentChoice:
             InvalidInputError: A document, or the whole request, is too long for the model.
         """
         self._token_ids = [
-            document.ids for document in cut(layout, config, self._texts, self._split)
+            document.ids
+            for document in cut(layout, config, self._texts, self._split, self._surrogate)
         ]
         if self._from_files and self._retrieve is None:
             check_room(self._token_ids)
@@ -106,7 +110,9 @@ class DocumentChoice:
             return lambda: "The store is unchanged."
         if self._store == "memory":
             return lambda: "With --store memory nothing is kept."
-        return documents_kept(session.store, session.model, self._token_ids, session.prefix_ids)
+        return documents_kept(
+            session.store, session.model, self._token_ids, session.prefix_ids, session.surrogate
+        )
 
     def keys(
         self,

@@ -13,6 +13,7 @@ from ifkv.cli.prompting import ChatTemplateKwargs, ControlTokens, Date, System, 
 from ifkv.cli.read_files import FILES_HELP, Field
 from ifkv.cli.split_option import Split
 from ifkv.cli.store import parse_bytes
+from ifkv.cli.surrogate_option import Surrogate
 
 
 def encode(
@@ -34,6 +35,7 @@ def encode(
     ] = None,
     split: Split = None,
     field: Field = "text",
+    surrogate: Surrogate = None,
     system: System = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     date: Date = None,
@@ -90,10 +92,12 @@ def encode(
     from ifkv.cli.interrupts import documents_kept, interruptible
     from ifkv.cli.read_files import read_corpus
     from ifkv.cli.split_option import cut
+    from ifkv.cli.surrogate_option import surrogate_texts
     from ifkv.cli.wording import count
     from ifkv.documents.token_ids import no_padding
     from ifkv.patching.handle import patch
     from ifkv.session.prompt_format import PromptFormat
+    from ifkv.session.text_documents import surrogate_of_texts
     from ifkv.store import encode_documents, keeper_of, open_store
     from ifkv.utils.progress import token_bar
 
@@ -102,9 +106,10 @@ def encode(
         budget = None if max_bytes is None else parse_bytes(max_bytes)
         prompt = prompt_options(system, chat_template_kwargs, date, control_tokens)
         texts = read_corpus(files, field)
+        standing_in = surrogate_texts(surrogate)
         checked = check_model(model, dtype=dtype, device=device)
         layout = PromptFormat(load_tokenizer(model), **prompt)
-        cut_documents = cut(layout, checked.config, texts, split)
+        cut_documents = cut(layout, checked.config, texts, split, standing_in)
         documents = [each.ids for each in cut_documents]
         prefix = layout.prefix_ids()
         opened = open_store(store, max_bytes=budget, codec=codec)
@@ -113,7 +118,8 @@ def encode(
         with Console(stderr=True).status(f"loading {escape(model)}"):
             loaded = load_model(checked)
         with patch(loaded):
-            kept.sentence = documents_kept(opened, loaded, documents, prefix)
+            context = surrogate_of_texts(loaded, layout, prefix, standing_in)
+            kept.sentence = documents_kept(opened, loaded, documents, prefix, context)
             with token_bar("encoding") as report:
                 result = encode_documents(
                     loaded,
@@ -122,6 +128,7 @@ def encode(
                     attention_mask=no_padding(documents),
                     names=[each.name for each in cut_documents],
                     prefix=prefix,
+                    surrogate=context,
                     batch_tokens=batch_tokens,
                     sensitivities=sensitivities,
                     on_progress=report,

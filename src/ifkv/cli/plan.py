@@ -28,7 +28,7 @@ def plan(
         int,
         typer.Option(
             help="Number of documents, as many as your retriever returns per question; they "
-            "count as equally long. It matters if there are few (the first is never "
+            "count as equally long. It matters if there are few (the first is not "
             "recomputed) or very many (each takes a moment to load and stitch).",
             min=1,
         ),
@@ -65,6 +65,14 @@ def plan(
             "are further from full prefill's; 1 gives the nearest answers that are not slower."
         ),
     ] = 2.0,
+    behind_surrogate: Annotated[
+        bool,
+        typer.Option(
+            "--behind-surrogate",
+            help="The documents are encoded behind a surrogate context (--surrogate of ifkv "
+            "encode), so that the first one, too, is recomputed in part.",
+        ),
+    ] = False,
     dtype: Dtype = AUTO,
     device: Device = AUTO,
     recalibrate: Annotated[
@@ -130,6 +138,7 @@ def plan(
             ratios=ratio or RATIOS,
             selector=rule,
             speedup=speedup,
+            first_exact=not behind_surrogate,
         )
     name = Path(model).resolve().name if Path(model).is_dir() else model
     table = Table(

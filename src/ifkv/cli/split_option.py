@@ -42,6 +42,7 @@ def cut(
     config: PretrainedConfig,
     texts: Sequence[tuple[Source, str]],
     split: int | None,
+    surrogate: Sequence[str] | None = None,
 ) -> list[CutDocument]:
     """Return the documents that texts become, cut as [ifkv.Session.add][] cuts them.
 
@@ -50,6 +51,7 @@ def cut(
         config: The model's config.
         texts: Source and text of each.
         split: Largest number of tokens of a document; None makes every text one document.
+        surrogate: Texts of the surrogate context that documents are encoded behind, or None.
 
     Returns:
         The documents; pieces of one text are numbered.
@@ -81,14 +83,21 @@ def cut(
                 documents.append(CutDocument(name, ids, source.piece(text, offset, part)))
     limit, reason = position_limit(config)
     prefix = len(layout.prefix_ids())
-    room = limit - prefix
+    standing_in = max((len(layout.document_ids(text)) for text in surrogate or ()), default=0)
+    room = limit - prefix - standing_in
+    if room < 1:
+        raise InvalidInputError(
+            f"a text of --surrogate has {standing_in} tokens and leaves documents no position, "
+            f"since {reason} and the prefix takes {prefix}; give a shorter text."
+        )
     long = [f"{name} has {len(ids)} tokens" for name, ids, _ in documents if len(ids) > room]
     if long:
+        beside = f" and the surrogate context {standing_in}" if standing_in else ""
         more = [f"{len(long) - _NAMED} more are too long"] if len(long) > _NAMED else []
         raise InvalidInputError(
             f"{', '.join(long[:_NAMED] + more)}; a document can have {room} here, since {reason} "
-            f"and the prefix takes {prefix}. Cut long files into documents of at most N tokens "
-            f"with --split N, for example --split {min(512, room)}."
+            f"and the prefix takes {prefix}{beside}. Cut long files into documents of at most N "
+            f"tokens with --split N, for example --split {min(512, room)}."
         )
     return documents
 

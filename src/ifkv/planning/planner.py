@@ -94,6 +94,7 @@ class Planner:
         ratios: Sequence[float] = RATIOS,
         selector: str | Selector = DEFAULT_SELECTOR,
         speedup: float = SPEEDUP,
+        first_exact: bool = True,
     ) -> Plan:
         """Predict a request's times and choose among the ratios.
 
@@ -109,6 +110,8 @@ class Planner:
             ratios: Ratios to choose among.
             selector: Selector of the tokens, as in [ifkv.Session.ask][].
             speedup: Speed-up over full prefill that a ratio should reach.
+            first_exact: Whether the first document is exact already and never recomputed, as it
+                is unless documents are encoded behind a surrogate context.
 
         Raises:
             InvalidInputError: A number that is not positive, more documents than tokens, a ratio
@@ -129,7 +132,7 @@ class Planner:
         seconds, flops = self._choosing(tokens, prompt, question, rule)
         prefill = self._prefill(tokens + prompt)
         forecasts = tuple(
-            self._forecast(tokens, documents, prompt, ratio, seconds, flops)
+            self._forecast(tokens, documents, prompt, ratio, seconds, flops, first_exact)
             for ratio in sorted(set(ratios))
         )
         ratio, reason = choose(prefill, forecasts, speedup)
@@ -155,9 +158,10 @@ class Planner:
         ratio: float,
         choosing: float,
         choosing_flops: float,
+        first_exact: bool,
     ) -> Forecast:
         shape, rates = self.shape, self.rates
-        first = tokens // documents  # exact already, and never selected
+        first = tokens // documents if first_exact else 0  # never selected
         rows = min(budget(tokens, ratio), tokens - first)
         position = (tokens + first) / (2 * tokens)
         nbytes = tokens * shape.token_bytes

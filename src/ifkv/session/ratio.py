@@ -90,6 +90,7 @@ class Ratios:
                 prompt=prompt,
                 question=question,
                 selector=selector,
+                first_exact=documents[0].surrogate is None,
             )
             return Budget(ratio=1.0 if plan.ratio is None else plan.ratio), plan
 

@@ -32,7 +32,7 @@ from ifkv.session.library import Library
 from ifkv.session.options import AskOptions
 from ifkv.session.prompt_format import INSTRUCTION, PromptFormat
 from ifkv.session.ratio import Ratio, Ratios
-from ifkv.session.text_documents import document_pieces
+from ifkv.session.text_documents import document_pieces, surrogate_of_texts
 from ifkv.store import session_store
 from ifkv.utils.checks import token_tensor
 from ifkv.utils.copying import Uncopied
@@ -41,6 +41,7 @@ from ifkv.utils.listing import as_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ifkv.documents.surrogate import SurrogateContext
     from ifkv.generation.streaming import Closing
     from ifkv.planning.planner import Planner
     from ifkv.session.answer_stream import AnswerStream
@@ -60,6 +61,10 @@ class Session(Uncopied):
             keeps them for this session only.
         prefix: Text or token ids that every document is encoded behind; by default what the
             tokenizer's chat template puts before the documents, with ``instruction``.
+        surrogate: Text that stands between prefix and document while a document is encoded, and
+            is then dropped; several texts for the mean over them. It is tokenised as a document
+            is. See [ifkv.SurrogateContext][]. None encodes each document alone. It is part of the
+            documents' keys: the session finds only documents encoded behind the same texts.
         instruction: Text before the documents, when the prefix is not given.
         system: System prompt, part of the prefix; the chat template's default if None.
         chat_template_kwargs: Further variables of the chat template, such as
@@ -104,6 +109,7 @@ class Session(Uncopied):
         *,
         store: DocumentStore | str | os.PathLike[str] | None = None,
         prefix: str | Sequence[int] | None = None,
+        surrogate: str | Sequence[str] | None = None,
         instruction: str = INSTRUCTION,
         system: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -140,13 +146,14 @@ class Session(Uncopied):
             prefix_ids = layout.parse(prefix)
         else:
             prefix_ids = token_tensor(model, prefix, "the prefix", empty=True).tolist()
+        standing_in = surrogate_of_texts(model, layout, prefix_ids, surrogate)
         kept = session_store(store)
         self.engine = Engine(
             model=model,
             tokenizer=tokenizer,
             format=layout,
             prefix_ids=prefix_ids,
-            library=Library(model, kept, prefix_ids, tokenizer.decode),
+            library=Library(model, kept, prefix_ids, tokenizer.decode, standing_in),
             catalog=Catalog(kept),
             ratios=Ratios(model, ratio, backend, planner),
             selector=rule,
@@ -161,6 +168,15 @@ class Session(Uncopied):
         twin.engine = dataclasses.replace(engine, library=copy.copy(engine.library))
         twin._corpus = Corpus(twin.engine)
         return twin
+
+    def __repr__(self) -> str:
+        behind = f"{len(self.prefix_ids)} tokens"
+        if self.surrogate is not None:
+            behind += f" and a {self.surrogate!r}"
+        return (
+            f"Session({type(self.model).__name__}, {len(self.keys)} documents behind {behind}, "
+            f"{type(self.store).__name__})"
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -181,6 +197,11 @@ class Session(Uncopied):
     def prefix_ids(self) -> list[int]:
         """Return the tokens that every document is encoded behind."""
         return self.engine.prefix_ids
+
+    @property
+    def surrogate(self) -> SurrogateContext | None:
+        """Return the surrogate context that documents are encoded behind; None if there is none."""
+        return self.engine.library.surrogate
 
     @property
     def selector(self) -> Selector:
@@ -246,7 +267,7 @@ class Session(Uncopied):
             StoreFullError: The store or its disk has no room.
         """
         ids, names, own = document_pieces(
-            self.model, self.format, self.prefix_ids, texts, split, sources
+            self.model, self.format, self.prefix_ids, texts, split, sources, self.surrogate
         )
         keys = self.engine.library.add(
             ids,
@@ -259,7 +280,9 @@ class Session(Uncopied):
         return keys
 
     def stored(self, only: str | Sequence[str] | None = None) -> list[str]:
-        """Return keys of what the store holds for this model and prefix, whoever added it.
+        """Return keys of what the store holds for this session, whoever added it.
+
+        That is what this model encoded behind the session's prefix and surrogate context.
 
         Args:
             only: Patterns such as ``"notes/*"``: documents with a source whose title or location
