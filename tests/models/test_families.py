@@ -71,7 +71,7 @@ def test_facts_hold_of_a_model(name: str) -> None:
     ):
         module, _, class_name = path.rpartition(".")
         assert type(part) is getattr(importlib.import_module(module), class_name)
-    assert family.qk_norm == hasattr(attention, "q_norm")
+    assert (family.qk_norm != "none") == hasattr(attention, "q_norm")
     assert family.fused_qkv == hasattr(attention, "qkv_proj") == (not hasattr(attention, "q_proj"))
     x = torch.arange(8.0)
     rotate_half = importlib.import_module(family.attention_class.rpartition(".")[0]).rotate_half
@@ -124,12 +124,19 @@ BROKEN = {
         GOOD.replace("qk_norm", "qknorm"),
         r"unknown key 'qknorm'.*known keys.*qk_norm",
     ),
-    "missing key": (GOOD.replace("qk_norm = false\n", ""), r"lacks the key 'qk_norm'.*README"),
+    "missing key": (GOOD.replace('qk_norm = "none"\n', ""), r"lacks the key 'qk_norm'.*README"),
     "string for list": (GOOD.replace('["llama"]', '"llama"'), r"model_types is 'llama' but must"),
     "number in list": (GOOD.replace('["llama"]', "[1]"), r"model_types is \[1\] but must"),
-    "string for boolean": (GOOD.replace("qk_norm = false", 'qk_norm = "no"'), r"qk_norm is 'no'"),
+    "norm rule": (GOOD.replace('qk_norm = "none"', 'qk_norm = "no"'), r"qk_norm is 'no'.*per-head"),
+    "string for boolean": (
+        GOOD.replace("experts = false", 'experts = "no"'),
+        r"experts is 'no' but must be bool",
+    ),
     "layout": (GOOD.replace('"half-split"', '"interleaved"'), r"'interleaved'.*half-split"),
-    "window rule": (GOOD.replace('"none"', '"some"'), r"'some'.*layer-types"),
+    "window rule": (
+        GOOD.replace('sliding_window = "none"', 'sliding_window = "some"'),
+        r"'some'.*layer-types",
+    ),
     "hash no list": (LAYER_HASHES.sub(r'\1"40dc"', GOOD), r"upstream_hashes is"),
     "hash a number": (LAYER_HASHES.sub(r"\1[40]", GOOD), r"upstream_hashes is"),
     "code without a hash": (
@@ -150,7 +157,7 @@ def test_a_broken_file_is_refused_by_name(name: str) -> None:
 
 def test_a_good_file_is_read_as_it_stands() -> None:
     family = parse_family(GOOD, "mine")
-    assert (family.name, family.model_types, family.qk_norm) == ("mine", ("llama",), False)
+    assert (family.name, family.model_types, family.qk_norm) == ("mine", ("llama",), "none")
     with pytest.raises(dataclasses.FrozenInstanceError):
         family.name = "yours"  # type: ignore[misc]
 

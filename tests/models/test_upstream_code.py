@@ -337,11 +337,11 @@ def both_ways(model: Any) -> Any:
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
-    "norms": (lambda: with_norms(llama()), r"layer 0 has q_norm.*qk_norm = false"),
-    "one norm": (lambda: with_norms(llama(), "k"), r"layer 0 has k_norm.*qk_norm = false"),
+    "norms": (lambda: with_norms(llama()), r"layer 0 has q_norm.*qk_norm = 'none'"),
+    "one norm": (lambda: with_norms(llama(), "k"), r"layer 0 has k_norm.*qk_norm = 'none'"),
     "no norm": (
         lambda: without(tiny_model("qwen3", num_layers=2), "k_norm"),
-        r"lacks k_norm.*qk_norm = true",
+        r"lacks k_norm.*qk_norm = 'per-head'",
     ),
     "fused": (lambda: fused(llama()), r"separate projections.*fused_qkv = false"),
     "not fused": (

@@ -33,6 +33,7 @@ class Family:
     Attributes:
         name: The family's name, equal to the file's stem.
         model_types: Values of ``config.model_type`` in this family.
+        examples: Names on the model hub of some of its models.
         attention_class: Dotted path of the attention module's class.
         layer_class: Dotted path of the decoder layer's class.
         model_class: Dotted path of the decoder stack's class (embeddings, layers, final norm).
@@ -40,10 +41,14 @@ class Family:
         rotary_class: Dotted path of the rotary module's class.
         rope_layout: ``"half-split"`` (pairs are ``x[i], x[i + rotary_dim / 2]``).
         rope_types: Values of ``rope_parameters["rope_type"]`` whose keys can be moved exactly.
-        qk_norm: True if queries and keys are normalised per head before the rotation.
+        qk_norm: How queries and keys are normalised before the rotation: ``"none"``,
+            ``"per-head"``, ``"all-heads"`` (over all heads of a row together) or ``"by-config"``
+            (per head if ``config.use_qk_norm``).
         fused_qkv: True if one projection makes queries, keys and values.
         sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
             ``"all-layers"`` (``config.sliding_window`` holds for every layer).
+        experts: True if layers route each row to some of several experts.
+        limits: What a user should know about these models, in sentences.
         verified_transformers: Releases of transformers that the tests ran on.
         upstream_hashes: For each of `upstream_paths`, its `source_hash` in every release of
             transformers whose code was read.
@@ -51,6 +56,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
+    examples: tuple[str, ...]
     attention_class: str
     layer_class: str
     model_class: str
@@ -58,9 +64,11 @@ class Family:
     rotary_class: str
     rope_layout: str
     rope_types: tuple[str, ...]
-    qk_norm: bool
+    qk_norm: str
     fused_qkv: bool
     sliding_window: str
+    experts: bool
+    limits: tuple[str, ...]
     verified_transformers: tuple[str, ...]
     upstream_hashes: dict[str, tuple[str, ...]]
 
@@ -87,6 +95,7 @@ class Family:
 
 _CHOICES = {
     "rope_layout": ("half-split",),
+    "qk_norm": ("none", "per-head", "all-heads", "by-config"),
     "sliding_window": ("none", "layer-types", "all-layers"),
 }
 

@@ -37,7 +37,10 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
         raise _refusal(model, family, "config.is_causal is False: rows see what comes behind them")
     for index, layer in enumerate(view.layers):
         attention: Any = layer.self_attn
-        found = (*_of_projections(attention, family), *_of_window(attention, family, config, index))
+        found = (
+            *_of_projections(attention, family, config),
+            *_of_window(attention, family, config, index),
+        )
         for contradiction in found:
             raise _refusal(model, family, f"layer {index} {contradiction}")
         if index == 0:
@@ -52,17 +55,30 @@ def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> Unsu
     )
 
 
-def _of_projections(attention: Any, family: Family) -> Iterator[str]:
+def _of_projections(attention: Any, family: Family, config: Any) -> Iterator[str]:
     """Yield contradictions of ``qk_norm`` and ``fused_qkv``, and settings no family allows."""
     if not getattr(attention, "is_causal", True):
         yield "has is_causal = False: its rows see what comes behind them"
+    expected = family.qk_norm
+    if expected == "by-config":
+        expected = "per-head" if getattr(config, "use_qk_norm", False) else "none"
     for name in ("q_norm", "k_norm"):
-        has = getattr(attention, name, None) is not None
-        if has != family.qk_norm:
+        norm = getattr(attention, name, None)
+        if (norm is not None) != (expected != "none"):
             yield (
-                f"{'has' if has else 'lacks'} {name}, but family {family.name!r} says "
-                f"qk_norm = {str(family.qk_norm).lower()}"
+                f"{'lacks' if norm is None else 'has'} {name}, but family {family.name!r} says "
+                f"qk_norm = {family.qk_norm!r}"
             )
+            continue
+        if norm is not None and expected in ("per-head", "all-heads"):
+            width, head = norm.weight.numel(), attention.head_dim
+            projection = getattr(attention, name.replace("norm", "proj"), None)
+            every = getattr(projection, "out_features", width)
+            if width != (head if expected == "per-head" else every):
+                yield (
+                    f"has a {name} of width {width} for heads of {head}, {every} in all, but "
+                    f"family {family.name!r} says qk_norm = {family.qk_norm!r}"
+                )
     separate = all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
     if hasattr(attention, "qkv_proj") != family.fused_qkv or separate == family.fused_qkv:
         made = "separate projections" if separate else "no separate projections"
