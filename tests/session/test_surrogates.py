@@ -13,6 +13,7 @@ import ifkv
 from ifkv.cost import ModelShape
 from ifkv.errors import InvalidInputError, StoreWarning
 from ifkv.planning import Planner
+from ifkv.selectors.registry import names
 from ifkv.store import DiskStore, MemoryStore
 from ifkv.testing import assert_bit_equal, assert_close, tiny_model, tiny_tokenizer
 from rates import ROWS_COST
@@ -223,3 +224,13 @@ def test_a_document_too_long_behind_it_is_named_with_the_rule() -> None:
     ):
         session.add(["short", "words" * 40])
     make(None).add(["words" * 40])
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_selector_chooses_among_all_documents(name: str, count: int) -> None:
+    session = make(NOTES)
+    keys = session.add(TEXTS)[:count]
+    answer = session.ask(QUESTION, documents=keys, selector=name, ratio=0.2, max_new_tokens=1)
+    assert len(answer.slots) == int(0.2 * len(answer.context_ids))
+    assert int(answer.slots[0]) >= len(session.prefix_ids)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -63,8 +63,8 @@ class SurrogateContext:
             given: Token ids of one text, or of several; or a surrogate context, which is returned.
 
         Raises:
-            InvalidInputError: There is no text, one is empty, is there twice, or holds an id
-                outside the vocabulary.
+            InvalidInputError: There is no text, one is empty, no token ids, there twice, or holds
+                an id outside the vocabulary.
         """
         if isinstance(given, SurrogateContext):
             return given
@@ -73,6 +73,11 @@ class SurrogateContext:
             raise InvalidInputError(
                 f"surrogate is the text {several[:40]!r}; give its token ids, as the tokenizer "
                 "makes them."
+            )
+        if isinstance(several, Mapping | Set) or not hasattr(several, "__len__"):
+            raise InvalidInputError(
+                f"surrogate is {several!r}; give the token ids of a text, a list of several such "
+                "texts, or None to encode documents alone."
             )
         if len(several) == 0:
             raise InvalidInputError(
@@ -126,10 +131,3 @@ def before_documents(
     if surrogate is None:
         return len(prefix_ids), "with its prefix"
     return len(prefix_ids) + surrogate.longest, "with its prefix and surrogate context"
-
-
-def same_surrogate(one: SurrogateContext | None, other: SurrogateContext | None) -> bool:
-    """True if documents behind the one may stand for documents behind the other."""
-    if one is None or other is None or one is other:
-        return one is other
-    return one.identity == other.identity

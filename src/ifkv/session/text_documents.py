@@ -107,4 +107,4 @@ def surrogate_of_texts(
         f"a document of one token behind the prefix and a surrogate of {context.longest} tokens",
         "Give a shorter text.",
     )
-    return context
+    return context.shared()

@@ -129,6 +129,12 @@ def verify(model: PreTrainedModel, *, seed: int = 0, length: int = 48) -> Iterat
             ),
             allowed.rows,
         )
+        texts = [tokens(length // 3), tokens(length // 2)]
+        behind = prefill_documents(
+            model, parts, attention_mask=mask, prefix=prefix, surrogate=texts
+        )
+        sizes = _Sizes(total, len(prefix), sizes.layers)
+        yield from _surrogate_properties(model, behind, prompt, truth, sizes, allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +212,36 @@ def _properties(
     )
     slots = select(stitched, scores, ratio=0.2)
     yield from _selection_properties(model, stitched, slots, prompt, truth, tolerance)
+
+
+def _surrogate_properties(
+    model: PreTrainedModel,
+    documents: list[DocumentCache],
+    prompt: list[int],
+    native: NativePass,
+    sizes: _Sizes,
+    allowed: Yardstick,
+) -> Iterator[PropertyResult]:
+    """Check what holds of documents encoded behind a surrogate context, as of any others."""
+    stitched = stitch(model, documents)
+    yield PropertyResult(
+        "behind a surrogate context: the first layer is right, and the prefix in every layer",
+        max(
+            cache_error(stitched, native.cache, slice(0, sizes.total), range(1)),
+            cache_error(stitched, native.cache, slice(0, stitched.exact_length), sizes.layers),
+        ),
+        allowed.rows,
+    )
+    logits = recompute(model, stitched, range(sizes.total), prompt_ids=prompt)
+    assert logits is not None
+    yield PropertyResult(
+        "behind a surrogate context: everything recomputed equals full prefill",
+        max(
+            error(logits, native.logits),
+            cache_error(stitched, native.cache, slice(0, sizes.total), sizes.layers),
+        ),
+        allowed.rows,
+    )
 
 
 def _selection_properties(
