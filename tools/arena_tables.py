@@ -136,12 +136,41 @@ def halves(file: str, ratio: float) -> str:
     )
 
 
+def surrogate(file: str, _: float) -> str:
+    """Return a table of ways behind surrogate contexts beside the same ways on plain documents."""
+    at_equal_ratio = {
+        (row["first"], row["second"], row["ratio"]): row
+        for row in _read(f"arena-{file}-differences.csv")
+        if row["questions"] == "all" and row["at"] == "equal ratio"
+    }
+    named = {(row["way"], row["ratio"]): row for row in rows_of(file)}
+    rows = []
+    for (way, ratio), row in sorted(
+        named.items(), key=lambda item: (item[0][0], float(item[0][1]))
+    ):
+        rule, behind, text = way.partition(" behind ")
+        alone = named.get((rule, ratio))
+        if not behind or alone is None:
+            continue
+        difference = at_equal_ratio.get((way, rule, ratio))
+        cells = [_points(difference), _factor(difference)] if difference else ["–", "–"]
+        gaps = ["0 %" if rule == "stitch only" else _percent(alone, "gap"), _percent(row, "gap")]
+        top1 = [f"{float(each['top1']):.3f}" for each in (alone, row)]
+        rows.append([_name(rule), text, f"{float(ratio):g}", *gaps, *cells, *top1])
+    head = (
+        "way | surrogate | r | gap, alone | gap, behind it | difference | KL, typically | "
+        "top-1, alone | top-1, behind it"
+    )
+    return as_table(head, rows, 2)
+
+
 TABLES: dict[str, Callable[[str, float], str]] = {
     "overview": overview,
     "quality": quality,
     "pairs": pairs,
     "ratios": ratios,
     "halves": halves,
+    "surrogate": surrogate,
 }
 
 

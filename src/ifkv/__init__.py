@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ifkv.documents.prefill import prefill_documents
     from ifkv.documents.source import Source
     from ifkv.documents.surrogate import SurrogateContext
+    from ifkv.documents.surrogate_text import SURROGATE_TEXT
     from ifkv.errors import IfkvError
     from ifkv.generation.decode import generate_many
     from ifkv.generation.generate import generate
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ifkv.steps.select import select
 
 _HOME = {
+    "SURROGATE_TEXT": "documents.surrogate_text",
     "Answer": "session.answer",
     "Conversation": "session.conversation",
     "DocumentCache": "documents.prefill",
@@ -66,6 +68,7 @@ _HOME = {
 }
 
 __all__ = [
+    "SURROGATE_TEXT",
     "Answer",
     "Conversation",
     "DocumentCache",

@@ -10,7 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ifkv
 from ifkv.cli import app
+from ifkv.cli.surrogate_option import surrogate_texts
 from ifkv.errors import InvalidInputError
 from ifkv.store import DiskStore
 from ifkv.testing import tiny_model, tiny_tokenizer
@@ -114,3 +116,12 @@ def test_a_document_too_long_behind_it_is_named(
     run("encode", big, *place)
     with pytest.raises(InvalidInputError, match="and the surrogate context 28"):
         run("encode", big, *place, "--surrogate", notes)
+
+
+def test_the_text_that_is_shipped_is_called_default(tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("A note.", encoding="utf-8")
+    assert surrogate_texts([Path("default")]) == [ifkv.SURROGATE_TEXT]
+    assert surrogate_texts([note, Path("default")]) == ["A note.", ifkv.SURROGATE_TEXT]
+    with pytest.raises(InvalidInputError, match="same text"):
+        surrogate_texts([Path("default"), Path("default")])

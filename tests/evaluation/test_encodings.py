@@ -45,6 +45,16 @@ def test_a_name_says_which_texts_they_are(tmp_path: Path) -> None:
     assert other.name != alone.name
 
 
+def test_the_text_that_is_shipped_has_a_name(tmp_path: Path) -> None:
+    (note,) = files(tmp_path, note="A note.")
+    own, mean = encodings_of(["default", f"default+{note}"])
+    assert own is not None
+    assert mean is not None
+    assert own.texts == (ifkv.SURROGATE_TEXT,)
+    assert mean.texts == (ifkv.SURROGATE_TEXT, "A note.")
+    assert own.name.startswith("default-")
+
+
 def test_bad_surrogates_are_refused(tmp_path: Path) -> None:
     empty, good = files(tmp_path, empty=" \n", good="Text.")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")

@@ -83,8 +83,8 @@ def evaluate(
         str,
         typer.Option(
             help="Surrogate contexts to compare, separated by commas: text files that stand before "
-            "each document while it is encoded, and are dropped; files joined by + for the mean "
-            "over several; none for documents encoded alone."
+            "each document while it is encoded, and are dropped; default for the text that ifkv "
+            "ships; files joined by + for the mean over several; none for documents encoded alone."
         ),
     ] = "none",
     limit: Annotated[

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ifkv.documents.surrogate_text import DEFAULT, SURROGATE_TEXT
 from ifkv.errors import InvalidInputError
 
 Surrogate = Annotated[
@@ -15,7 +16,8 @@ Surrogate = Annotated[
     typer.Option(
         "--surrogate",
         help="Surrogate context: a text file that stands in for what will precede a document in a "
-        "request. Each document is encoded behind it, and only the document is kept. May be given "
+        "request, or default for the text that ifkv ships. Each document is encoded behind it, and "
+        "only the document is kept. May be given "
         "several times, for the mean over several texts and as many prefills. It decides which "
         "documents are found in a store: encode and ask with the same files. Default: each "
         "document is encoded alone.",
@@ -35,7 +37,9 @@ def surrogate_texts(files: Sequence[Path] | None) -> list[str] | None:
 
     if not files:
         return None
-    texts = read_texts(files)
+    shipped = [str(file) == DEFAULT for file in files]
+    read = iter(read_texts([file for file, own in zip(files, shipped, strict=True) if not own]))
+    texts = [SURROGATE_TEXT if own else next(read) for own in shipped]
     for number, text in enumerate(texts):
         if text in texts[:number]:
             raise InvalidInputError(

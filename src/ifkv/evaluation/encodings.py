@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ifkv.documents.surrogate_text import DEFAULT, SURROGATE_TEXT
 from ifkv.errors import InvalidInputError
 
 # The name of documents that are encoded alone.
@@ -33,8 +34,9 @@ def encodings_of(specs: Sequence[str]) -> list[Encoding | None]:
     """Return the encodings that strings name.
 
     Args:
-        specs: For each encoding ``"none"`` for documents that are encoded alone; or a text file;
-            or several files, joined by ``+``, for the mean over their texts.
+        specs: For each encoding ``"none"`` for documents that are encoded alone; or a text file,
+            or ``"default"`` for the text that ifkv ships; or several of these, joined by ``+``, for
+            the mean over their texts.
 
     Returns:
         One for each string; None for ``"none"``. The name holds the files' names and the beginning
@@ -60,6 +62,8 @@ def encodings_of(specs: Sequence[str]) -> list[Encoding | None]:
 
 
 def _text(path: Path) -> str:
+    if str(path) == DEFAULT:
+        return SURROGATE_TEXT
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
