@@ -46,6 +46,13 @@ def test_plan_needs_a_config_alone(measured, folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
+def test_plan_counts_the_first_document_behind_a_surrogate_context(measured, folder: str) -> None:
+    ask = ["plan", folder, "--tokens", "400", "--documents", "1", "--ratio", "0.3"]
+    assert " 120 " not in CliRunner().invoke(app, ask).output
+    assert " 120 " in CliRunner().invoke(app, [*ask, "--behind-surrogate"]).output
+
+
+@pytest.mark.filterwarnings("ignore::ifkv.errors.CalibrationWarning")
 def test_plan_says_when_rates_look_like_those_of_a_busy_machine(
     measured, folder: str, monkeypatch
 ) -> None:

@@ -215,6 +215,19 @@ def test_one_document_has_nothing_to_recompute() -> None:
     assert [each.rows for each in plan.forecasts] == [0, 0, 0]
 
 
+def test_behind_a_surrogate_context_the_first_document_counts_too() -> None:
+    planner = Planner(SHAPE, ROWS_COST)
+    for documents in (1, 4):
+        options: Any = {"documents": documents, "prompt": 5, "ratios": [0.15, 1.0]}
+        alone = planner.plan(1000, **options)
+        behind = planner.plan(1000, first_exact=False, **options)
+        assert [each.rows for each in behind.forecasts] == [150, 1000]
+        assert alone.forecasts[1].rows == 1000 - 1000 // documents
+        assert alone.forecasts[1].hot < behind.forecasts[1].hot
+        assert alone.kv_bytes == behind.kv_bytes
+        assert alone.prefill == behind.prefill
+
+
 def test_loading_comes_on_top() -> None:
     rates = dataclasses.replace(ROWS_COST, warm_bytes=2e6, cold_bytes=1e6, open_document=0.5)
     plan = Planner(SHAPE, rates).plan(1000, documents=4, prompt=5)

@@ -132,7 +132,7 @@ class Budget:
             groups: Long ``[T]``: the sentence of each slot; needed if `sentences`.
 
         Returns:
-            Long ``[k]``, ascending, without prefix and first document. Of equal scores the lower
+            Long ``[k]``, ascending, without slots that are exact. Of equal scores the lower
             slot wins; with the same scores and kind of budget a larger one contains a smaller.
 
         Raises:

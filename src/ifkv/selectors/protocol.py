@@ -47,7 +47,7 @@ class Selection:
     """Slots that a selector chose, and their scores.
 
     Attributes:
-        slots: Long ``[k]``, ascending, none of them in prefix or first document.
+        slots: Long ``[k]``, ascending, none of them exact already (`StitchedCache.exact_length`).
         scores: The scores that decided, float ``[T]``; None if nothing had to be scored.
         cost: Cost of the choice, without the recomputation of the chosen slots.
         attention: The query's attention, float ``[T]``, for heat maps: over those scoring layers
@@ -149,7 +149,7 @@ class Ranked(Selector):
         """Score the slots; arguments of `select`.
 
         Returns:
-            Finite float scores ``[T]`` (those of prefix and first document do not matter), and
+            Finite float scores ``[T]`` (those of exact slots do not matter), and
             the cost of scoring.
         """
 
