@@ -150,7 +150,10 @@ def foreign(model_type: str, **options: Any) -> Any:
 
 @pytest.mark.usefixtures("facts_alone")
 def test_a_family_of_facts_alone_is_not_enough() -> None:
-    refused(foreign("gemma2"), r"Gemma2Attention of layer 0 asks .*softcap=50\.0")
+    with pytest.raises(UnsupportedModelError, match=r"final_logit_softcapping = 30\.0, but"):
+        ifkv.patch(foreign("gemma2"))
+    uncapped = foreign("gemma2", final_logit_softcapping=None)
+    refused(uncapped, r"Gemma2Attention of layer 0 asks .*softcap=50\.0")
     experts = dict(num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(UnsupportedModelError, match="GptOssRotaryEmbedding turns dimensions"):
         ifkv.patch(foreign("gpt_oss", **experts))
@@ -336,7 +339,26 @@ def both_ways(model: Any) -> Any:
     return model
 
 
+def renamed_norm(model: Any) -> Any:
+    layer = model.model.layers[1]
+    layer.other_norm = layer.input_layernorm
+    del layer.input_layernorm
+    return model
+
+
 CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
+    "no norm in front of the attention": (
+        lambda: renamed_norm(llama()),
+        r"layer 1 has no norm in front of its attention.*attention_norm = 'input_layernorm'",
+    ),
+    "logits that are scaled": (
+        lambda: configured(llama(), logits_scaling=0.5),
+        r"has config\.logits_scaling = 0\.5, but family 'llama' names no such scalar",
+    ),
+    "embeddings that are scaled": (
+        lambda: configured(llama(), embedding_multiplier=12.0),
+        r"has config\.embedding_multiplier = 12\.0",
+    ),
     "norms": (lambda: with_norms(llama()), r"layer 0 has q_norm.*qk_norm = 'none'"),
     "one norm": (lambda: with_norms(llama(), "k"), r"layer 0 has k_norm.*qk_norm = 'none'"),
     "no norm": (

@@ -95,11 +95,12 @@ def run_attention(
     Raises:
         UnsupportedModelError: As in `run_layers`.
     """
-    layer = DecoderView(model).layers[layer_idx]
+    view = DecoderView(model)
+    layer = view.layers[layer_idx]
     watched = WatchedPass(attention_pass)
     watched.expect(layer_idx)
     layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden),
+        hidden_states=view.attention_input(layer, hidden),
         **_keywords(layer.self_attn, positions, rotation, watched),
     )
     watched.check(layer)

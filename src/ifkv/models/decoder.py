@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ifkv.models.families import resolve_family
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ifkv.models.families import Family
 
 # Path of the decoder stack in models of a class, found once.
 _paths: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
@@ -58,12 +65,17 @@ class DecoderView:
         """Return the settings that upstream's forward reads at every call.
 
         They can change while the model is patched: the number of layers, the config's sliding
-        window, and the sliding window and scaling of each attention.
+        window, the sliding window and scaling of each attention, and, where there are such, the
+        multipliers of embeddings and residual branches and the softcap of each attention.
         """
+        stack = self.stack
         read: list[object] = [self.num_layers, getattr(self.config, "sliding_window", None)]
+        read += _present(stack, "embedding_multiplier")
         for layer in self.layers:
             attention = getattr(layer, "self_attn", None)
             read += [getattr(attention, name, None) for name in ("scaling", "sliding_window")]
+            read += _present(layer, "residual_multiplier")
+            read += _present(attention, "attn_logit_softcapping")
         return tuple(read)
 
     @property
@@ -96,7 +108,23 @@ class DecoderView:
             ``[1, rows, hidden]``.
         """
         hidden: Tensor = self.stack.embed_tokens(token_ids[None])
-        return hidden
+        multiplier = self._scalar("embeddings_multiplied_by")
+        return hidden if multiplier is None else hidden * multiplier
+
+    def attention_input(self, layer: Any, hidden: Tensor) -> Tensor:
+        """Compute what the attention of a layer reads.
+
+        Args:
+            layer: A layer of this model.
+            hidden: Input of the layer, ``[1, rows, hidden]``.
+
+        Returns:
+            ``[1, rows, hidden]``: the input itself in families whose norm comes behind the
+            attention.
+        """
+        norm = self._family.attention_norm
+        read: Tensor = hidden if norm == "none" else getattr(layer, norm)(hidden)
+        return read
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits of every row.
@@ -109,7 +137,28 @@ class DecoderView:
         """
         head: Any = self.head
         logits: Tensor = head(self.stack.norm(hidden))
+        # The same operations in the same order as upstream's, for equal bits.
+        if (factor := self._scalar("logits_multiplied_by")) is not None:
+            logits = logits * factor
+        if (divisor := self._scalar("logits_divided_by")) is not None:
+            logits = logits / divisor
+        if (cap := self._scalar("logits_capped_by")) is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits[0]
+
+    @property
+    def _family(self) -> Family:
+        return resolve_family(self._model)
+
+    def _scalar(self, name: str) -> float | None:
+        """Return a number that the family's ``scalars`` name; None if it is absent or None."""
+        path = self._family.scalars.get(name)
+        number: float | None = None if path is None else operator.attrgetter(path)(self._model)
+        return number
+
+
+def _present(module: object, name: str) -> list[object]:
+    return [getattr(module, name)] if hasattr(module, name) else []
 
 
 def _stack_of(model: PreTrainedModel) -> Any:

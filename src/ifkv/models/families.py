@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 # Functions of a modeling file that its attention class calls.
 FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
 
+# Numbers outside of the layers: the embeddings and the logits are multiplied or divided by them,
+# and logits x become c * tanh(x / c).
+SCALARS = (
+    "embeddings_multiplied_by",
+    "logits_multiplied_by",
+    "logits_divided_by",
+    "logits_capped_by",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -48,6 +57,10 @@ class Family:
         sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
             ``"all-layers"`` (``config.sliding_window`` holds for every layer).
         experts: True if layers route each row to some of several experts.
+        attention_norm: Name of the norm in a layer that makes the input of its attention;
+            ``"none"`` if the attention reads the residual stream itself.
+        scalars: Numbers that upstream's forward applies outside of the layers: for each of
+            `SCALARS` that it has, the path from the causal language model to the number.
         limits: What a user should know about these models, in sentences.
         verified_transformers: Releases of transformers that the tests ran on.
         upstream_hashes: For each of `upstream_paths`, its `source_hash` in every release of
@@ -68,6 +81,8 @@ class Family:
     fused_qkv: bool
     sliding_window: str
     experts: bool
+    attention_norm: str
+    scalars: dict[str, str]
     limits: tuple[str, ...]
     verified_transformers: tuple[str, ...]
     upstream_hashes: dict[str, tuple[str, ...]]
@@ -137,17 +152,22 @@ def parse_family(text: str, name: str) -> Family:
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
             "tuple[str, ...]": _are_strings(value),
+            "dict[str, str]": isinstance(value, dict)
+            and set(value) <= set(SCALARS)
+            and _are_strings([*value.values()]),
             "dict[str, tuple[str, ...]]": isinstance(value, dict)
             and all(_are_strings(v) for v in value.values()),
         }[kind]
         if not ok or (key in _CHOICES and value not in _CHOICES[key]):
             rule = f"one of {_CHOICES[key]}" if key in _CHOICES else kind
+            if key == "scalars":
+                rule = f"a table of paths, its keys among {', '.join(SCALARS)}"
             raise UnsupportedModelError(
                 f"patches/{name}.toml: {key} is {value!r} but must be {rule}."
             )
         if kind.startswith("tuple"):
             value = tuple(value)
-        elif kind.startswith("dict"):
+        elif kind == "dict[str, tuple[str, ...]]":
             value = {path: tuple(hashes) for path, hashes in value.items()}
         values[key] = value
     family = Family(name=name, **values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 # Larger than rounding in float32, and smaller than the effect of any other pairing of dimensions.
 TOLERANCE = 1e-4
 
+# Norms in front of the attention, by the names that upstream gives them.
+_ATTENTION_NORMS = ("input_layernorm", "attention_layernorm")
+# Fields of configs that scale embeddings or logits, each with the value that changes nothing.
+_SCALARS_OF_CONFIGS: dict[str, float | None] = {
+    "embedding_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "final_logit_softcapping": None,
+}
+
 
 def check_facts(model: PreTrainedModel, family: Family) -> None:
     """Raise if a fact of the family does not hold for the model.
@@ -29,7 +40,7 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
         family: The family.
 
     Raises:
-        UnsupportedModelError: Its normalisation, projections, windows or rotation differ.
+        UnsupportedModelError: Its norms, projections, windows, rotation or scalars differ.
     """
     view = DecoderView(model)
     config: Any = view.config
@@ -38,6 +49,7 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
     for index, layer in enumerate(view.layers):
         attention: Any = layer.self_attn
         found = (
+            *_of_norm(layer, family),
             *_of_projections(attention, family, config),
             *_of_window(attention, family, config, index),
         )
@@ -46,6 +58,8 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
         if index == 0:
             _check_rotation(model, family, attention)
     _check_frequencies(model, family)
+    for contradiction in _of_scalars(model, view, family):
+        raise _refusal(model, family, contradiction)
 
 
 def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> UnsupportedModelError:
@@ -53,6 +67,34 @@ def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> Unsu
         f"{contradiction}; so this {type(model).__name__} is no model of that family, whatever its "
         f"model_type says. Describe it in a new file beside patches/{family.name}.toml."
     )
+
+
+def _of_norm(layer: Any, family: Family) -> Iterator[str]:
+    """Yield contradictions of ``attention_norm``."""
+    stated = family.attention_norm
+    found = [name for name in _ATTENTION_NORMS if hasattr(layer, name)]
+    if (stated == "none" and found) or (stated != "none" and not hasattr(layer, stated)):
+        yield (
+            f"has {' and '.join(found) or 'no norm'} in front of its attention, but family "
+            f"{family.name!r} says attention_norm = {stated!r}"
+        )
+
+
+def _of_scalars(model: Any, view: DecoderView, family: Family) -> Iterator[str]:
+    """Yield contradictions of ``scalars``: a number that is missing, or that nobody would apply."""
+    for name, path in family.scalars.items():
+        try:
+            number = operator.attrgetter(path)(model)
+        except AttributeError:
+            yield f"has no {path}, which family {family.name!r} names in scalars as {name}"
+            continue
+        if number is not None and not isinstance(number, int | float):
+            yield f"has {path} = {number!r}, which is no number, but scalars name it as {name}"
+    read = {path.rpartition(".")[2] for path in family.scalars.values()}
+    for name, without_effect in _SCALARS_OF_CONFIGS.items():
+        number = getattr(view.config, name, None)
+        if number not in (None, without_effect) and name not in read:
+            yield f"has config.{name} = {number}, but family {family.name!r} names no such scalar"
 
 
 def _of_projections(attention: Any, family: Family, config: Any) -> Iterator[str]:
