@@ -23,7 +23,10 @@ def same(found: ifkv.DocumentCache, wanted: ifkv.DocumentCache) -> None:
     assert {field.name for field in dataclasses.fields(ifkv.DocumentCache)} == compared | {
         "surrogate",
         "extent",
+        "images",
     }
+    assert found.images is None  # stores refuse pictures
+    assert wanted.images is None
     assert (found.surrogate is None) == (wanted.surrogate is None)
     if found.surrogate is not None and wanted.surrogate is not None:
         assert found.surrogate.identity == wanted.surrogate.identity

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ifkv.cache.stitched import StitchedCache
     from ifkv.cost import speedup_bound
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.images import ImageDocument
     from ifkv.documents.prefill import prefill_documents
     from ifkv.documents.source import Source
     from ifkv.documents.surrogate import SurrogateContext
@@ -44,6 +45,7 @@ _HOME = {
     "Conversation": "session.conversation",
     "DocumentCache": "documents.prefill",
     "IfkvError": "errors",
+    "ImageDocument": "documents.images",
     "PatchHandle": "patching.handle",
     "Session": "session.session",
     "Source": "documents.source",
@@ -73,6 +75,7 @@ __all__ = [
     "Conversation",
     "DocumentCache",
     "IfkvError",
+    "ImageDocument",
     "PatchHandle",
     "Session",
     "Source",

@@ -16,6 +16,7 @@ from torch import Tensor
 import ifkv
 from ifkv import selectors
 from ifkv.documents import sensitivity
+from ifkv.documents.images import ImageRows
 from ifkv.documents.sensitivity import (
     Sensitivities,
     foreign_tokens,
@@ -71,7 +72,10 @@ def test_they_are_what_two_plain_forwards_say(family: str, prefix: list[int]) ->
 def test_a_document_keeps_all_else_it_has() -> None:
     prefix = random_document(1)
     surrogate = ifkv.SurrogateContext((torch.tensor([4, 5]),))
-    document = random_document(0, prefix=prefix, surrogate=surrogate).rebuilt(extent=9)
+    row = torch.zeros(1, 4)
+    images = ImageRows(torch.tensor([2]), row, None, torch.arange(5).expand(3, -1), "0" * 64)
+    document = random_document(0, prefix=prefix, surrogate=surrogate)
+    document = document.rebuilt(extent=9, images=images)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "measure_sensitivities", lambda *_: [torch.ones(5)])
         (found,) = with_sensitivities(shared_tiny_model("llama"), [document])

@@ -14,13 +14,20 @@ import transformers
 from ifkv.errors import UnsupportedModelError
 from ifkv.models.families import Family, families, parse_family, resolve_family
 from ifkv.models.source_hash import source_hash
+from ifkv.models.wrappers import Wrapper, wrappers
 from ifkv.testing import FAMILIES, SLIDING_FAMILIES, tiny_model
+from ifkv.testing.vision_models import VISION_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = [
     pytest.param(family, path, id=f"{family.name}-{path.rpartition('.')[2]}")
     for family in families().values()
     for path in family.upstream_paths
+]
+AROUND = [
+    pytest.param(wrapper, path, id=f"{wrapper.name}-{path.rpartition('.')[2]}")
+    for wrapper in wrappers().values()
+    for path in wrapper.upstream_paths
 ]
 
 
@@ -32,6 +39,16 @@ def test_canary_upstream_code_is_what_was_read(family: Family, path: str) -> Non
         f"{found}, patches/{family.name}.toml knows {', '.join(family.upstream_hashes[path])}. "
         "Read what changed and compare it with ifkv.forward.layers and ifkv.patching.functions, "
         "run the tests on it, and only then add the hash (see patches/README.md)."
+    )
+
+
+@pytest.mark.parametrize(("wrapper", "path"), AROUND)
+def test_canary_code_around_decoders_is_what_was_read(wrapper: Wrapper, path: str) -> None:
+    found = source_hash(path)
+    assert found in wrapper.upstream_hashes[path], (
+        f"{path} has changed in transformers {transformers.__version__}: its hash is {found}. "
+        "Read what changed and compare it with ifkv.documents.pictures and "
+        "ifkv.models.picture_positions before adding the hash."
     )
 
 
@@ -99,7 +116,7 @@ def test_the_window_rule_holds_of_a_model(name: str) -> None:
 
 
 def test_every_family_can_be_tried_on_a_tiny_model() -> None:
-    assert sorted(families()) == sorted(FAMILIES)
+    assert sorted(families()) == sorted((*FAMILIES, *VISION_FAMILIES))
 
 
 @pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)

@@ -40,7 +40,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
         in_wheel = set(archive.namelist())
     with tarfile.open(sdist) as archive:
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
-    families = {f"patches/{path.name}" for path in (ROOT / "patches").glob("*.toml")}
+    families = {path.relative_to(ROOT).as_posix() for path in (ROOT / "patches").rglob("*.toml")}
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "src" / "ifkv").rglob("*")

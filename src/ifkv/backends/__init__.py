@@ -65,7 +65,7 @@ def _flashinfer(model: PreTrainedModel) -> Backend:
     layers = DecoderView(model).layers
     head_dims = {int(layer.self_attn.head_dim) for layer in layers}
     refusal = availability.refusal_of_device(model.device) or availability.refusal_of_model(
-        model.dtype, head_dims, model.config.num_attention_heads
+        model.dtype, head_dims, DecoderView(model).config.num_attention_heads
     )
     if refusal is not None:
         raise BackendUnavailableError(

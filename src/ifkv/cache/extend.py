@@ -72,7 +72,13 @@ def extend(
     lengths = [len(document) for document in documents]
     start = cache.context_length
     end = start + sum(lengths)
-    placed = layout(0, lengths, "global", [document.positions_taken for document in documents])
+    placed = layout(
+        0,
+        lengths,
+        "global",
+        [document.positions_taken for document in documents],
+        [document.offsets for document in documents],
+    )
     handle.rope.check_length(cache.query_position + placed.extent, "the extended context")
     slots = torch.arange(start, end, device=model.device)
     positions = placed.positions.to(model.device) + cache.query_position
@@ -126,6 +132,7 @@ def _join(cache: StitchedCache, documents: Sequence[DocumentCache], placed: Layo
     cache.order = [*cache.order, *range(len(cache.order), len(slices))]
     cache.sensitivities = [*cache.sensitivities, *(each.sensitivity for each in documents)]
     cache.surrogates = [*cache.surrogates, *(each.surrogate for each in documents)]
+    cache.images = [*cache.images, *(each.images for each in documents)]
     token_ids = torch.cat([document.token_ids for document in documents])
     cache.lengthen(token_ids, placed.positions, placed.extent)
     cache.plain = cache.plain and placed.plain

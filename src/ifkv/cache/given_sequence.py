@@ -17,6 +17,8 @@ from torch import Tensor
 from ifkv.errors import InvalidInputError
 
 _PREFILL = "_prefill"
+# Where a vision-language model makes positions if it is given none.
+_POSITIONS = "compute_3d_position_ids"
 _WAY_OUT = "Call ifkv.generate(model, cache, prompt_ids)"
 
 
@@ -27,6 +29,7 @@ class Rows(Protocol):
     prompt_ids: Tensor | None
     positions: Tensor
     plain: bool
+    axes: int
 
     @property
     def geometry(self) -> str:
@@ -38,13 +41,16 @@ def check_given(cache: Rows, asking: FrameType, rows: int) -> None:
 
     Args:
         cache: The cache that is asked for its length.
-        asking: The calling frame; nothing is checked unless it is the prefill of ``generate()``.
+        asking: The calling frame; nothing is checked unless it is the prefill of ``generate()``, or
+            a forward that makes positions because it was given none.
         rows: The cache's length.
 
     Raises:
         InvalidInputError: The tokens neither begin with those of the cache's rows, nor come with
             a mask over rows and tokens; or a setting makes them impossible to check.
     """
+    if asking.f_code.co_name == _POSITIONS and cache.axes > 1:
+        _check_remembered(cache, asking.f_locals.get("self"))
     if asking.f_code.co_name != _PREFILL:
         return
     found = asking.f_locals
@@ -91,12 +97,34 @@ def _begins_with(ids: Tensor, cache: Rows, rows: int) -> bool:
     return bool((ids[:, : len(known)] == known.to(ids.device)).all())
 
 
+def _check_remembered(cache: Rows, module: Any) -> None:
+    """Refuse a forward whose positions would be those of an earlier request, or those of slots."""
+    remembered = getattr(module, "rope_deltas", None)
+    if not cache.plain or (remembered is not None and bool((remembered != 0).any())):
+        raise InvalidInputError(
+            "the model was given no position_ids beside a stitched cache, and would count them "
+            f"from an earlier request or from slots. {_WAY_OUT}, or give it the last of "
+            "position_ids=cache.positions_with(rows)."
+        )
+
+
 def _check_positions(cache: Rows, positions: Any) -> None:
     """Refuse positions that differ from those of the cache's rows."""
-    if cache.plain or positions is None or cache.geometry != "global":
+    several = cache.axes > 1
+    if (cache.plain and not several) or cache.geometry != "global":
         return  # another geometry is refused as its rows are appended
-    own = cache.positions.to(positions.device)
-    if positions.shape[-1] < len(own) or not bool((positions[..., : len(own)] == own).all()):
+    if positions is None and not several:
+        return
+    own = cache.positions
+    if several and positions is not None and positions.ndim == 3:
+        own = own.expand(cache.axes, -1)[:, None]
+        positions = positions[-cache.axes :]  # the first of one more is that of slots
+    length = own.shape[-1]
+    if (
+        positions is None
+        or positions.shape[-1] < length
+        or not bool((positions[..., :length] == own.to(positions.device)).all())
+    ):
         raise InvalidInputError(
             "the stitched cache's rows do not stand where their slots are, as generate() takes "
             f"them to. {_WAY_OUT}."

@@ -59,6 +59,7 @@ class StitchPlan:
             [len(document) for document in ordered],
             geometry,
             [document.positions_taken for document in ordered],
+            [document.offsets for document in ordered],
         )
         handle.rope.check_length(placed.extent, "the stitched context")
         return cls(ordered, arranged, placed)
@@ -81,7 +82,7 @@ class StitchPlan:
     @property
     def capacity(self) -> int:
         """Return the number of slots to allocate."""
-        return capacity_for(len(self.placed.positions))
+        return capacity_for(self.placed.length)
 
 
 def _arrange(documents: Sequence[DocumentCache], order: Sequence[int] | None) -> list[int]:

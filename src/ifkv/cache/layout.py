@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ifkv.errors import InvalidInputError
+from ifkv.models.rope import join_positions
 
 Geometry = Literal["global", "hl-hp", "tl-tp", "hl-tp"]
 GEOMETRIES: tuple[str, ...] = get_args(Geometry)
@@ -24,7 +25,7 @@ class Layout:
     """Slots and positions of prefix and documents in a stitched cache.
 
     Attributes:
-        positions: Position of each slot, long ``[T]``, on the CPU.
+        positions: Position of each slot, long ``[T]`` or ``[axes, T]``, on the CPU.
         document_slices: Slots of each document, in the cache's order.
         prefix_length: Slots of the prefix, which come first.
         query_position: Position of the first token behind the context.
@@ -41,9 +42,18 @@ class Layout:
     extent: int
     plain: bool
 
+    @property
+    def length(self) -> int:
+        """Return the number of slots."""
+        return self.positions.shape[-1]
+
 
 def layout(
-    prefix_length: int, lengths: list[int], geometry: str, extents: list[int] | None = None
+    prefix_length: int,
+    lengths: list[int],
+    geometry: str,
+    extents: list[int] | None = None,
+    offsets: list[Tensor] | None = None,
 ) -> Layout:
     """Lay documents out in a geometry.
 
@@ -56,6 +66,7 @@ def layout(
         lengths: Tokens of each document.
         geometry: One of ``GEOMETRIES``.
         extents: Positions that each document takes; its number of tokens if None.
+        offsets: Positions of each document's tokens, counted from its start; consecutive if None.
 
     Raises:
         InvalidInputError: The geometry is unknown.
@@ -65,20 +76,23 @@ def layout(
             f"geometry {geometry!r} is unknown; choose one of {', '.join(GEOMETRIES)}."
         )
     extents = lengths if extents is None else extents
+    steps = [torch.arange(length) for length in lengths]
+    offsets = steps if offsets is None else offsets
     total = prefix_length + sum(extents)
     slices: list[slice] = []
     positions = [torch.arange(prefix_length)]
     slot = behind = prefix_length
-    for length, extent in zip(lengths, extents, strict=True):
+    for length, extent, own in zip(lengths, extents, offsets, strict=True):
         slices.append(slice(slot, slot + length))
         start = {"global": behind, "tl-tp": total - extent}.get(geometry, prefix_length)
-        positions.append(torch.arange(start, start + length))
+        positions.append(own + start)
         slot += length
         behind += extent
     query_position = total
     if geometry == "hl-hp":
         query_position = prefix_length + max(extents, default=0)
-    plain = geometry == "global" and extents == lengths
+    consecutive = all(map(torch.equal, offsets, steps))
+    plain = geometry == "global" and extents == lengths and consecutive
     name = cast(Geometry, geometry)
-    every = torch.cat(positions)
+    every = join_positions(positions)
     return Layout(every, slices, prefix_length, query_position, name, total, plain)

@@ -167,7 +167,7 @@ def _fill(
 ) -> StitchedCache:
     """Stitch into buffers; ``shared`` says that other caches lie in the same allocation."""
     handle, device = handle_of(model), model.device
-    placed, parts, length = plan.placed, plan.parts, len(plan.placed.positions)
+    placed, parts, length = plan.placed, plan.parts, plan.placed.length
     dtype, rounded = plan.first.dtype, keys.dtype == FLOAT8
     # Rows to be quantized are rotated in at least float32, so that they are rounded once.
     turning = torch.promote_types(dtype, torch.float32) if rounded else dtype
@@ -222,7 +222,9 @@ def _fill(
         plan.order,
         [document.sensitivity for document in plan.documents],
         [document.surrogate for document in plan.documents],
+        [document.images for document in plan.documents],
         plan.first.fingerprint,
+        handle.rope.axes,
     )
     cache.loader = loader
     return cache

@@ -14,12 +14,16 @@ from ifkv.cache.given_sequence import check_given
 from ifkv.cache.interface import CacheInterface, check_single
 from ifkv.cache.layer import StitchedLayer
 from ifkv.errors import GeometryError, InvalidInputError
+from ifkv.forward.picture_rows import side_by_side
+from ifkv.models.rope import join_positions
 
 if TYPE_CHECKING:
     from ifkv.cache.layout import Layout
     from ifkv.cache.loading import LayerLoader
     from ifkv.cache.pending import PendingTokens
+    from ifkv.documents.images import ImageRows
     from ifkv.documents.surrogate import SurrogateContext
+    from ifkv.forward.picture_rows import PictureRows
 
 
 class StitchedCache(CacheInterface):
@@ -42,6 +46,8 @@ class StitchedCache(CacheInterface):
         order: The index of each document of the cache among the documents given.
         sensitivities: Of each document's tokens, as in `DocumentCache`; None if not measured.
         surrogates: The surrogate context that each document was encoded behind; None if none.
+        images: Of each document's pictures, as in `DocumentCache`; None for a text.
+        axes: Number of axes of a position in the cache's model.
         fingerprint: Identity of the cache's model.
         exact_length: Slots at the beginning that hold what a full prefill computes: the prefix,
             and the first document if it was encoded without a surrogate context.
@@ -65,7 +71,9 @@ class StitchedCache(CacheInterface):
         order: list[int],
         sensitivities: list[Tensor | None],
         surrogates: list[SurrogateContext | None],
+        images: list[ImageRows | None],
         fingerprint: str,
+        axes: int = 1,
     ):
         super().__init__(layers=cast(list[Any], layers))
         self.token_ids = token_ids
@@ -78,6 +86,8 @@ class StitchedCache(CacheInterface):
         self.order = order
         self.sensitivities = sensitivities
         self.surrogates = surrogates
+        self.images = images
+        self.axes = axes
         self.fingerprint = fingerprint
         first = placed.document_slices[0]
         self.exact_length: int = first.stop if surrogates[0] is None else first.start
@@ -134,11 +144,30 @@ class StitchedCache(CacheInterface):
         """Return the positions of the context and of ``behind`` rows after it.
 
         Returns:
-            Long ``[1, T + behind]``, or ``[axes, 1, T + behind]``, as ``model.generate()`` takes
-            them.
+            Long ``[1, T + behind]``, as ``model.generate()`` takes them; with several axes ``[1 +
+            axes, 1, T + behind]``, the slots first.
         """
         slots = torch.arange(self.context_length + behind, device=self.token_ids.device)
-        return self.positions_at(slots)[..., None, :]
+        positions = self.positions_at(slots)
+        if self.axes == 1:
+            return positions[..., None, :]
+        return torch.cat((slots[None], positions.expand(self.axes, -1)))[:, None]
+
+    def pictures_at(self, slots: Tensor) -> PictureRows | None:
+        """Return the rows of pictures among slots of the context; None if there are none.
+
+        Args:
+            slots: Long ``[k]``, ascending, on the CPU; slots behind the context hold text.
+        """
+        found = []
+        for rows, images in zip(self.document_slices, self.images, strict=True):
+            if images is None:
+                continue
+            at = torch.isin(slots, images.at + rows.start).nonzero()[:, 0]
+            if len(at):
+                tokens = slots[at] - rows.start
+                found.append((images.rows_at(tokens, at, self.token_ids.device), 0))
+        return side_by_side(found)
 
     @property
     def appended(self) -> int:
@@ -226,8 +255,7 @@ class StitchedCache(CacheInterface):
         device, start = self.token_ids.device, self.query_position
         self.token_ids = torch.cat((self.token_ids, token_ids.to(device)))
         offsets = torch.arange(len(token_ids)) if offsets is None else offsets
-        added = (offsets.to(device) + start).expand(*self.positions.shape[:-1], -1)
-        self.positions = torch.cat((self.positions, added), dim=-1)
+        self.positions = join_positions((self.positions, offsets.to(device) + start))
         self.query_position = start + (len(token_ids) if extent is None else extent)
         self.prompt_ids = None
 

@@ -12,15 +12,24 @@ from ifkv.utils.lazy import lazily
 
 if TYPE_CHECKING:
     from ifkv.documents.cache import DocumentCache
+    from ifkv.documents.images import ImageDocument, ImageRows
     from ifkv.documents.prefill import prefill_documents
     from ifkv.documents.surrogate import SurrogateContext
 
-__all__ = ["DocumentCache", "SurrogateContext", "prefill_documents"]
+__all__ = [
+    "DocumentCache",
+    "ImageDocument",
+    "ImageRows",
+    "SurrogateContext",
+    "prefill_documents",
+]
 
 __getattr__ = lazily(
     __name__,
     {
         "DocumentCache": "cache",
+        "ImageDocument": "images",
+        "ImageRows": "images",
         "SurrogateContext": "surrogate",
         "prefill_documents": "prefill",
     },

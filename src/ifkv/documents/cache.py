@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ifkv.documents.images import ImageRows
     from ifkv.documents.surrogate import SurrogateContext
 
 
@@ -30,6 +31,7 @@ class DocumentCache:
         extent: Positions that the document takes in a context; its number of tokens if None.
         surrogate: What stood between prefix and document while it was encoded; None if nothing
             did.
+        images: Rows of its pictures and positions of its tokens; None for a text.
     """
 
     token_ids: Tensor
@@ -41,6 +43,7 @@ class DocumentCache:
     sensitivity: Tensor | None = None
     extent: int | None = None
     surrogate: SurrogateContext | None = None
+    images: ImageRows | None = None
 
     @property
     def positions_taken(self) -> int:
@@ -48,8 +51,13 @@ class DocumentCache:
         return len(self) if self.extent is None else self.extent
 
     @property
+    def offsets(self) -> Tensor:
+        """Return the positions of its tokens, counted from its start, ``[n]`` or ``[axes, n]``."""
+        return torch.arange(len(self)) if self.images is None else self.images.positions
+
+    @property
     def nbytes(self) -> int:
-        """Return the bytes of the document's keys and values, without the prefix's."""
+        """Return the bytes of the document's keys and values, without the prefix's and images'."""
         return self.keys.nbytes + self.values.nbytes
 
     @property

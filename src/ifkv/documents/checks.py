@@ -25,7 +25,7 @@ def check_rows(document: DocumentCache, what: str) -> None:
         InvalidInputError: Its shapes or dtypes contradict each other, or its extent is shorter
             than its tokens.
     """
-    if document.positions_taken < len(document):
+    if document.images is None and document.positions_taken < len(document):
         raise InvalidInputError(
             f"{what} has {len(document)} tokens and the extent {document.extent}, so its positions "
             "would overlap the next document's; give an extent of at least its length."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.checks import check_rows
+from ifkv.documents.images import ImageDocument, ImageRows
 from ifkv.documents.mean import Mean
+from ifkv.documents.pictures import pictures_of, run_tower
 from ifkv.documents.surrogate import SurrogateContext, Texts, before_documents
 from ifkv.documents.token_ids import document_tensors
 from ifkv.errors import FingerprintMismatchError, InvalidInputError
 from ifkv.forward.layers import embed, run_attention, run_layers
 from ifkv.forward.passes import LayerCall
+from ifkv.forward.picture_rows import side_by_side
 from ifkv.models.decoder import DecoderView
-from ifkv.models.rope import rotate
+from ifkv.models.rope import join_positions, rotate
 from ifkv.patching.handle import PatchHandle, handle_of
 from ifkv.utils.checks import check_positive, token_tensor
 
@@ -34,8 +38,8 @@ __all__ = ["DocumentCache", "default_batch_tokens", "prefill_documents"]
 DEFAULT_BATCH_TOKENS = 4096
 CPU_BATCH_TOKENS = 1024
 
-# Token ids of each document, or what a tokenizer returned for several texts.
-Documents = Sequence[Sequence[int] | Tensor] | Tensor | Mapping[str, Any]
+# Token ids of each document, with pictures or without, or what a tokenizer returned for texts.
+Documents = Sequence[Sequence[int] | Tensor | ImageDocument] | Tensor | Mapping[str, Any]
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -59,7 +63,8 @@ def prefill_documents(
         model: A patched model.
         documents: Token ids of each document. Ids are the contract: nothing is added, stripped or
             tokenised again, and a document's cache does not depend on its neighbours. The output
-            of a tokenizer for several texts is taken with its attention mask.
+            of a tokenizer for several texts is taken with its attention mask. A document with
+            pictures is an [ifkv.ImageDocument][].
         attention_mask: Of padded documents, ``[documents, tokens]``: 0 where a token is padding,
             which is left out. A tensor of several rows needs it.
         prefix: Token ids that every document is encoded behind (BOS, a chat header), or the
@@ -103,10 +108,14 @@ def prefill_documents(
     )
     prefix_ids = token_tensor(model, wanted, "the prefix", empty=True)
     standing_in = None if surrogate is None else SurrogateContext.of(model, surrogate)
-    tokens = document_tensors(model, documents, attention_mask)
+    if isinstance(documents, Iterator):  # read twice below
+        documents = [*cast(Iterator[Any], documents)]
+    tokens = document_tensors(model, documents, attention_mask, pictures=True)
+    pictures = pictures_of(model, handle.wrapper, documents, tokens)
     before, what = before_documents(prefix_ids, standing_in)
-    for index, ids in enumerate(tokens):
-        handle.rope.check_length(before + len(ids), f"document {index} {what}")
+    for index, (ids, own) in enumerate(zip(tokens, pictures, strict=True)):
+        extent = len(ids) if own is None else own.extent
+        handle.rope.check_length(before + extent, f"document {index} {what}")
     identity = handle.identity(model)
     if given is not None:
         _check_prefix(given, identity)
@@ -117,26 +126,39 @@ def prefill_documents(
     if standing_in is not None and tokens:
         contexts = _surrogate_rows(model, handle, prefix_ids, standing_in, identity)
     caches: list[DocumentCache] = []
-    for batch in _batches(tokens, batch_tokens or default_batch_tokens(model.device), progress):
+    budget = batch_tokens or default_batch_tokens(model.device)
+    towered = run_tower(model, handle.wrapper, pictures, budget)
+    for batch in _batches(tokens, budget, progress):
+        images = list(itertools.islice(towered, len(batch)))
         if contexts is None:
-            caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity)
+            caches += _prefill_batch(model, handle, batch, prefix_ids, shared, identity, images)
             continue
         mean = Mean()
         for context in contexts:
             behind = context.token_ids
-            mean.add(_prefill_batch(model, handle, batch, behind, context, identity))
+            made = _prefill_batch(model, handle, batch, behind, context, identity, images)
+            mean.add(made)
         caches += [
-            DocumentCache(ids, prefix_ids, keys, values, identity, shared, surrogate=standing_in)
-            for ids, (keys, values) in zip(batch, mean.rows(), strict=True)
+            document.rebuilt(
+                prefix_ids=prefix_ids,
+                keys=keys,
+                values=values,
+                prefix=shared,
+                surrogate=standing_in,
+            )
+            for document, (keys, values) in zip(made, mean.rows(), strict=True)
         ]
-    return caches
+    return [
+        document if own is None else document.rebuilt(extent=own.extent)
+        for document, own in zip(caches, pictures, strict=True)
+    ]
 
 
 def _prefill_alone(
     model: PreTrainedModel, handle: PatchHandle, ids: Tensor, identity: str
 ) -> DocumentCache:
     """Prefill tokens with nothing before them."""
-    return _prefill_batch(model, handle, [ids], ids[:0], None, identity)[0]
+    return _prefill_batch(model, handle, [ids], ids[:0], None, identity, [None])[0]
 
 
 # The rows of each surrogate context that is in use, computed last: what of, and the rows.
@@ -201,20 +223,27 @@ def _prefill_batch(
     prefix_ids: Tensor,
     prefix: DocumentCache | None,
     identity: str,
+    images: Sequence[ImageRows | None],
 ) -> list[DocumentCache]:
     device, depth = model.device, DecoderView(model).num_layers
     lengths = tuple(len(ids) for ids in tokens)
     start = len(prefix_ids)
-    positions = torch.cat([torch.arange(start, start + n) for n in lengths]).to(device)
+    offsets = [
+        torch.arange(length) if own is None else own.positions
+        for length, own in zip(lengths, images, strict=True)
+    ]
+    positions = join_positions(offsets).to(device) + start
     plan = handle.backend.plan_documents(lengths, start, device)
     hidden = embed(model, torch.cat(tokens).to(device))
     run = _PrefillPass(handle, plan, positions, hidden.dtype, depth, prefix)
     rotation = handle.rope.identity(hidden.dtype, device)
-    hidden = run_layers(model, hidden, positions, rotation, run, depth - 1)
+    own_rows = [None if own is None else own.all_rows(device) for own in images]
+    pictures = side_by_side(list(zip(own_rows, lengths, strict=True)))
+    hidden = run_layers(model, hidden, positions, rotation, run, depth - 1, pictures=pictures)
     run_attention(model, hidden, positions, rotation, run, depth - 1)
     return [
-        DocumentCache(ids, prefix_ids, keys, values, identity, prefix)
-        for ids, keys, values in zip(tokens, run.keys, run.values, strict=True)
+        DocumentCache(ids, prefix_ids, keys, values, identity, prefix, images=own)
+        for ids, keys, values, own in zip(tokens, run.keys, run.values, images, strict=True)
     ]
 
 

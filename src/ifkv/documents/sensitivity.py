@@ -15,6 +15,7 @@ from ifkv.cost import ModelShape
 from ifkv.documents.cache import DocumentCache
 from ifkv.documents.prefill import prefill_documents
 from ifkv.documents.token_ids import no_padding
+from ifkv.errors import InvalidInputError
 from ifkv.patching.handle import handle_of
 
 if TYPE_CHECKING:
@@ -67,8 +68,13 @@ def measure_sensitivities(
 
     Raises:
         NotPatchedError: The model is not patched.
-        InvalidInputError: A document fills the model's positions by itself.
+        InvalidInputError: A document has pictures, or fills the model's positions by itself.
     """
+    if any(document.images is not None for document in documents):
+        raise InvalidInputError(
+            "sensitivities of documents with pictures cannot be measured yet; use a selector that "
+            "needs none, such as sink-aware."
+        )
     limit = handle_of(model).rope.limit
     foreign = foreign_tokens(ModelShape.of(model).vocabulary)
     groups: dict[tuple[int, ...], list[int]] = {}  # by the ids in front of the documents

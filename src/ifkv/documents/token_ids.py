@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ifkv.documents.cache import DocumentCache
+from ifkv.documents.images import ImageDocument
 from ifkv.errors import InvalidInputError
 from ifkv.utils.checks import token_tensor
 from ifkv.utils.listing import as_list
@@ -38,6 +39,8 @@ def document_tensors(
     documents: Any,
     attention_mask: Any = None,
     names: Sequence[str] | None = None,
+    *,
+    pictures: bool = False,
 ) -> list[Tensor]:
     """Return the token ids of every document, without padding.
 
@@ -48,6 +51,7 @@ def document_tensors(
         attention_mask: 1 where a token is a document's, 0 where it is padding,
             ``[documents, tokens]``.
         names: Name of each document in a refusal; "document 3", say, if None.
+        pictures: Accept documents with pictures.
 
     Returns:
         Long ``[tokens]`` for each document, on the CPU.
@@ -76,10 +80,27 @@ def document_tensors(
         rows = list(given)
     else:
         rows = as_list(given, "documents", _WANTED)
+    if any(isinstance(row, ImageDocument) for row in rows):
+        if not pictures:
+            raise InvalidInputError(
+                "documents with pictures (ifkv.ImageDocument) can only be made by "
+                "ifkv.prefill_documents and kept in memory: stores and sessions go by token ids, "
+                "which are the same for all pictures of one size."
+            )
+        if attention_mask is not None:
+            raise InvalidInputError(
+                "an attention mask was given beside documents with pictures, which have no "
+                "padding; leave it out."
+            )
     if attention_mask is not None:
         rows = _unpadded(rows, attention_mask)
     named = names or [f"document {index}" for index in range(len(rows))]
-    tokens = [token_tensor(model, ids, name) for ids, name in zip(rows, named, strict=True)]
+    tokens = [
+        token_tensor(model, ids.token_ids, name, pictures=True)
+        if isinstance(ids, ImageDocument)
+        else token_tensor(model, ids, name)
+        for ids, name in zip(rows, named, strict=True)
+    ]
     if attention_mask is None:
         _check_unpadded(model, tokens)
     return tokens

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.forward.passes import AttentionPass
+    from ifkv.forward.picture_rows import PictureRows
 
 _log = logging.getLogger("ifkv")
 
@@ -52,6 +53,7 @@ def run_to_attention(
     rotation: tuple[Tensor, Tensor],
     attention_pass: AttentionPass,
     layer_idx: int,
+    pictures: PictureRows | None = None,
 ) -> Tensor:
     """Run rows from the first layer up to the attention of one, in graphs if possible.
 
@@ -65,14 +67,17 @@ def run_to_attention(
         rotation: As in `run_layers`.
         attention_pass: The pass.
         layer_idx: Last layer whose attention is run.
+        pictures: As in `run_layers`; rows of pictures do not run in graphs.
 
     Returns:
         The input of that layer, ``[1, rows, hidden]``.
     """
     rows = positions, rotation, attention_pass, layer_idx
-    entering = None if graphs is None else graphs.run(model, hidden, *rows)
+    entering = None
+    if graphs is not None and pictures is None:
+        entering = graphs.run(model, hidden, *rows)
     if entering is None:
-        entering = run_layers(model, hidden, *rows)
+        entering = run_layers(model, hidden, *rows, pictures=pictures)
         run_attention(model, entering, *rows)
     return entering
 
@@ -146,7 +151,8 @@ class Captures:
         rotation: tuple[Tensor, Tensor],
     ) -> Captured | None:
         """Return the captured forward of this size, captured if new; None if the capture failed."""
-        key = (size, last, hidden.dtype, _stream(self._device))
+        axes = positions.shape[:-1]
+        key = (size, last, hidden.dtype, axes, _stream(self._device))
         if key not in self._captured and not self._refused:
             recorder = self._make_recorder(self._device)
             try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.forward.passes import AttentionPass
+    from ifkv.forward.picture_rows import PictureRows
 
 
 def embed(model: PreTrainedModel, token_ids: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ def run_layers(
     stop: int,
     *,
     start: int = 0,
+    pictures: PictureRows | None = None,
 ) -> Tensor:
     """Run rows through the layers from ``start`` up to, not including, ``stop``.
 
@@ -55,6 +57,8 @@ def run_layers(
         attention_pass: The pass.
         stop: The first layer not to run.
         start: The first layer to run; ``hidden`` is its input.
+        pictures: The rows of pictures, whose inputs take the place of ``hidden`` in the first
+            layer.
 
     Returns:
         The input of layer ``stop``, ``[1, rows, hidden]``.
@@ -64,10 +68,14 @@ def run_layers(
             not call the pass.
     """
     watched = WatchedPass(attention_pass)
+    if pictures is not None and start == 0:
+        hidden = pictures.entering(hidden)
     for layer_idx, layer in enumerate(DecoderView(model).layers[start:stop], start):
         watched.expect(layer_idx)
         hidden = layer(hidden, **_keywords(layer, positions, rotation, watched))
         watched.check(layer)
+        if pictures is not None:
+            hidden = pictures.behind(hidden, layer_idx)
     return hidden
 
 

@@ -28,6 +28,15 @@ _RESERVED = (
     "position_ids",
     "use_cache",
 )
+# Arguments of vision-language models.
+_PICTURES = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "mm_token_type_ids",
+    "mm_encoder_outputs",
+)
 _UNDECLARED = ("tokenizer",)  # generate() takes it, for stop_strings, out of its **kwargs
 _ASSISTED = (
     "assistant_model",
@@ -165,6 +174,12 @@ def _check_keywords(model: PreTrainedModel, settings: GenerationSettings) -> Non
         if key in settings.given:
             raise InvalidInputError(
                 f"{key} cannot be given: ifkv.generate makes it from the cache and the prompt."
+            )
+    for key in _PICTURES:
+        if settings.given.get(key) is not None:
+            raise InvalidInputError(
+                f"{key} cannot be given: a prompt is text. Put pictures into documents "
+                "(ifkv.ImageDocument)."
             )
     config = settings.config
     if config is not None and not isinstance(config, GenerationConfig):

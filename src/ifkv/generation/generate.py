@@ -102,7 +102,9 @@ def run_generate(
     if sequences > 1:
         used = cache.clone()
         used.batch_repeat_interleave(sequences)
-    places = {} if cache.plain else {"position_ids": cache.positions_with(len(prompt))}
+    places = {}
+    if not cache.plain or cache.axes > 1:  # a model of several axes would take another request's
+        places = {"position_ids": cache.positions_with(len(prompt))}
     try:
         out = cast(Any, model).generate(
             input_ids=input_ids,

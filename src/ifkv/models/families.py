@@ -8,13 +8,11 @@ classes, the layout of rotary embeddings, and hashes of the upstream code it was
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ifkv.errors import UnsupportedModelError
+from ifkv.models.fact_file import check_read, parse_facts, patches
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -41,7 +39,8 @@ class Family:
 
     Attributes:
         name: The family's name, equal to the file's stem.
-        model_types: Values of ``config.model_type`` in this family.
+        model_types: Values of ``config.model_type`` in this family; of a model with a vision tower,
+            those of its ``config.text_config``.
         examples: Names on the model hub of some of its models.
         attention_class: Dotted path of the attention module's class.
         layer_class: Dotted path of the decoder layer's class.
@@ -110,6 +109,7 @@ class Family:
 
 _CHOICES = {
     "rope_layout": ("half-split",),
+    "scalars": SCALARS,
     "qk_norm": ("none", "per-head", "all-heads", "by-config"),
     "sliding_window": ("none", "layer-types", "all-layers"),
 }
@@ -129,66 +129,14 @@ def parse_family(text: str, name: str) -> Family:
         UnsupportedModelError: The text is not TOML; or a key is unknown, missing, or has a value
             of the wrong type.
     """
-    try:
-        found: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UnsupportedModelError(f"patches/{name}.toml is not TOML: {error}.") from error
-    fields = {f.name: f for f in dataclasses.fields(Family) if f.name != "name"}
-    if unknown := sorted(set(found) - set(fields)):
-        raise UnsupportedModelError(
-            f"patches/{name}.toml has the unknown key {unknown[0]!r}; "
-            f"known keys are {', '.join(fields)}. Remove it or correct its spelling."
-        )
-    if missing := sorted(set(fields) - set(found)):
-        raise UnsupportedModelError(
-            f"patches/{name}.toml lacks the key {missing[0]!r}. Every key of patches/README.md "
-            "must be stated: a family is facts, and none has a default."
-        )
-    values: dict[str, Any] = {}
-    for key, field in fields.items():
-        value = found[key]
-        kind = str(field.type)
-        ok = {
-            "str": isinstance(value, str),
-            "bool": isinstance(value, bool),
-            "tuple[str, ...]": _are_strings(value),
-            "dict[str, str]": isinstance(value, dict)
-            and set(value) <= set(SCALARS)
-            and _are_strings([*value.values()]),
-            "dict[str, tuple[str, ...]]": isinstance(value, dict)
-            and all(_are_strings(v) for v in value.values()),
-        }[kind]
-        if not ok or (key in _CHOICES and value not in _CHOICES[key]):
-            rule = f"one of {_CHOICES[key]}" if key in _CHOICES else kind
-            if key == "scalars":
-                rule = f"a table of paths, its keys among {', '.join(SCALARS)}"
-            raise UnsupportedModelError(
-                f"patches/{name}.toml: {key} is {value!r} but must be {rule}."
-            )
-        if kind.startswith("tuple"):
-            value = tuple(value)
-        elif kind == "dict[str, tuple[str, ...]]":
-            value = {path: tuple(hashes) for path, hashes in value.items()}
-        values[key] = value
-    family = Family(name=name, **values)
-    if unread := sorted(set(family.upstream_paths) - set(family.upstream_hashes)):
-        raise UnsupportedModelError(
-            f"patches/{name}.toml: upstream_hashes lacks {unread[0]}; read that code and state its "
-            "hash (ifkv.models.source_hash)."
-        )
+    family = Family(name=name, **parse_facts(text, Family, name, _CHOICES))
+    check_read(family.upstream_paths, family.upstream_hashes, name)
     return family
 
 
-def _are_strings(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
 def _folder() -> Traversable:
-    """Return the folder of family files: in the installed package, or at a checkout's root."""
-    installed = resources.files("ifkv") / "patches"
-    if installed.is_dir():
-        return installed
-    return Path(__file__).resolve().parents[3] / "patches"
+    """Return the folder of family files."""
+    return patches()
 
 
 @cache
@@ -241,9 +189,10 @@ def family_of(config: object, name: str) -> Family:
         name: Name of the model, for the message.
 
     Raises:
-        UnsupportedModelError: No family covers its ``model_type``.
+        UnsupportedModelError: No family covers its ``model_type``, or that of the decoder inside.
     """
-    model_type = getattr(config, "model_type", None)
+    decoder = getattr(config, "text_config", None) or config
+    model_type = getattr(decoder, "model_type", None)
     for family in families().values():
         if model_type in family.model_types:
             return family

@@ -12,11 +12,14 @@ from ifkv.errors import UnsupportedModelError
 from ifkv.models.decoder import DecoderView
 from ifkv.models.rope import rotate
 from ifkv.models.upstream_code import attention_function
+from ifkv.models.wrappers import wrapper_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ifkv.models.families import Family
+    from ifkv.models.wrappers import Wrapper
 
 # Larger than rounding in float32, and smaller than the effect of any other pairing of dimensions.
 TOLERANCE = 1e-4
@@ -188,8 +191,16 @@ def _check_frequencies(model: PreTrainedModel, family: Family) -> None:
         return  # a call would change which frequencies it uses
     like = torch.empty(0, dtype=torch.float32, device=model.device)
     positions = torch.tensor([0, 1, 5], device=model.device)
-    cos, sin = rotary(like, position_ids=positions[None])
-    angles = (positions[:, None] * rotary.inv_freq.to(model.device).float()).repeat(1, 2)
+    inv_freq = rotary.inv_freq.to(model.device).float()
+    wrapper = wrapper_of(model)
+    if wrapper is None:
+        cos, sin = rotary(like, position_ids=positions[None])
+        angles = (positions[:, None] * inv_freq).repeat(1, 2)
+    else:
+        axes = torch.arange(wrapper.rope_axes, device=model.device)[:, None]
+        places = positions + 7 * axes * positions  # another angle on every axis
+        cos, sin = rotary(like, position_ids=places[:, None])
+        angles = (places[_axis_of_frequencies(rotary, wrapper)].T * inv_freq).repeat(1, 2)
     scaling = getattr(rotary, "attention_scaling", 1.0)
     for part, expected in ((cos[0], angles.cos() * scaling), (sin[0], angles.sin() * scaling)):
         if part.shape != expected.shape or not torch.allclose(part, expected, atol=TOLERANCE):
@@ -200,3 +211,21 @@ def _check_frequencies(model: PreTrainedModel, family: Family) -> None:
                 f"inv_freq, in two halves, as family {family.name!r} says, "
                 f"rope_layout = {family.rope_layout!r}",
             )
+
+
+def _axis_of_frequencies(rotary: Any, wrapper: Wrapper) -> Tensor:
+    """Return the axis whose positions each frequency turns by, as a wrapper states it, ``[half]``.
+
+    Axis 0 takes what the sections leave.
+    """
+    sections: list[int] = list(rotary.mrope_section)
+    index = torch.arange(rotary.inv_freq.numel(), device=rotary.inv_freq.device)
+    found = torch.zeros_like(index)
+    start = sections[0]
+    for axis, section in enumerate(sections[1:], start=1):
+        if wrapper.rope_sections == "runs":
+            found[start : start + section] = axis
+            start += section
+        else:
+            found[(index % len(sections) == axis) & (index < len(sections) * section)] = axis
+    return found

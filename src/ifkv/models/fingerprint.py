@@ -35,6 +35,7 @@ from ifkv.models.module_state import (
     weight_state,
 )
 from ifkv.models.weights import WeightSample, tree_of
+from ifkv.models.wrappers import wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         32 hex digits.
     """
     digest = hashlib.sha256()
-    config: dict[str, Any] = model.config.to_dict()
-    facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    facts = _facts_of(model.config.to_dict())
     digest.update(json.dumps([VERSION, facts], sort_keys=True, default=str).encode())
     view = DecoderView(model)
     digest.update(repr(view.live_settings).encode())
@@ -107,11 +107,23 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:32]
 
 
+def _facts_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config, and of the configs in it, that keys and values depend on."""
+    facts = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+    for name in ("text_config", "vision_config"):
+        if isinstance(facts.get(name), dict):
+            facts[name] = _facts_of(facts[name])
+    return facts
+
+
 def _state_of(model: PreTrainedModel) -> Iterator[State]:
-    """Yield all state that the decoder stack computes with, except the rotary embedding."""
-    base: Any = DecoderView(model).stack
+    """Yield all state that the decoder stack computes with, except the rotary embedding.
+
+    The state of a vision tower beside the stack comes behind it.
+    """
     plain_tensors = _plain_tensors_count(model)
-    for path, module in base.named_modules():
+    found = [pair for root in _roots(model) for pair in root.named_modules()]
+    for path, module in found:
         if "rotary_emb" in path:
             continue  # hashed by `fingerprint`; its other state changes with use
         kind: Any = type(module)
@@ -123,6 +135,16 @@ def _state_of(model: PreTrainedModel) -> Iterator[State]:
         for name, weight in (*module._parameters.items(), *module._buffers.items()):
             if weight is not None:
                 yield from weight_state(weight, f"{path}.{name}")
+
+
+def _roots(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the modules that documents are made by: the decoder stack, then what is beside it."""
+    stack: torch.nn.Module = DecoderView(model).stack
+    wrapper = wrapper_of(model)
+    if wrapper is None:
+        return [stack]
+    beside = (child for child in wrapper.inner_of(model).children() if child is not stack)
+    return [stack, *beside]
 
 
 def _plain_tensors_count(model: PreTrainedModel) -> bool:
@@ -182,16 +204,16 @@ class FingerprintCache:
 
     def _look(self, model: PreTrainedModel) -> tuple[list[Tensor], tuple[object, ...]]:
         """Return all tensors that the layers compute with, and a key that changes with them."""
-        stack = DecoderView(model).stack
-        tree = tree_of(stack)
-        kinds = tuple(map(type, tree.modules))
+        roots = _roots(model)
+        modules = [module for root in roots for module in tree_of(root).modules]
+        kinds = tuple(map(type, modules))
         if kinds != self._kinds:
             self._kinds = kinds
             # Indices: the modules themselves would keep their weights alive.
-            self._foreign = [i for i, module in enumerate(tree.modules) if is_foreign(module)]
-            self._quantized = any(is_quantized(tree.modules[i]) for i in self._foreign)
-        foreign = [tree.modules[i] for i in self._foreign]
-        parameters = _parameters_of(stack)
+            self._foreign = [i for i, module in enumerate(modules) if is_foreign(module)]
+            self._quantized = any(is_quantized(modules[i]) for i in self._foreign)
+        foreign = [modules[i] for i in self._foreign]
+        parameters = [each for root in roots for each in _parameters_of(root)]
         plain = _plain_tensors_count(model)
         for module in foreign:
             state = module_state(module, plain_tensors=plain)
@@ -211,13 +233,13 @@ class FingerprintCache:
 def _parameters_of(model: torch.nn.Module) -> list[Tensor]:
     """Return all parameters and buffers, or the tensors they wrap, in a stable order."""
     tree = tree_of(model)
-    rotary: Any = model.rotary_emb
+    rotary: Any = getattr(model, "rotary_emb", None)
     found: list[Tensor] = []
     holders: list[Any] = [*tree.parameters, *(each for each in tree.buffers if each)]
     for held in holders:
         for weight in held.values():
             if type(weight) is torch.nn.Parameter:
                 found.append(weight)
-            elif weight is not None and held is not rotary._buffers:
+            elif weight is not None and (rotary is None or held is not rotary._buffers):
                 found += [part for _, part in weight_state(weight) if isinstance(part, Tensor)]
     return found

@@ -9,6 +9,7 @@ with attention scaling (YaRN, longrope).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from ifkv.errors import InvalidInputError, UnsupportedRopeError
 from ifkv.models.decoder import DecoderView
+from ifkv.models.wrappers import wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.models.families import Family
+    from ifkv.models.wrappers import Wrapper
 
 _REASONS = {
     "dynamic": "its frequencies depend on the longest sequence seen so far, so keys made at one "
@@ -49,18 +52,20 @@ class Rope:
         rotary_dim: Number of leading dimensions of a head that are rotated.
         limit: Number of positions; they run from 0 to ``limit - 1``.
         limit_reason: The reason for the limit, as text.
+        axes: Number of axes of a position.
 
     Args:
         model: The model.
         family: Its family.
 
     Raises:
-        UnsupportedRopeError: The family does not allow the rope type, or the frequencies were cast
-            to half precision.
+        UnsupportedRopeError: The family does not allow the rope type, the frequencies were cast to
+            half precision, or this release of transformers leaves several axes unmerged.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family):
-        config = model.config
+        view = DecoderView(model)
+        config: Any = view.config
         parameters: dict[str, Any] = config.rope_parameters
         self.rope_type: str = parameters.get("rope_type", "default")
         if self.rope_type not in family.rope_types:
@@ -69,7 +74,12 @@ class Rope:
                 f"rope type {self.rope_type!r} is not supported for family {family.name!r}: "
                 f"{reason}. Supported are {', '.join(family.rope_types)}."
             )
-        self._module = DecoderView(model).rotary
+        self._module = view.rotary
+        self._tower: Any = None
+        self.axes = 1
+        if (wrapper := wrapper_of(model)) is not None:
+            self.axes, self._tower = wrapper.rope_axes, wrapper.tower_of(model)
+            _check_merged(self._module, wrapper)
         self.rotary_dim = 2 * self._module.inv_freq.numel()
         self.check_frequencies()
         self.limit, self.limit_reason = position_limit(config)
@@ -80,20 +90,18 @@ class Rope:
         Raises:
             UnsupportedRopeError: ``inv_freq`` is, or was, in half precision.
         """
-        inv_freq: Tensor = self._module.inv_freq
-        rounded = inv_freq.dtype not in (torch.float32, torch.float64)
-        if not rounded and inv_freq.numel() > 1:
-            # After a cast down and up, half precision represents every frequency exactly.
-            rounded = any(
-                bool((inv_freq == inv_freq.to(short).to(inv_freq.dtype)).all())
-                for short in (torch.bfloat16, torch.float16)
-            )
-        if rounded:
-            raise UnsupportedRopeError(
-                f"rotary_emb.inv_freq ({inv_freq.dtype}) has been cast to half precision, which "
-                "turns positions in the thousands into noise. Load the model with "
-                "from_pretrained(..., dtype=...) instead of calling .to(dtype) or .half() on it."
-            )
+        frequencies = {"rotary_emb.inv_freq": self._module.inv_freq}
+        if self._tower is not None:
+            found = self._tower.named_buffers()
+            frequencies |= {path: held for path, held in found if path.endswith("inv_freq")}
+        for name, inv_freq in frequencies.items():
+            if _is_rounded(inv_freq):
+                raise UnsupportedRopeError(
+                    f"{name} ({inv_freq.dtype}) has been cast to half precision, which turns "
+                    "positions in the thousands into noise. Load the model with "
+                    "from_pretrained(..., dtype=...) instead of calling .to(dtype) or .half() on "
+                    "it."
+                )
 
     def check_length(
         self,
@@ -135,8 +143,8 @@ class Rope:
         """Compute cosines and sines by the model's rotary module, with its attention scaling.
 
         Args:
-            positions: Long ``[n]``, or ``[axes, n]`` for a module that rotates by several axes; on
-                the model's device.
+            positions: Long ``[n]``, or ``[axes, n]`` for a module that rotates by several axes, of
+                which ``[n]`` stands for equal ones; on the model's device.
             dtype: The model's dtype.
 
         Returns:
@@ -146,6 +154,8 @@ class Rope:
         if positions.shape[-1] == 0:  # longrope would fail: it reads the largest position
             nothing = like.reshape(0, 1).expand(0, self.rotary_dim)
             return nothing, nothing
+        if self.axes > 1:
+            positions = positions.expand(self.axes, -1)
         cos, sin = self._module(like, position_ids=positions[..., None, :])
         return cos[0], sin[0]
 
@@ -170,6 +180,42 @@ class Rope:
         """
         one = torch.ones(1, 1, self.rotary_dim, dtype=dtype, device=device)
         return one, torch.zeros_like(one)
+
+
+def join_positions(parts: Sequence[Tensor]) -> Tensor:
+    """Join positions of several rows, of which some may have one axis for several equal ones.
+
+    Args:
+        parts: Long ``[n]`` or ``[axes, n]``.
+
+    Returns:
+        ``[rows]``, or ``[axes, rows]`` if a part has several axes.
+    """
+    shape = max((part.shape[:-1] for part in parts), key=len)
+    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1)
+
+
+def _is_rounded(inv_freq: Tensor) -> bool:
+    """True if frequencies are, or were, in half precision."""
+    if inv_freq.dtype not in (torch.float32, torch.float64):
+        return True
+    # After a cast down and up, half precision represents every frequency exactly.
+    return inv_freq.numel() > 1 and any(
+        bool((inv_freq == inv_freq.to(short).to(inv_freq.dtype)).all())
+        for short in (torch.bfloat16, torch.float16)
+    )
+
+
+def _check_merged(module: Any, wrapper: Wrapper) -> None:
+    """Raise if a rotary module gives cosines of each axis, which its attention merges itself."""
+    inv_freq = module.inv_freq
+    places = torch.zeros(wrapper.rope_axes, 1, 1, dtype=torch.long, device=inv_freq.device)
+    cos, _ = module(inv_freq.new_empty(0, dtype=torch.float32), position_ids=places)
+    if cos.ndim != 3:
+        raise UnsupportedRopeError(
+            f"{type(module).__name__} of this release of transformers leaves the axes of positions "
+            f"to the attention to merge. Install transformers {wrapper.since} or later."
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

@@ -19,15 +19,19 @@ _IGNORED = {"annotation", "returns", "type_params", "ctx", "kind", "type_comment
 
 
 def source_hash(path: str) -> str:
-    """Hash a function, or the ``forward`` of a class, by its dotted path.
+    """Hash a function, a method, or the ``forward`` of a class, by its dotted path.
 
     Args:
-        path: E.g. ``transformers.models.llama.modeling_llama.LlamaAttention``.
+        path: E.g. ``transformers.models.llama.modeling_llama.LlamaAttention``. Classes begin with
+            a capital letter, and modules do not.
 
     Returns:
         16 hex digits; they change if upstream changes what the code does.
     """
     module, _, name = path.rpartition(".")
+    holder, _, owner = module.rpartition(".")
+    if owner[:1].isupper():
+        return hash_of(code_of(getattr(getattr(importlib.import_module(holder), owner), name)))
     return hash_of(code_of(getattr(importlib.import_module(module), name)))
 
 

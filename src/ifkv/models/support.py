@@ -9,6 +9,7 @@ import torch
 from ifkv.errors import UnsupportedModelError
 from ifkv.models.decoder import DecoderView
 from ifkv.models.hooks import check_classes, check_hooks
+from ifkv.models.wrappers import wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,9 +21,9 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
     """Raise if the modules of a model are not those of its family file.
 
     Raises:
-        UnsupportedModelError: The model has no language-model head, wraps another model or
-            overrides upstream's forward; or its decoder stack lacks a part or has another
-            attention.
+        UnsupportedModelError: The model has no language-model head, wraps another model in a way
+            that no wrapper file covers, or overrides upstream's forward; or its decoder stack lacks
+            a part or has another attention.
     """
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "base_model"):
@@ -36,6 +37,7 @@ def check_structure(model: PreTrainedModel, family: Family) -> None:
             "(…ForCausalLM) that holds it."
         )
     check_classes(model)
+    wrapper_of(model)
     base: Any = view.stack
     attention = family.attention_class.rpartition(".")[2]
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
@@ -92,7 +94,8 @@ def check_weights(model: PreTrainedModel) -> None:
             f"this {name} is split between processes, each of which would choose tokens by its own "
             "heads alone. Load it without tp_plan, tp_size or another way of sharding."
         )
-    for path, module in DecoderView(model).stack.named_modules():
+    computing: Any = DecoderView(model).stack if wrapper_of(model) is None else model
+    for path, module in computing.named_modules():
         if hasattr(module, "out_features") and not [*module.parameters(), *module.buffers()]:
             raise UnsupportedModelError(
                 f"{path} of this {name} is a {type(module).__name__} whose weights cannot be read, "

@@ -12,6 +12,7 @@ from ifkv.models.config_overlay import below
 from ifkv.models.decoder import DecoderView
 from ifkv.models.families import FUNCTIONS
 from ifkv.models.source_hash import code_of, hash_of
+from ifkv.models.wrappers import METHODS, wrapper_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,9 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
     for path, part in _parts(model, family):
         if not _is_known(part, family.upstream_hashes[path]):
             unread[_name(part, path)] = None
+    for path, part, hashes in _parts_around(model):
+        if not _is_known(part, hashes):
+            unread[_name(part, path)] = None
     unread |= dict.fromkeys(_foreign_attention(model))
     if unread:
         warnings.warn(
@@ -50,7 +54,8 @@ def warn_of_unread_code(model: PreTrainedModel, family: Family) -> None:
 def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
     """Yield each part of the code that the model runs, after its path in the family file."""
     view = DecoderView(model)
-    yield family.causal_lm_class, model
+    if wrapper_of(model) is None:
+        yield family.causal_lm_class, model
     yield family.model_class, view.stack
     yield family.rotary_class, view.rotary
     layers = view.layers
@@ -60,6 +65,19 @@ def _parts(model: PreTrainedModel, family: Family) -> Iterator[tuple[str, Any]]:
         yield family.attention_class, attention
         for name in FUNCTIONS:
             yield family.function(name), attention_function(attention, name)
+
+
+def _parts_around(model: PreTrainedModel) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """Yield each part of the code around a wrapped decoder, with its path and known hashes."""
+    wrapper = wrapper_of(model)
+    if wrapper is None:
+        return
+    inner = wrapper.inner_of(model)
+    yield wrapper.outer_class, model, wrapper.upstream_hashes[wrapper.outer_class]
+    yield wrapper.inner_class, inner, wrapper.upstream_hashes[wrapper.inner_class]
+    for method in METHODS:
+        path = f"{wrapper.inner_class}.{method}"
+        yield path, getattr(type(inner), method, None), wrapper.upstream_hashes[path]
 
 
 def _foreign_attention(model: PreTrainedModel) -> Iterator[str]:

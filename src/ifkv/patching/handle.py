@@ -29,8 +29,10 @@ from ifkv.models.families import Family, resolve_family
 from ifkv.models.family_facts import check_facts
 from ifkv.models.fingerprint import FingerprintCache
 from ifkv.models.loaded_weights import warn_of_unloaded
+from ifkv.models.picture_positions import check_pictures_move
 from ifkv.models.support import check_mode, check_structure, check_weights
 from ifkv.models.upstream_code import warn_of_unread_code
+from ifkv.models.wrappers import wrapper_of
 from ifkv.patching.request import Checked, current
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from ifkv.backends.base import Backend
     from ifkv.models.rope import Rope
+    from ifkv.models.wrappers import Wrapper
 
 _handles: weakref.WeakKeyDictionary[PreTrainedModel, PatchHandle] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -49,7 +52,8 @@ class PatchHandle:
     """Handle of a patched model, returned by `patch`; a context manager that undoes the patch.
 
     Attributes:
-        family: Facts of the model's family.
+        family: Facts of the family of the model's decoder.
+        wrapper: Facts of what is around the decoder; None for a model without a vision tower.
         backend: Attention backend of ifkv's own passes.
         rope: Rotary embedding of the model.
         name: Name under which the model's attention is registered.
@@ -58,8 +62,16 @@ class PatchHandle:
             to None to launch every kernel instead.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, backend: Backend, rope: Rope):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        backend: Backend,
+        rope: Rope,
+        wrapper: Wrapper | None = None,
+    ):
         self.family = family
+        self.wrapper = wrapper
         self.backend = backend
         self.rope = rope
         self.name = f"ifkv-{next(_names)}"
@@ -170,7 +182,8 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     made again. Copies of a patched model (``deepcopy``, pickle) are not patched.
 
     Args:
-        model: A Llama, Qwen, Mistral or Phi-3 model from transformers, in ``eval()`` mode.
+        model: A Llama, Qwen, Mistral or Phi-3 model from transformers, in ``eval()`` mode; or a
+            Qwen3-VL model.
         backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA) or ``"auto"``; or a
             backend object, such as ``FlashInferBackend(mask="split")``.
 
@@ -205,6 +218,9 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
         warn_of_unloaded(model)
         rope = Rope(model, family)
         check_facts(model, family)
+        wrapper = wrapper_of(model)
+        if wrapper is not None:
+            check_pictures_move(model, wrapper)
         chosen = resolve_backend(backend, model)
         existing = _handles.get(model)
         if existing is not None:
@@ -214,7 +230,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
                 return existing
             existing.unpatch()
         warn_of_unread_code(model, family)
-        handle = PatchHandle(model, family, chosen, rope)
+        handle = PatchHandle(model, family, chosen, rope, wrapper)
         handle._attach(model)
         _handles[model] = handle
         return handle

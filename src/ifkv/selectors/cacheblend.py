@@ -80,7 +80,8 @@ class CacheBlend(Ranked):
         positions = cache.positions_at(plan.slots)
         rotation = handle.rope.rotation(positions, hidden.dtype)
         run = _SecondLayer(handle, cache, plan)
-        hidden = run_layers(model, hidden, positions, rotation, run, 1)
+        pictures = cache.pictures_at(rows)
+        hidden = run_layers(model, hidden, positions, rotation, run, 1, pictures=pictures)
         run_attention(model, hidden, positions, rotation, run, 1)
         assert run.fresh is not None
         keys, values = run.fresh

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ifkv.cache.layout import Geometry
     from ifkv.cache.stitched import StitchedCache
+    from ifkv.documents.images import ImageRows
     from ifkv.selectors.protocol import Request
 
 
@@ -57,10 +58,16 @@ def in_geometry(
         geometry=geometry,
         kv_dtype=cache.kv_dtype,
     )
-    if not torch.equal(twin.token_ids, cache.token_ids):
+    alike = torch.equal(twin.token_ids, cache.token_ids)
+    if not alike or list(map(_identity, twin.images)) != list(map(_identity, cache.images)):
         raise InvalidInputError(
             "the request's documents are not those of the cache; give what it was stitched from, "
             "in the same order."
         )
     rows = 2.0 * cache.context_length * len(cache.layers) * ModelShape.of(model).row_bytes
     return twin, Cost(bytes=2 * rows)
+
+
+def _identity(images: ImageRows | None) -> str | None:
+    """Return what tells a document's pictures from others of the same sizes."""
+    return None if images is None else images.identity

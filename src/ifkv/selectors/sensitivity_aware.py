@@ -66,6 +66,11 @@ class SensitivityAware(SinkAware):
         parts, known = cache.document_slices, list(cache.sensitivities)
         stale = [n for n, rows in enumerate(parts) if rows.start >= cache.exact_length]
         lacking = [number for number in stale if known[number] is None]
+        if any(cache.images[number] is not None for number in lacking):
+            raise InvalidInputError(
+                f"{self.name} cannot measure sensitivities of documents with pictures yet, which "
+                "token ids do not tell apart; use sink-aware."
+            )
         if lacking:
             ids = cache.token_ids.cpu()
             prefix_ids, documents = ids[: cache.prefix_length], [ids[parts[n]] for n in lacking]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ifkv.cache.stitched import StitchedCache
+    from ifkv.forward.picture_rows import PictureRows
     from ifkv.patching.handle import PatchHandle
 
 
@@ -56,6 +57,7 @@ def run_by_depth(
     lengths: Sequence[int],
     depths: Sequence[Tensor],
     begins: Sequence[Tensor],
+    pictures: PictureRows | None = None,
 ) -> Tensor:
     """Run each row through its layers, up to the last layer's keys and values.
 
@@ -68,6 +70,7 @@ def run_by_depth(
         lengths: Each request's slots in use once the rows have run.
         depths: Each request's, long, on the CPU, one per row.
         begins: Each row's first layer, as the depths; below the depth.
+        pictures: The rows of pictures, which begin in the first layer.
 
     Returns:
         ``[1, rows, hidden]``: the last layer's input, at the rows that reach it.
@@ -90,7 +93,17 @@ def run_by_depth(
         rotation = handle.rope.rotation(positions, hidden.dtype)
         at = torch.cat(alive).nonzero()[:, 0].to(hidden.device)
         end = min(stop, layers - 1)
-        rows = run_layers(model, hidden[:, at], positions, rotation, run, end, start=start)
+        alive_pictures = None if pictures is None else pictures.among(at)
+        rows = run_layers(
+            model,
+            hidden[:, at],
+            positions,
+            rotation,
+            run,
+            end,
+            start=start,
+            pictures=alive_pictures,
+        )
         if stop == layers:
             run_attention(model, rows, positions, rotation, run, layers - 1)
         hidden[:, at] = rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ifkv.backends.base import AttentionSpec, Backend, QueryPlan
@@ -71,7 +72,18 @@ class ScoringPass:
         self._backend = handle.backend
         self._caches = caches
         self._layers = frozenset(layers)
-        self._plan = handle.backend.plan_queries(positions, [cache.positions for cache in caches])
+        contexts = [cache.positions for cache in caches]
+        if any(context.ndim > 1 for context in contexts):
+            # Backends need positions for windows alone, which no model of several axes has.
+            contexts = [
+                torch.arange(cache.context_length, device=at.device)
+                for cache, at in zip(caches, positions, strict=True)
+            ]
+            positions = [
+                torch.arange(len(at), device=at.device) + len(context)
+                for at, context in zip(positions, contexts, strict=True)
+            ]
+        self._plan = handle.backend.plan_queries(positions, contexts)
         self._measure = measure
         self.measured: list[list[Tensor]] = [[] for _ in caches]
 

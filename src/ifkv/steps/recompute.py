@@ -11,6 +11,7 @@ from torch import Tensor
 from ifkv.cache.stitched import StitchedCache
 from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import row_logits, run_layers
+from ifkv.forward.picture_rows import side_by_side
 from ifkv.models.decoder import DecoderView
 from ifkv.patching.handle import PatchHandle, handle_of
 from ifkv.steps.partial_depth import run_by_depth
@@ -204,6 +205,9 @@ def _run_block(
         The last layer's input, ``[1, rows, hidden]``.
     """
     hidden = torch.cat([job.entering(model, rows) for job, rows in block], dim=1)
+    pictures = side_by_side(
+        [(job.cache.pictures_at(job.slots[rows]), rows.stop - rows.start) for job, rows in block]
+    )
     own = [job.slots[rows] for job, rows in block]
     lengths = [job.length for job, _ in block]
     if any(job.depths is not None or job.begins is not None for job, _ in block):
@@ -213,7 +217,7 @@ def _run_block(
             reach.append(torch.full_like(part, depth) if job.depths is None else job.depths[rows])
             begins.append(torch.zeros_like(part) if job.begins is None else job.begins[rows])
         caches = [job.cache for job, _ in block]
-        return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins)
+        return run_by_depth(model, handle, caches, hidden, own, lengths, reach, begins, pictures)
     plan = handle.backend.plan_requests(own, lengths, model.device)
     last = DecoderView(model).num_layers - 1
     counts = [rows.stop - rows.start for _, rows in block]
@@ -222,7 +226,8 @@ def _run_block(
     positions = run.positions
     rotation = handle.rope.rotation(positions, hidden.dtype)
     # Only the last layer's keys and values are needed at these rows, not its output.
-    return run_to_attention(model, handle.captures, hidden, positions, rotation, run, last)
+    graphs = handle.captures
+    return run_to_attention(model, graphs, hidden, positions, rotation, run, last, pictures)
 
 
 def _answer_rows(

@@ -91,7 +91,10 @@ class Recomputation:
         return torch.isin(self.slots, self.pending.slots) * self.pending.layer
 
     def entering(self, model: PreTrainedModel, rows: slice) -> Tensor:
-        """Return the input of each row's first layer, ``[1, rows, hidden]``."""
+        """Return the input of each row's first layer, ``[1, rows, hidden]``.
+
+        At rows of pictures it is that of their placeholders, which `run_layers` replaces.
+        """
         hidden = embed(model, self.token_ids[rows])
         if self.pending is not None and self.pending.layer > 0:
             at, own = self.slots[rows], self.pending.slots

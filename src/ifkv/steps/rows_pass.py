@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ifkv.backends.base import RowPlan
 from ifkv.cache.stitched import StitchedCache
 from ifkv.forward.passes import LayerCall
+from ifkv.models.rope import join_positions
 from ifkv.patching.handle import PatchHandle
 
 
@@ -49,7 +49,7 @@ class RowsPass:
         if all(cache.plain for cache in self._caches):
             return self._plan.slots
         parts = zip(self._caches, self._slots, strict=True)
-        return torch.cat([cache.positions_at(own) for cache, own in parts], dim=-1)
+        return join_positions([cache.positions_at(own) for cache, own in parts])
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, **unread: object

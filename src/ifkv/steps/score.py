@@ -16,6 +16,7 @@ from ifkv.errors import InvalidInputError
 from ifkv.forward.graphs import run_to_attention
 from ifkv.forward.layers import embed
 from ifkv.models.decoder import DecoderView
+from ifkv.models.rope import join_positions
 from ifkv.patching.handle import handle_of
 from ifkv.steps.pending_rows import PendingPass, pending_in
 from ifkv.steps.query_pass import Measure, QueryView, ScoringPass
@@ -242,7 +243,7 @@ def run_scorings(
     both = None
     if unfinished := pending_in(model, caches, deepest):
         run = both = PendingPass(model, handle, unfinished, scoring, deepest)
-        positions = torch.cat((both.positions, positions), dim=-1)
+        positions = join_positions((both.positions, positions))
         hidden = torch.cat((both.hidden, hidden), dim=1)
     rotation = handle.rope.rotation(positions, hidden.dtype)
     entering = run_to_attention(model, handle.captures, hidden, positions, rotation, run, deepest)

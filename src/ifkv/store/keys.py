@@ -50,7 +50,12 @@ def document_key(
 
 
 def key_of(document: DocumentCache) -> str:
-    """Return the key of a document that has been made."""
+    """Return the key of a document that has been made.
+
+    Raises:
+        InvalidInputError: It has pictures, which token ids do not tell apart.
+    """
+    _refuse_pictures(document)
     behind = None if document.surrogate is None else document.surrogate.identity
     return document_key(document.fingerprint, document.prefix_ids, document.token_ids, behind)
 
@@ -128,6 +133,7 @@ def check_document(document: DocumentCache) -> None:
             f"a {type(document).__name__} was put; stores take what prefill_documents returned."
         )
     check_rows(document, "the document")
+    _refuse_pictures(document)
     if document.positions_taken != len(document):
         raise InvalidInputError(
             f"the document has {len(document)} tokens and takes {document.positions_taken} "
@@ -160,6 +166,14 @@ def check_document(document: DocumentCache) -> None:
         raise InvalidInputError(
             f"the document's prefix {prefix!r} is not what {document!r} was encoded behind; keep "
             ".prefix as prefill_documents made it."
+        )
+
+
+def _refuse_pictures(document: DocumentCache) -> None:
+    if document.images is not None:
+        raise InvalidInputError(
+            "a document with pictures cannot be kept in a store yet: its token ids are those of "
+            "every picture of the same size. Keep it in memory, and stitch it from there."
         )
 
 

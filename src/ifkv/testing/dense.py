@@ -1,9 +1,10 @@
 """Dense transformer written from the formulas: one forward pass, made to be read.
 
-The pass reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model and nothing
-else: no upstream forward runs, no cache object, no attention kernel, no code of this library.
-`dense_rows` sends rows through all layers under an explicit boolean mask over all slots. `oracle`
-says which rows, positions and mask make up the method.
+The pass reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model, or of the
+decoder in a Qwen-VL model, and nothing else: no upstream forward runs, no cache object, no
+attention kernel, no code of this library. `dense_rows` sends rows through all layers under an
+explicit boolean mask over all slots. `oracle` says which rows, positions and mask make up the
+method.
 
 A *slot* is an index in the cache, a *position* is the number RoPE rotates by. Keys are kept before
 RoPE (and after qk-norm). Shapes: L layers, H heads, H_kv kv heads, D head_dim, N slots, R rows,
@@ -63,15 +64,33 @@ def _rms_norm(module: Any, x: Tensor) -> Tensor:
 def _rotate(model: Any, x: Tensor, positions: Tensor) -> Tensor:
     """Rotate pair (i, i + d/2) of the first d = 2·len(inv_freq) channels by position · inv_freq[i].
 
-    Shapes: x `[heads, R, D]`, positions `[R]`.
+    Shapes: x `[heads, R, D]`, positions `[R]`, or `[3, R]` (time, row, column) with M-RoPE.
     """
-    rotary = model.model.rotary_emb
-    angle = positions.float()[:, None] * rotary.inv_freq.float()[None, :]  # [R, d/2], in float32
+    rotary = decoder(model).rotary_emb
+    if positions.ndim == 1:
+        placed = positions[:, None].expand(-1, len(rotary.inv_freq))
+    else:
+        axes = _axes(model.config.text_config.rope_parameters, len(rotary.inv_freq))
+        placed = torch.stack([positions[axis] for axis in axes], dim=1)
+    angle = placed.float() * rotary.inv_freq.float()[None, :]  # [R, d/2], in float32
     cos = (angle.cos() * rotary.attention_scaling).to(x.dtype)
     sin = (angle.sin() * rotary.attention_scaling).to(x.dtype)
     half = angle.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _axes(parameters: dict[str, Any], count: int) -> list[int]:
+    """Return the axis of each frequency: time 0, row 1, column 2."""
+    sections = parameters["mrope_section"]
+    if parameters.get("mrope_interleaved"):  # Qwen3-VL: time, row, column, time, row, column, ...
+        return [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(count)]
+    return [axis for axis, section in enumerate(sections) for _ in range(section)]
+
+
+def decoder(model: Any) -> Any:
+    """Return the module with embeddings, layers, rotary embedding and final norm."""
+    return getattr(model.model, "language_model", model.model)
 
 
 def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +139,9 @@ def dense_rows(
     mask: Tensor,
     keys_before_rope: Tensor | None = None,
     values: Tensor | None = None,
+    *,
+    inputs: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> DenseTrace:
     """Send rows through all layers; in each, write their K and V to their slots, then attend.
 
@@ -127,21 +149,25 @@ def dense_rows(
         model: A Hugging Face `*ForCausalLM`.
         token_ids: The rows' tokens, `[R]`.
         slots: Slots of the rows' keys and values, `[R]`.
-        positions: RoPE position of every slot, `[N]`; a row's own position is that of its slot.
+        positions: RoPE position of every slot, `[N]` or `[3, N]`; a row's own position is that of
+            its slot.
         mask: Boolean `[R, N]`, true where a row may look. A layer's sliding window, measured in
             positions, is applied on top.
         keys_before_rope: Keys that the slots hold beforehand, `[L, H_kv, N, D]`; None for none.
         values: Values that the slots hold beforehand, likewise.
+        inputs: Inputs of the first layer, `[R, hidden]`; the tokens' embeddings if None.
+        added: What is added behind the first layers (DeepStack), `[levels, R, hidden]`.
     """
-    layers = model.model.layers[: model.config.num_hidden_layers]
-    ids, slots, positions = (torch.as_tensor(x) for x in (token_ids, slots, positions))
-    row_positions = positions[slots]
-    hidden = model.model.embed_tokens.weight[ids]
+    base = decoder(model)
+    layers = base.layers[: base.config.num_hidden_layers]
+    ids, slots, positions = (torch.as_tensor(x).long() for x in (token_ids, slots, positions))
+    row_positions = positions[..., slots]
+    hidden = base.embed_tokens.weight[ids] if inputs is None else inputs
     memory_k, memory_v, rotated, attention_weights = [], [], [], []
     for index, layer in enumerate(layers):
         attention = layer.self_attn
         q, k_new, v_new = _queries_keys_values(attention, _rms_norm(layer.input_layernorm, hidden))
-        shape = (k_new.shape[0], len(positions), k_new.shape[2])
+        shape = (k_new.shape[0], positions.shape[-1], k_new.shape[2])
         k = k_new.new_zeros(shape) if keys_before_rope is None else keys_before_rope[index].clone()
         v = v_new.new_zeros(shape) if values is None else values[index].clone()
         k[:, slots], v[:, slots] = k_new, v_new
@@ -157,6 +183,8 @@ def dense_rows(
         mixed = weights @ v.repeat_interleave(group, 0)  # [H, R, D]
         hidden = hidden + _linear(attention.o_proj, mixed.transpose(0, 1).flatten(1))
         hidden = hidden + _mlp(layer.mlp, _rms_norm(layer.post_attention_layernorm, hidden))
+        if added is not None and index < len(added):
+            hidden = hidden + added[index]
 
         memory_k.append(k)
         memory_v.append(v)
@@ -166,6 +194,6 @@ def dense_rows(
         keys_before_rope=torch.stack(memory_k),
         keys=torch.stack(rotated),
         values=torch.stack(memory_v),
-        logits=_linear(model.lm_head, _rms_norm(model.model.norm, hidden)),
+        logits=_linear(model.lm_head, _rms_norm(base.norm, hidden)),
         attention=tuple(attention_weights),
     )

@@ -131,7 +131,7 @@ def tiny_model(
     config = AutoConfig.for_model(family, **(options | config_options))
     with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced below
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _fill(model, seed)
+    fill(model, seed)
     if wide_norms if wide_norms is not None else dtype == torch.float64:
         widen_norms(model)
     done: PreTrainedModel = model.eval().requires_grad_(False)
@@ -173,7 +173,7 @@ def _rope_parameters(rope: str, rotary_dim: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, seed: int) -> None:
+def fill(model: nn.Module, seed: int) -> None:
     """Draw every weight from its own generator, seeded by `seed` and the weight's name."""
     for name, weight in model.named_parameters():
         generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))

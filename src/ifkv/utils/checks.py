@@ -79,7 +79,12 @@ def whole_numbers(values: Any, what: str) -> list[int]:
 
 
 def token_tensor(
-    model: PreTrainedModel, ids: Sequence[int] | Tensor | str, what: str, *, empty: bool = False
+    model: PreTrainedModel,
+    ids: Sequence[int] | Tensor | str,
+    what: str,
+    *,
+    empty: bool = False,
+    pictures: bool = False,
 ) -> Tensor:
     """Return token ids as a tensor, checked against the model's vocabulary.
 
@@ -88,13 +93,14 @@ def token_tensor(
         ids: Integers: a sequence, or a tensor ``[n]`` or ``[1, n]``. A string is refused.
         what: Name of the ids, for the message.
         empty: Accept an empty sequence.
+        pictures: Accept the placeholder of rows of pictures, which come with the ids.
 
     Returns:
         Long ``[n]``, on the CPU, sharing no memory with ``ids``.
 
     Raises:
-        InvalidInputError: The ids are not integers, have more than one dimension, are empty, or
-            lie outside the vocabulary.
+        InvalidInputError: The ids are not integers, have more than one dimension, are empty, lie
+            outside the vocabulary, or hold a placeholder of a picture or video.
     """
     if isinstance(ids, str):
         raise InvalidInputError(
@@ -134,4 +140,24 @@ def token_tensor(
             f"{what} holds token id {bad}, but this model's ids run from 0 to {vocabulary - 1}. "
             "Was it tokenised for another model?"
         )
+    _check_placeholders(model, tensor, what, pictures)
     return tensor.to(torch.long).clone()
+
+
+def _check_placeholders(model: Any, ids: Tensor, what: str, pictures: bool) -> None:
+    """Refuse ids that stand for rows of pictures or videos, which would run as blind embeddings.
+
+    A text that contains the literal placeholder is tokenised to one.
+    """
+    for name in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id"):
+        placeholder = getattr(getattr(model, "config", None), name, None)
+        if not isinstance(placeholder, int) or (pictures and name.startswith("image")):
+            continue
+        if bool((ids == placeholder).any()):
+            kind = name.partition("_")[0]
+            raise InvalidInputError(
+                f"{what} holds the token id {placeholder}, which stands for a row of "
+                f"{'an' if kind[0] in 'ai' else 'a'} {kind} and means nothing without it. Give "
+                "pictures in documents as ifkv.ImageDocument, and take the placeholder out of "
+                "texts."
+            )
