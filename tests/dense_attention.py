@@ -63,13 +63,28 @@ def visible_rows(rows: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def dense_attention(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    visible: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[1, rows, heads, D]`, log-sum-exp `[1, heads, rows]`, attention; all float64."""
+    """Output `[1, rows, heads, D]`, log-sum-exp `[1, heads, rows]`, attention; all float64.
+
+    Logits x become softcap · tanh(x / softcap). A sink is a column of the softmax with no value.
+    """
     q, k, v = query.double(), keys.double(), values.double()
     group = q.shape[1] // k.shape[1]
     logits = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.double()[None, :, None, None].expand(1, -1, logits.shape[2], 1)
+        logits = torch.cat((logits, column), dim=-1)
     attention = logits.softmax(-1).nan_to_num(0.0)  # a row that sees nothing gets nothing
+    attention = attention[..., : keys.shape[2]]
     out = attention @ v.repeat_interleave(group, 1)
     return out.transpose(1, 2), logits.logsumexp(-1), attention

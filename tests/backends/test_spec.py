@@ -25,12 +25,18 @@ def test_a_row_sees_what_is_not_ahead_of_it_nor_a_window_behind(
             assert bool(spec.visible(torch.tensor(row), torch.tensor(key))) == sees
 
 
+class Untaught(ReferenceBackend):
+    name = "untaught"
+    features = frozenset()
+
+
 @pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"sinks": torch.zeros(4)}])
 def test_a_backend_refuses_what_it_has_not_been_taught(extra: dict[str, object]) -> None:
-    backend = ReferenceBackend()
+    backend = Untaught()
     backend.check_spec(AttentionSpec(0.5, window=4))
     [name] = extra
-    with pytest.raises(UnsupportedModelError, match=f"{name} .*'reference' cannot do"):
+    ReferenceBackend().check_spec(AttentionSpec(0.5, **extra))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=f"{name} .*'untaught' cannot do"):
         backend.check_spec(AttentionSpec(0.5, **extra))  # type: ignore[arg-type]
 
 

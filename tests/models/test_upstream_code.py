@@ -80,8 +80,10 @@ def refused(model: Any, message: str) -> None:
 
 
 ASKED: dict[str, tuple[dict[str, Any], str]] = {
-    "softcap": (dict(softcap=30.0), r"softcap=30\.0"),
-    "sinks": (dict(s_aux=torch.zeros(4)), "s_aux=a Tensor"),
+    "no softcap": (dict(softcap=0.0), r"softcap=0\.0"),
+    "a softcap in words": (dict(softcap="small"), "softcap='small'"),
+    "sinks of another shape": (dict(s_aux=torch.zeros(4, 1)), "s_aux=a Tensor"),
+    "sinks in words": (dict(s_aux="none"), "s_aux='none'"),
     "a flag": (dict(is_causal=False), "is_causal=False"),
     "dropout": (dict(dropout=0.1), r"dropout=0\.1"),
     "a name nobody has heard of": (dict(temperature=2), "temperature=2"),
@@ -153,7 +155,10 @@ def test_a_family_of_facts_alone_is_not_enough() -> None:
     with pytest.raises(UnsupportedModelError, match=r"final_logit_softcapping = 30\.0, but"):
         ifkv.patch(foreign("gemma2"))
     uncapped = foreign("gemma2", final_logit_softcapping=None)
-    refused(uncapped, r"Gemma2Attention of layer 0 asks .*softcap=50\.0")
+    with pytest.warns(UpstreamWarning):
+        ifkv.patch(uncapped, backend=_Recorder())  # which has no features
+    with pytest.raises(UnsupportedModelError, match=r"a layer attends with softcap \(50\.0\)"):
+        ifkv.prefill_documents(uncapped, DOCUMENTS)
     experts = dict(num_local_experts=2, num_experts_per_tok=1)
     with pytest.raises(UnsupportedModelError, match="GptOssRotaryEmbedding turns dimensions"):
         ifkv.patch(foreign("gpt_oss", **experts))
@@ -179,8 +184,8 @@ def test_the_scaling_must_be_a_number() -> None:
 
 def test_a_later_layer_that_asks_for_more_is_refused_too() -> None:
     model = llama()
-    attentions(model)[1].__class__ = asking(softcap=30.0)
-    refused(model, r"layer 1.*softcap")
+    attentions(model)[1].__class__ = asking(temperature=30.0)
+    refused(model, r"layer 1.*temperature")
 
 
 @pytest.fixture
@@ -206,11 +211,11 @@ def seen() -> Iterator[list[dict[str, Any]]]:
 def test_decoding_with_a_keyword_is_the_model_s_own(
     seen: list[dict[str, Any]], asked: dict[str, Any]
 ) -> None:
-    """Over rows of 8 bits the backend decodes, unless a layer asks for what it does not know."""
+    """Over rows of 8 bits the backend decodes, unless a layer asks for what it cannot do."""
     model = llama(dtype=torch.float32)
     model.set_attn_implementation("capped")
     with pytest.warns(UpstreamWarning):
-        ifkv.patch(model)
+        ifkv.patch(model, backend=_Recorder())  # which has no features
     try:
         documents = ifkv.prefill_documents(model, DOCUMENTS, prefix=PREFIX)
         cache = ifkv.stitch(model, documents, kv_dtype=torch.float8_e4m3fn)
@@ -554,5 +559,6 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def test_keywords_are_strange_unless_they_are_known() -> None:
     known = dict(scaling=0.5, sliding_window=4, dropout=0.0, position_ids=IDS, use_cache=True)
+    known |= dict(softcap=1.0, s_aux=torch.zeros(4))
     assert strange_keywords(known) == []
-    assert strange_keywords(known | dict(dropout=0.5, softcap=1.0)) == ["dropout", "softcap"]
+    assert strange_keywords(known | dict(dropout=0.5, cap=1.0)) == ["dropout", "cap"]

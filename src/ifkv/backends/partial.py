@@ -69,7 +69,8 @@ def attend_partial(
         query: ``[1, heads, rows, head_dim]``.
         keys: ``[1, kv_heads, n, head_dim]``.
         values: Values of the same shape.
-        spec: Settings of the layer. ``mask`` and ``causal`` are its mask; a window is not applied.
+        spec: Settings of the layer. ``mask`` and ``causal`` are its mask; a window and sinks are
+            not applied (`add_sinks`).
         mask: Bool ``[rows, n]``, True where a row must not attend, or such a mask as a `RowMask`
             for many layers. If a row is all True, its output is 0 and its log-sum-exp -inf.
         causal: Let row i see keys 0 to i; only with ``rows == n`` and no mask.
@@ -80,7 +81,8 @@ def attend_partial(
     """
     if isinstance(mask, Tensor):
         mask = RowMask(mask)
-    if query.device.type == "cpu" and keys.shape[2] > 0 and query.shape[2] > 0:
+    kernel = query.device.type == "cpu" and spec.softcap is None  # the kernel has no softcap
+    if kernel and keys.shape[2] > 0 and query.shape[2] > 0:
         return _attend_flash(query, keys, values, spec, mask, causal)
     if causal:
         row = torch.arange(query.shape[2], device=query.device)
@@ -142,7 +144,7 @@ def _attend_explicit(
 def explicit_logits(
     query: Tensor, keys: Tensor, spec: AttentionSpec, mask: Tensor | None
 ) -> Tensor:
-    """Compute scaled logits, -inf where masked.
+    """Compute scaled and capped logits, -inf where masked.
 
     Args:
         query: ``[1, heads, rows, head_dim]``.
@@ -157,8 +159,30 @@ def explicit_logits(
     kv_heads, rows = keys.shape[1], query.shape[2]
     grouped = query[0].unflatten(0, (kv_heads, -1)).flatten(1, 2).to(dtype)  # [kv, group*rows, D]
     logits = torch.bmm(grouped, upcast(keys[0], dtype).transpose(1, 2)).mul_(spec.scaling)
+    if spec.softcap is not None:
+        logits = logits.div_(spec.softcap).tanh_().mul_(spec.softcap)
     logits = logits.view(query.shape[1], rows, -1)
     return logits if mask is None else logits.masked_fill_(mask, float("-inf"))
+
+
+def add_sinks(out: Tensor, logsumexp: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Let each head's sink take part in the softmax of whole rows.
+
+    A sink is one more logit, without a value. So it lowers all weights of a row by one factor, and
+    is added once, after all parts of the row are merged.
+
+    Args:
+        out: ``[1, heads, rows, head_dim]``.
+        logsumexp: Natural, ``[1, heads, rows]``.
+        spec: Settings of the layer.
+
+    Returns:
+        Output and log-sum-exp with the sinks; the given ones if there are none.
+    """
+    if spec.sinks is None:
+        return out, logsumexp
+    total = torch.logaddexp(logsumexp, spec.sinks.to(logsumexp.dtype)[None, :, None])
+    return (out * (logsumexp - total).exp_()[..., None]).to(out.dtype), total
 
 
 def merge_partial(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ifkv.backends.base import Backend
 from ifkv.backends.norms import blocked_attention_norm
-from ifkv.backends.partial import attend_partial, merge_partial
+from ifkv.backends.partial import add_sinks, attend_partial, merge_partial
 from ifkv.backends.plans import (
     UNSCALED,
     DocumentPlan,
@@ -37,9 +37,10 @@ SHORT_PREFIX = 4
 
 
 class ReferenceBackend(Backend):
-    """Attention in plain torch."""
+    """Attention in plain torch, with softcap and sinks."""
 
     name = "reference"
+    features = frozenset({"softcap", "sinks"})
 
     def plan_documents(
         self, lengths: tuple[int, ...], prefix_length: int, device: torch.device
@@ -74,7 +75,8 @@ class ReferenceBackend(Backend):
                 # Blank rows in place of the prefix make this one causal call.
                 blank = query.new_zeros(1, query.shape[1], prefix, query.shape[3])
                 padded = torch.cat((blank, own), dim=2)
-                seen = attend_partial(padded, seen_keys, seen_values, spec, causal=True)[0]
+                whole = attend_partial(padded, seen_keys, seen_values, spec, causal=True)
+                seen = add_sinks(*whole, spec)[0]
                 out[:, rows] = seen[:, :, prefix:].transpose(1, 2)
                 continue
             tile = Tile(0, length, prefix, prefix + length - 1)
@@ -135,8 +137,9 @@ class ReferenceBackend(Backend):
         """Compute rows over FP8 keys; None for others, see `Backend.decode`."""
         if keys.dtype == query.dtype:
             return None
+        scaled = spec.scaled(scales.keys)
         outs = [
-            attend_quantized(*one, spec.scaled(scales.keys))[0]
+            add_sinks(*attend_quantized(*one, scaled), spec)[0]
             for one in zip(query.split(1), keys.split(1), values.split(1), strict=True)
         ]
         return torch.cat(outs).mul_(scales.values).transpose(1, 2)
@@ -209,7 +212,7 @@ def _attend_query(
     )
     if scales.values != 1:
         seen.mul_(scales.values)
-    out, logsumexp = merge_partial(seen, its_logsumexp, *own)
+    out, logsumexp = add_sinks(*merge_partial(seen, its_logsumexp, *own), spec)
     return out.transpose(1, 2), logsumexp
 
 
@@ -222,17 +225,29 @@ def _attend_tile(
     spec: AttentionSpec,
 ) -> Tensor:
     """Compute the attention of one tile's rows, ``[1, heads, rows, head_dim]``."""
+    return add_sinks(*_attend_keys(query, keys, values, tile, planned, spec), spec)[0]
+
+
+def _attend_keys(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tile: Tile,
+    planned: TiledRows,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor]:
+    """Compute a tile's attention to keys, without sinks, and its log-sum-exp."""
     first, end, window = tile.first, tile.last + 1, spec.window
     if tile.stop - tile.start == 1:  # no mask: it sees all slots up to its own
         begin = 0 if window is None else max(0, end - window)
-        return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], spec)[0]
+        return attend_quantized(query, keys[:, :, begin:end], values[:, :, begin:end], spec)
     if window is not None and tile.last >= window:
         # The edge of the window needs a mask too: one masked call over all that the rows see.
         begin = max(0, first - window + 1)
         mask = planned.mask(tile, begin, spec)
         return attend_quantized(
             query, keys[:, :, begin:end], values[:, :, begin:end], spec, mask=mask
-        )[0]
+        )
     fringe = slice(first, end)
     if tile.adjacent:
         seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], spec, causal=True)
@@ -240,6 +255,6 @@ def _attend_tile(
         mask = planned.mask(tile, first, dataclasses.replace(spec, window=None))
         seen = attend_quantized(query, keys[:, :, fringe], values[:, :, fringe], spec, mask=mask)
     if first == 0:
-        return seen[0]
+        return seen
     before = attend_quantized(query, keys[:, :, :first], values[:, :, :first], spec)
-    return merge_partial(*before, *seen)[0]
+    return merge_partial(*before, *seen)

@@ -80,12 +80,9 @@ class DecoderView:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Return the sliding window of each layer; None for a layer without one.
-
-        An attention has its own window in some families, and reads the config's in others.
-        """
-        stated = getattr(self.config, "sliding_window", None)
-        return tuple(getattr(layer.self_attn, "sliding_window", stated) for layer in self.layers)
+        """Return the sliding window of each layer; None for a layer without one."""
+        rule = self._family.sliding_window
+        return tuple(window_of(rule, self.config, index) for index in range(self.num_layers))
 
     @property
     def rotary(self) -> Any:
@@ -155,6 +152,22 @@ class DecoderView:
         path = self._family.scalars.get(name)
         number: float | None = None if path is None else operator.attrgetter(path)(self._model)
         return number
+
+
+def window_of(rule: str, config: Any, layer_idx: int) -> int | None:
+    """Return the sliding window of a layer by its family's rule, as upstream's masks have it.
+
+    Args:
+        rule: The family's ``sliding_window``.
+        config: Config of the decoder stack.
+        layer_idx: Index of the layer.
+    """
+    if rule == "none":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    if rule == "layer-types" and config.layer_types[layer_idx] != "sliding_attention":
+        return None
+    return window
 
 
 def _present(module: object, name: str) -> list[object]:

@@ -14,6 +14,7 @@ from ifkv.backends.fp8 import dequantize
 from ifkv.backends.plans import UNSCALED, is_stitched, scales_of
 from ifkv.errors import UnsupportedModelError
 from ifkv.forward.passes import LayerCall
+from ifkv.models.decoder import window_of
 from ifkv.models.upstream_code import attention_function
 from ifkv.patching.attention_keywords import checked_spec, spec_of, strange_keywords
 
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 Attention = Callable[..., "tuple[Tensor, Tensor | None]"]
 
 
-def register(name: str, config: PreTrainedConfig, backend: Backend | None = None) -> None:
+def register(
+    name: str,
+    config: PreTrainedConfig,
+    backend: Backend | None = None,
+    window_rule: str = "none",
+) -> None:
     """Register the attention and mask functions of one patched model.
 
     Args:
@@ -36,6 +42,7 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
         config: The config below the overlay. It names the attention to delegate to, and is read at
             every call, so that ``set_attn_implementation`` works while the model is patched.
         backend: Backend for decoding steps over stitched caches.
+        window_rule: The family's ``sliding_window``.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -51,10 +58,11 @@ def register(name: str, config: PreTrainedConfig, backend: Backend | None = None
     ) -> tuple[Tensor, Tensor | None]:
         current: AttentionPass | None = kwargs.pop("ifkv_pass", None)
         if current is not None:
-            spec = checked_spec(module, attention_mask, kwargs)
+            layer_idx: Any = module.layer_idx
+            window = window_of(window_rule, config, layer_idx)
+            spec = checked_spec(module, attention_mask, kwargs, window)
             if backend is not None:
                 backend.check_spec(spec)
-            layer_idx: Any = module.layer_idx
             return current.attend(LayerCall(layer_idx, query, key, value, spec)), None
         scales = scales_of(key)
         decoding = _spec_of_decoding(query, key, attention_mask, kwargs)

@@ -92,7 +92,7 @@ class PatchHandle:
         config = cast("PreTrainedConfig", stack.config)
         # A model built from a patched model's config has the overlay of that model.
         underlying, covered = below(config), self._covered
-        register(self.name, underlying, self.backend)
+        register(self.name, underlying, self.backend, self.family.sliding_window)
         laid = overlay(underlying, self.name, lambda: bool(covered))
         for module in stack.modules():
             if getattr(module, "config", None) is config:
