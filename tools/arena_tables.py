@@ -156,10 +156,11 @@ def surrogate(file: str, _: float) -> str:
         cells = [_points(difference), _factor(difference)] if difference else ["–", "–"]
         gaps = ["0 %" if rule == "stitch only" else _percent(alone, "gap"), _percent(row, "gap")]
         top1 = [f"{float(each['top1']):.3f}" for each in (alone, row)]
-        rows.append([_name(rule), text, f"{float(ratio):g}", *gaps, *cells, *top1])
+        name = f"`{text.rpartition('-')[0]}`"  # without the beginning of the hash
+        rows.append([_name(rule), name, f"{float(ratio):g}", row["count"], *gaps, *cells, *top1])
     head = (
-        "way | surrogate | r | gap, alone | gap, behind it | difference | KL, typically | "
-        "top-1, alone | top-1, behind it"
+        "way | surrogate | r | questions | gap, alone | gap, behind it | difference | "
+        "KL, typically | top-1, alone | top-1, behind it"
     )
     return as_table(head, rows, 2)
 

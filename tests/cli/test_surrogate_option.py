@@ -121,7 +121,15 @@ def test_a_document_too_long_behind_it_is_named(
 def test_the_text_that_is_shipped_is_called_default(tmp_path: Path) -> None:
     note = tmp_path / "note.txt"
     note.write_text("A note.", encoding="utf-8")
-    assert surrogate_texts([Path("default")]) == [ifkv.SURROGATE_TEXT]
-    assert surrogate_texts([note, Path("default")]) == ["A note.", ifkv.SURROGATE_TEXT]
+    assert surrogate_texts(["default"]) == [ifkv.SURROGATE_TEXT]
+    assert surrogate_texts([str(note), "default"]) == ["A note.", ifkv.SURROGATE_TEXT]
     with pytest.raises(InvalidInputError, match="same text"):
-        surrogate_texts([Path("default"), Path("default")])
+        surrogate_texts(["default", "default"])
+
+
+def test_a_file_called_default_is_named_by_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("default").write_text("A file.", encoding="utf-8")
+    assert surrogate_texts(["./default"]) == ["A file."]

@@ -12,7 +12,7 @@ from ifkv.documents.surrogate_text import DEFAULT, SURROGATE_TEXT
 from ifkv.errors import InvalidInputError
 
 Surrogate = Annotated[
-    list[Path] | None,
+    list[str] | None,  # as it was written: a path drops the ./ of a file called default
     typer.Option(
         "--surrogate",
         help="Surrogate context: a text file that stands in for what will precede a document in a "
@@ -27,8 +27,11 @@ Surrogate = Annotated[
 ]
 
 
-def surrogate_texts(files: Sequence[Path] | None) -> list[str] | None:
+def surrogate_texts(files: Sequence[str] | None) -> list[str] | None:
     """Return the texts of a surrogate context, or None if there is none.
+
+    Args:
+        files: What the option was given: paths, or ``"default"``.
 
     Raises:
         InvalidInputError: Files are missing, blank, not UTF-8 text, or have the same text.
@@ -37,9 +40,8 @@ def surrogate_texts(files: Sequence[Path] | None) -> list[str] | None:
 
     if not files:
         return None
-    shipped = [str(file) == DEFAULT for file in files]
-    read = iter(read_texts([file for file, own in zip(files, shipped, strict=True) if not own]))
-    texts = [SURROGATE_TEXT if own else next(read) for own in shipped]
+    read = iter(read_texts([Path(file) for file in files if file != DEFAULT]))
+    texts = [SURROGATE_TEXT if file == DEFAULT else next(read) for file in files]
     for number, text in enumerate(texts):
         if text in texts[:number]:
             raise InvalidInputError(

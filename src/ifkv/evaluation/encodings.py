@@ -50,28 +50,28 @@ def encodings_of(specs: Sequence[str]) -> list[Encoding | None]:
         if spec == NONE:
             found.append(None)
             continue
-        paths = [Path(name) for name in spec.split("+")]
-        texts = tuple(_text(path) for path in paths)
+        names = spec.split("+")
+        texts = tuple(_text(name) for name in names)
         digest = hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest()[:6]
-        found.append(Encoding("+".join(path.stem for path in paths) + f"-{digest}", texts))
-    names = [NONE if one is None else one.name for one in found]
-    for name in names:
-        if names.count(name) > 1:
+        found.append(Encoding("+".join(Path(name).stem for name in names) + f"-{digest}", texts))
+    shown = [NONE if one is None else one.name for one in found]
+    for name in shown:
+        if shown.count(name) > 1:
             raise InvalidInputError(f"surrogate {name} is given twice; give each once.")
     return found
 
 
-def _text(path: Path) -> str:
-    if str(path) == DEFAULT:
+def _text(name: str) -> str:
+    if name == DEFAULT:
         return SURROGATE_TEXT
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InvalidInputError(
-            f"surrogate {str(path)!r} cannot be read ({reason}); give text files, joined by + for "
+            f"surrogate {name!r} cannot be read ({reason}); give text files, joined by + for "
             f"the mean over several, or {NONE}."
         ) from error
     if not text.strip():
-        raise InvalidInputError(f"surrogate {str(path)!r} has no text; give a file that has some.")
+        raise InvalidInputError(f"surrogate {name!r} has no text; give a file that has some.")
     return text
