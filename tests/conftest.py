@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel
 
+import tried
 from ifkv.testing import shared_tiny_model
 
 # Tiny tensors: threads cost more than they give, and results must not depend on their number.
@@ -32,10 +33,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many examples each property is tried on: quick 15 (the same in every run), "
         "long 1000 (new ones in every run)",
     )
+    parser.addoption(
+        "--families",
+        choices=("few", "all"),
+        help="few: one family of each arithmetic, the default of the quick profile; all: every "
+        "family, the default of the long one",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile(config.getoption("--profile"))
+    profile = config.getoption("--profile")
+    settings.load_profile(profile)
+    tried.choose(config.getoption("--families") or ("few" if profile == "quick" else "all"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ import ifkv
 from ifkv.testing import DenseTrace, assert_close, shared_tiny_model
 from ifkv.testing.strategies import ModelOptions, Request, model_options, orders, requests
 from ifkv.testing.strategies import slot_subsets as subsets
+from tried import FAMILIES
 
 EXACT = 1e-11
 """Tolerance in float64 with wide norms; 1e-13 is what is seen, of values of a few units."""
@@ -53,7 +54,7 @@ def scenarios(
     draw: st.DrawFn, *, min_documents: int = 1, min_slots: int = 0, sliding: bool = True
 ) -> Scenario:
     """Any family, rope type that can be moved, head geometry, window, request, order, selection."""
-    options = draw(model_options(sliding=sliding))
+    options = draw(model_options(sliding=sliding, among=FAMILIES))
     if options.family == "phi3" and draw(st.booleans()):
         # Upstream's config refuses longrope factors for a head_dim of its own.
         options = dataclasses.replace(options, rope="longrope", head_dim=None)

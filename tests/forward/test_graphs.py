@@ -314,6 +314,14 @@ def test_quantized_layers_are_called(bench: Bench) -> None:
     assert bench.graphs.runs == 0
 
 
+def test_layers_with_experts_are_called() -> None:
+    """Which experts run depends on the rows, so no graph may hold them."""
+    bench = Bench(tiny_model("qwen3_moe", dtype=torch.float32), backend="reference")
+    with bench.handle:
+        bench.scores([20, 21], graphs=True)
+    assert bench.graphs.runs == bench.graphs.captures == 0
+
+
 def test_layers_that_cannot_be_captured_are_called_and_that_is_said_once(
     bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

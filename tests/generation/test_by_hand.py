@@ -12,8 +12,9 @@ from transformers import GenerationConfig
 import ifkv
 from ifkv.errors import InvalidInputError
 from ifkv.models.compat import cache_keyword
-from ifkv.testing import FAMILIES, assert_bit_equal, tiny_model
+from ifkv.testing import assert_bit_equal, tiny_model
 from scenario import keys_of
+from tried import FAMILIES
 
 DOCUMENTS = [[5, 6, 7, 8], [9, 10], [11] * 7]
 PROMPT = [12, 13, 14]

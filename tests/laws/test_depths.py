@@ -19,7 +19,9 @@ from ifkv.errors import InvalidInputError
 from ifkv.selectors import Cost, Request, Selection
 from ifkv.steps.select import budget
 from ifkv.testing import assert_bit_equal, assert_close, dense_stitched, shared_tiny_model
-from ifkv.testing.dense import _linear, _mlp, _queries_keys_values, _rms_norm, _rotate, _window
+from ifkv.testing.dense import _queries_keys_values, _rotate, _window
+from ifkv.testing.dense_mlp import feed_forward
+from ifkv.testing.dense_norms import linear, norm
 from scenario import EXACT, Scenario, keys_of, prepared, scenarios, values_of
 from selecting import TOKENS
 
@@ -43,7 +45,7 @@ def by_depth(
     all_keys, all_values = [], []
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        q, k_new, v_new = _queries_keys_values(attention, _rms_norm(layer.input_layernorm, hidden))
+        q, k_new, v_new = _queries_keys_values(attention, norm(layer.input_layernorm, hidden))
         k = _rotate(model, pad(context.keys_before_rope[index], (0, 0, 0, len(prompt))), positions)
         v = pad(context.values[index], (0, 0, 0, len(prompt)))
         writes = reach > index
@@ -56,11 +58,13 @@ def by_depth(
         scores = _rotate(model, q, rows) @ k.repeat_interleave(group, 0).transpose(1, 2)
         scores = (scores * attention.scaling).masked_fill(~visible, float("-inf"))
         mixed = scores.softmax(-1) @ v.repeat_interleave(group, 0)
-        hidden = hidden + _linear(attention.o_proj, mixed.transpose(0, 1).flatten(1))
-        hidden = hidden + _mlp(layer.mlp, _rms_norm(layer.post_attention_layernorm, hidden))
+        hidden = hidden + linear(attention.o_proj, mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + feed_forward(
+            model.config, layer.mlp, norm(layer.post_attention_layernorm, hidden)
+        )
         all_keys.append(k)
         all_values.append(v)
-    logits = _linear(model.lm_head, _rms_norm(model.model.norm, hidden))[-1]
+    logits = linear(model.lm_head, norm(model.model.norm, hidden))[-1]
     return torch.stack(all_keys), torch.stack(all_values), logits
 
 

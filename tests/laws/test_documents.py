@@ -13,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 import ifkv
 from ifkv.cache import layer as stitched_layer
 from ifkv.testing import (
-    FAMILIES,
     assert_bit_equal,
     assert_close,
     dense_prefill,
@@ -23,6 +22,7 @@ from ifkv.testing import (
 )
 from ifkv.testing.strategies import Request
 from scenario import EXACT, Scenario, assert_rows_equal, keys_of, prepared, scenarios, values_of
+from tried import FAMILIES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -16,9 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import ifkv
 from ifkv.generation.settings import DEFAULT_MAX_NEW_TOKENS
-from ifkv.testing import FAMILIES, assert_bit_equal, assert_close, shared_tiny_model
+from ifkv.testing import assert_bit_equal, assert_close, shared_tiny_model
 from ifkv.testing.strategies import Request
 from scenario import EXACT, Bench, Scenario, keys_of, prepared, scenarios, values_of
+from tried import FAMILIES
 
 REQUEST = Request([1, 2], [[5, 6, 7, 8], [9, 10], [11] * 7], [3, 4], [12, 13, 14])
 

@@ -18,8 +18,9 @@ from ifkv.errors import InvalidInputError
 from ifkv.models.compat import cache_keyword
 from ifkv.selectors import Budget, Request, resolve
 from ifkv.store import MemoryStore
-from ifkv.testing import FAMILIES, assert_close, shared_tiny_model
+from ifkv.testing import assert_close, shared_tiny_model
 from ifkv.testing.strategies import token_ids
+from tried import FAMILIES
 
 EXACT = 1e-11
 PREFIX, PROMPT = [1, 7, 9], [30, 31, 32, 33]

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import ifkv
 from ifkv.testing import (
-    FAMILIES,
     assert_bit_equal,
     assert_close,
     dense_prefill,
@@ -28,6 +27,7 @@ from scenario import (
     scenarios,
     values_of,
 )
+from tried import FAMILIES, head_width
 
 SUPPORTED = ("default", "linear", "llama3", "yarn")
 FAMILY_ROPES = [(f, r) for f in FAMILIES for r in rope_types(f) if r in SUPPORTED]
@@ -53,7 +53,9 @@ def test_recompute_equals_the_oracle_for_any_selection(s: Scenario) -> None:
 @pytest.mark.parametrize(("family", "rope"), FAMILY_ROPES)
 def test_law_1_on_every_family_and_rope_type(family: str, rope: str) -> None:
     """Against the model's own forward, without the oracle between."""
-    model = shared_tiny_model(family, rope=rope, head_dim=None if rope == "longrope" else 12)
+    model = shared_tiny_model(
+        family, rope=rope, head_dim=None if rope == "longrope" else head_width(family, 12)
+    )
     request = Request([1, 2], [[5, 6, 7, 8], [9, 10], [11] * 7], [3], [12, 13, 14])
     with prepared(model, request) as bench:
         cache = bench.stitch([2, 0, 1])

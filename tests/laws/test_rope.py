@@ -17,8 +17,9 @@ from ifkv.cache import inputs as stitch_plan
 from ifkv.cache import layout as positions
 from ifkv.models.rope import rotate
 from ifkv.patching import handle_of
-from ifkv.testing import FAMILIES, assert_bit_equal, assert_close, rope_types, tiny_model
+from ifkv.testing import assert_bit_equal, assert_close, rope_types, tiny_model
 from scenario import EXACT, Bench, Scenario, keys_of, prepared, scenarios, values_of
+from tried import FAMILIES
 
 GEOMETRIES = st.sampled_from(positions.GEOMETRIES)
 

@@ -146,14 +146,15 @@ BROKEN = {
     "number in list": (GOOD.replace('["llama"]', "[1]"), r"model_types is \[1\] but must"),
     "norm rule": (GOOD.replace('qk_norm = "none"', 'qk_norm = "no"'), r"qk_norm is 'no'.*per-head"),
     "string for boolean": (
-        GOOD.replace("experts = false", 'experts = "no"'),
-        r"experts is 'no' but must be bool",
+        GOOD.replace("fused_qkv = false", 'fused_qkv = "no"'),
+        r"fused_qkv is 'no' but must be bool",
     ),
     "layout": (GOOD.replace('"half-split"', '"interleaved"'), r"'interleaved'.*half-split"),
     "window rule": (
         GOOD.replace('sliding_window = "none"', 'sliding_window = "some"'),
         r"'some'.*layer-types",
     ),
+    "experts rule": (GOOD.replace('experts = "none"', 'experts = "8"'), r"experts is '8'.*routed"),
     "hash no list": (LAYER_HASHES.sub(r'\1"40dc"', GOOD), r"upstream_hashes is"),
     "hash a number": (LAYER_HASHES.sub(r"\1[40]", GOOD), r"upstream_hashes is"),
     "code without a hash": (

@@ -9,7 +9,8 @@ import ifkv
 from ifkv.cost import ModelShape
 from ifkv.errors import FingerprintMismatchError, UnsupportedModelError
 from ifkv.models.decoder import DecoderView
-from ifkv.testing import FAMILIES, assert_close, tiny_model
+from ifkv.testing import assert_close, tiny_model
+from tried import FAMILIES
 
 PREFIX = [1, 2]
 DOCUMENTS = [[3, 14, 15, 92, 6], [53, 58, 9], [79, 32, 38, 46]]

@@ -20,7 +20,8 @@ from ifkv.errors import UnsupportedModelError, UpstreamWarning
 from ifkv.models.families import families
 from ifkv.patching import functions
 from ifkv.patching.attention_keywords import strange_keywords
-from ifkv.testing import FAMILIES, assert_bit_equal, tiny_model
+from ifkv.testing import assert_bit_equal, tiny_model
+from tried import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = [1, 2]
@@ -339,6 +340,11 @@ def own_window(model: Any, window: int | None) -> Any:
     return model
 
 
+def with_experts(model: Any) -> Any:
+    model.model.layers[1].mlp.stacked = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    return model
+
+
 def both_ways(model: Any) -> Any:
     attentions(model)[1].is_causal = False
     return model
@@ -370,6 +376,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: without(tiny_model("qwen3", num_layers=2), "k_norm"),
         r"lacks k_norm.*qk_norm = 'per-head'",
     ),
+    "experts": (lambda: with_experts(llama()), r"has layers with experts.*experts = 'none'"),
     "fused": (lambda: fused(llama()), r"separate projections.*fused_qkv = false"),
     "not fused": (
         lambda: without(tiny_model("phi3", num_layers=2), "qkv_proj"),

@@ -9,7 +9,8 @@ rows are ignored.
 
 A graph contains the addresses of weights, and the work of the modules at the time of the capture.
 It is valid only while both are unchanged. Layers with hooks or a replaced ``forward``, and compiled
-or quantized layers, are called and not captured.
+or quantized layers, are called and not captured. Nor are layers with experts: a graph would replay
+the launches that the captured rows' experts needed.
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ def _validity_key(model: PreTrainedModel) -> Hashable:
     addresses = []
     for held in tree.parameters:
         for parameter in held.values():
+            if parameter is not None and parameter.ndim == 3:  # experts
+                return None
             if type(parameter) is nn.Parameter:
                 addresses.append(parameter.data_ptr())
             elif parameter is not None:

@@ -55,7 +55,8 @@ class Family:
         fused_qkv: True if one projection makes queries, keys and values.
         sliding_window: ``"none"``, ``"layer-types"`` (per layer, by ``config.layer_types``) or
             ``"all-layers"`` (``config.sliding_window`` holds for every layer).
-        experts: True if layers route each row to some of several experts.
+        experts: ``"none"``; ``"routed"`` (layers send each row to some of several experts) or
+            ``"routed-in-float32"`` (they choose in float32 in a model of any dtype).
         attention_norm: Name of the norm in a layer that makes the input of its attention;
             ``"none"`` if the attention reads the residual stream itself.
         scalars: Numbers that upstream's forward applies outside of the layers: for each of
@@ -79,7 +80,7 @@ class Family:
     qk_norm: str
     fused_qkv: bool
     sliding_window: str
-    experts: bool
+    experts: str
     attention_norm: str
     scalars: dict[str, str]
     limits: tuple[str, ...]
@@ -112,6 +113,7 @@ _CHOICES = {
     "scalars": SCALARS,
     "qk_norm": ("none", "per-head", "all-heads", "by-config"),
     "sliding_window": ("none", "layer-types", "all-layers"),
+    "experts": ("none", "routed", "routed-in-float32"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ifkv.errors import UnsupportedModelError
 from ifkv.models.decoder import DecoderView
+from ifkv.models.experts import has_experts
 from ifkv.models.rope import rotate
 from ifkv.models.upstream_code import attention_function
 from ifkv.models.wrappers import wrapper_of
@@ -43,7 +44,7 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
         family: The family.
 
     Raises:
-        UnsupportedModelError: Its norms, projections, windows, rotation or scalars differ.
+        UnsupportedModelError: Its norms, projections, windows, rotation, scalars or experts differ.
     """
     view = DecoderView(model)
     config: Any = view.config
@@ -63,6 +64,9 @@ def check_facts(model: PreTrainedModel, family: Family) -> None:
     _check_frequencies(model, family)
     for contradiction in _of_scalars(model, view, family):
         raise _refusal(model, family, contradiction)
+    if family.experts == "none" and has_experts(model):
+        has = "has layers with experts"
+        raise _refusal(model, family, f"{has}, but family {family.name!r} says experts = 'none'")
 
 
 def _refusal(model: PreTrainedModel, family: Family, contradiction: str) -> UnsupportedModelError:
@@ -139,7 +143,7 @@ def _of_window(attention: Any, family: Family, config: Any, index: int) -> Itera
     own = getattr(attention, "sliding_window", None)
     rule = f"family {family.name!r} says sliding_window = {family.sliding_window!r}"
     if family.sliding_window == "none":
-        if stated is not None or own is not None:
+        if stated or own:  # some configs state 0 for none
             yield f"has a sliding window of {own or stated}, but {rule}"
     elif family.sliding_window == "layer-types":
         kind = types[index] if types is not None and index < len(types) else None

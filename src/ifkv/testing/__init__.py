@@ -21,15 +21,11 @@ Not here: tests themselves, which lie under tests/.
 from ifkv.testing.dense import DenseTrace, dense_rows
 from ifkv.testing.documents import random_document
 from ifkv.testing.models import (
-    FAMILIES,
     ROPE_TYPES,
-    SLIDING_FAMILIES,
-    WideRMSNorm,
     rope_types,
     shared_tiny_model,
     tiny_model,
     truth_model,
-    widen_norms,
 )
 from ifkv.testing.oracle import (
     DenseContext,
@@ -45,11 +41,24 @@ from ifkv.testing.precision import (
     assert_close,
     assert_within_floor,
 )
+from ifkv.testing.tiny_configs import (
+    ARITHMETICS,
+    FAMILIES,
+    FIXED_WIDTH,
+    LAYERED_WINDOWS,
+    ROUTED_FAMILIES,
+    SLIDING_FAMILIES,
+)
 from ifkv.testing.tokenizer import tiny_tokenizer
+from ifkv.testing.wide import WideRMSNorm, widen_norms
 
 __all__ = [
+    "ARITHMETICS",
     "FAMILIES",
+    "FIXED_WIDTH",
+    "LAYERED_WINDOWS",
     "ROPE_TYPES",
+    "ROUTED_FAMILIES",
     "SLIDING_FAMILIES",
     "TOLERANCES",
     "DenseContext",

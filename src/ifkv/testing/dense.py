@@ -1,6 +1,6 @@
 """Dense transformer written from the formulas: one forward pass, made to be read.
 
-The pass reads the weights of a Hugging Face Llama, Qwen2, Qwen3, Mistral or Phi-3 model, or of the
+The pass reads the weights of a Hugging Face model of one of `tiny_configs.FAMILIES`, or of the
 decoder in a Qwen-VL model, and nothing else: no upstream forward runs, no cache object, no
 attention kernel, no code of this library. `dense_rows` sends rows through all layers under an
 explicit boolean mask over all slots. `oracle` says which rows, positions and mask make up the
@@ -11,8 +11,8 @@ RoPE (and after qk-norm). Shapes: L layers, H heads, H_kv kv heads, D head_dim, 
 V vocabulary.
 
 Arithmetic runs in the model's dtype with upstream's casts. RMS norms, cosines and sines are
-computed in float32 (norms in float64 where the module says so, see `models.widen_norms`), softmax
-in float32 or wider.
+computed in float32 (norms and routers in float64 where the module says so, see `wide`), softmax in
+float32 or wider. MLPs and experts are in `dense_mlp`, norms in `dense_norms`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ifkv.testing.dense_mlp import feed_forward
+from ifkv.testing.dense_norms import linear, norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,6 @@ class DenseTrace:
 
 
 # --- the parts of a layer -----------------------------------------------------------------------
-
-
-def _linear(module: Any, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b."""
-    y: Tensor = x @ module.weight.T
-    return y if module.bias is None else y + module.bias
-
-
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    """Return x / sqrt(mean(x²) + eps) · w, with upstream's detour through float32."""
-    wide = x.to(getattr(module, "compute_dtype", torch.float32))
-    scale = torch.rsqrt((wide**2).mean(-1, keepdim=True) + module.variance_epsilon)
-    weight: Tensor = module.weight
-    return weight * (wide * scale).to(x.dtype)
 
 
 def _rotate(model: Any, x: Tensor, positions: Tensor) -> Tensor:
@@ -99,22 +88,31 @@ def _queries_keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Ten
         config, width = attention.config, attention.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         sizes = [heads * width, kv_heads * width, kv_heads * width]
-        parts = list(_linear(attention.qkv_proj, x).split(sizes, dim=-1))
+        parts = list(linear(attention.qkv_proj, x).split(sizes, dim=-1))
     else:
-        parts = [_linear(p, x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        parts = [linear(p, x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    if (limit := getattr(attention.config, "clip_qkv", None)) is not None:  # OLMo
+        parts = [part.clamp(-limit, limit) for part in parts]
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    for index, each in enumerate(norms):
+        if each is not None and each.weight.numel() == parts[index].shape[-1]:  # over all heads
+            parts[index], norms[index] = rms_norm(each, parts[index]), None
     q, k, v = (part.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for part in parts)
-    if hasattr(attention, "q_norm"):  # Qwen3
-        q, k = _rms_norm(attention.q_norm, q), _rms_norm(attention.k_norm, k)
+    q, k = (x if each is None else rms_norm(each, x) for x, each in zip((q, k), norms, strict=True))
     return q, k, v
 
 
-def _mlp(module: Any, x: Tensor) -> Tensor:
-    """Return down(silu(gate(x)) · up(x))."""
-    if hasattr(module, "gate_up_proj"):  # Phi-3: one matrix, gate first
-        gate, up = _linear(module.gate_up_proj, x).chunk(2, dim=-1)
-    else:
-        gate, up = _linear(module.gate_proj, x), _linear(module.up_proj, x)
-    return _linear(module.down_proj, torch.nn.functional.silu(gate) * up)
+def _growth(config: Any, positions: Tensor) -> Tensor | None:
+    """Return the factor of queries at these positions; None if they have none.
+
+    Ministral 3: 1 + β · log(1 + floor(position / original length)).
+    """
+    beta = config.rope_parameters.get("llama_4_scaling_beta")
+    if beta is None:
+        return None
+    steps = torch.floor(positions / config.rope_parameters["original_max_position_embeddings"])
+    factor: Tensor = 1 + beta * torch.log(1 + steps)
+    return factor
 
 
 def _window(attention: Any) -> int | None:
@@ -124,7 +122,7 @@ def _window(attention: Any) -> int | None:
         window = attention.sliding_window
     else:  # Mistral, Phi-3: all layers or none. Llama has no such field
         window = getattr(config, "sliding_window", None)
-    return None if window is None else int(window)
+    return int(window) if window else None  # Qwen2-MoE says 0 for none
 
 
 # --- the forward pass -----------------------------------------------------------------------
@@ -159,14 +157,19 @@ def dense_rows(
         added: What is added behind the first layers (DeepStack), `[levels, R, hidden]`.
     """
     base = decoder(model)
-    layers = base.layers[: base.config.num_hidden_layers]
+    config = base.config
+    layers = base.layers[: config.num_hidden_layers]
     ids, slots, positions = (torch.as_tensor(x).long() for x in (token_ids, slots, positions))
     row_positions = positions[..., slots]
+    growth = _growth(config, row_positions)
     hidden = base.embed_tokens.weight[ids] if inputs is None else inputs
+    if config.model_type == "gemma":
+        hidden = hidden * base.embed_tokens.embed_scale.to(hidden.dtype)
     memory_k, memory_v, rotated, attention_weights = [], [], [], []
     for index, layer in enumerate(layers):
         attention = layer.self_attn
-        q, k_new, v_new = _queries_keys_values(attention, _rms_norm(layer.input_layernorm, hidden))
+        entering = norm(layer.input_layernorm, hidden)
+        q, k_new, v_new = _queries_keys_values(attention, entering)
         shape = (k_new.shape[0], positions.shape[-1], k_new.shape[2])
         k = k_new.new_zeros(shape) if keys_before_rope is None else keys_before_rope[index].clone()
         v = v_new.new_zeros(shape) if values is None else values[index].clone()
@@ -177,12 +180,18 @@ def dense_rows(
             visible = mask & (positions[None, :] > row_positions[:, None] - window)
         group = q.shape[0] // k.shape[0]  # query heads that share one kv head
         q, k_rotated = _rotate(model, q, row_positions), _rotate(model, k, positions)
+        if growth is not None:
+            q = q * growth[:, None].to(q.dtype)
         scores = q @ k_rotated.repeat_interleave(group, 0).transpose(1, 2) * attention.scaling
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype)  # [H, R, N]
         mixed = weights @ v.repeat_interleave(group, 0)  # [H, R, D]
-        hidden = hidden + _linear(attention.o_proj, mixed.transpose(0, 1).flatten(1))
-        hidden = hidden + _mlp(layer.mlp, _rms_norm(layer.post_attention_layernorm, hidden))
+        mixed = mixed.transpose(0, 1).flatten(1)
+        if hasattr(attention, "attn_sub_norm"):  # BitNet
+            mixed = rms_norm(attention.attn_sub_norm, mixed)
+        hidden = hidden + linear(attention.o_proj, mixed)
+        between = norm(layer.post_attention_layernorm, hidden)
+        hidden = hidden + feed_forward(config, layer.mlp, between)
         if added is not None and index < len(added):
             hidden = hidden + added[index]
 
@@ -194,6 +203,6 @@ def dense_rows(
         keys_before_rope=torch.stack(memory_k),
         keys=torch.stack(rotated),
         values=torch.stack(memory_v),
-        logits=_linear(model.lm_head, _rms_norm(base.norm, hidden)),
+        logits=linear(model.lm_head, norm(base.norm, hidden)),
         attention=tuple(attention_weights),
     )

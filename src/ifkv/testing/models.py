@@ -19,27 +19,37 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES: tuple[str, ...] = ("llama", "qwen2", "qwen3", "mistral", "phi3")
-"""Model families `tiny_model` can build."""
-
-SLIDING_FAMILIES: tuple[str, ...] = ("qwen2", "qwen3", "mistral", "phi3")
-"""Families whose upstream code knows a sliding window."""
+from ifkv.testing.tiny_configs import (
+    FAMILIES,
+    FIXED_WIDTH,
+    ORIGINAL_LENGTH,
+    PARTIAL,
+    SLIDING_FAMILIES,
+    adapt_rotation,
+    family_options,
+    rope_parameters,
+    untied,
+)
+from ifkv.testing.wide import widen_norms
 
 ROPE_TYPES: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 """RoPE types `tiny_model` can build; the last two have frequencies that depend on the length."""
-
-ORIGINAL_LENGTH = 64
-"""Length up to which a `dynamic` or `longrope` tiny model keeps its first frequencies."""
 
 # Factors on the natural scale (std 1/sqrt(fan_in), norm weights near 1). Queries and keys get more
 # so that attention has contrast, the head so that logits are a few units wide.
 _GAINS = {name: 1.4 for name in ("q_proj", "k_proj", "qkv_proj", "q_norm", "k_norm")}
 _GAINS["lm_head"] = 3.0
 
+_LONGROPE = ("llama", "qwen2", "qwen3", "mistral")  # beside phi3
+# Their heads are as wide as hidden_size / heads by default, as here.
+_DIVIDED = ("llama", "qwen2", "mistral", "phi3")
+
 
 def rope_types(family: str) -> tuple[str, ...]:
     """Return the RoPE types that upstream accepts for `family`."""
-    return ("default", "longrope") if family == "phi3" else ROPE_TYPES
+    if family == "phi3":
+        return ("default", "longrope")
+    return ROPE_TYPES if family in _LONGROPE else ROPE_TYPES[:-1]
 
 
 def tiny_model(
@@ -78,10 +88,10 @@ def tiny_model(
         head_dim: Width of a head; None means `hidden_size // num_heads`.
         vocab_size: Number of tokens. Give `len(tiny_tokenizer())` to use that tokenizer.
         rope: A RoPE type (see `rope_types`) with made-up parameters, or a `rope_parameters` dict.
-        sliding_window: Window in tokens, the token itself included. Qwen families slide in every
-            layer but the first, Mistral and Phi-3 in all layers.
+        sliding_window: Window in tokens, the token itself included. `LAYERED_WINDOWS` slide in
+            every layer but the first, the other `SLIDING_FAMILIES` in all layers.
         max_position_embeddings: Longest sequence.
-        wide_norms: True to compute norms in the model's dtype, see `widen_norms`. None means True
+        wide_norms: True to compute norms in the model's dtype, see `wide`. None means True
             for float64 and False otherwise.
         **config_options: Further fields of the family's config.
 
@@ -106,31 +116,31 @@ def tiny_model(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        tie_word_embeddings=False,
+        tie_word_embeddings=untied(family),
     )
     width = hidden_size // num_heads if head_dim is None else head_dim
-    if head_dim is not None or family == "qwen3":  # Qwen3's default is 128 whatever the hidden size
+    if width * num_heads != hidden_size and family in FIXED_WIDTH:
+        raise ValueError(f"{family} has heads as wide as hidden_size / num_heads, not {width}")
+    if head_dim is not None or family not in _DIVIDED:
         options["head_dim"] = width
-    if family in SLIDING_FAMILIES:
-        options["sliding_window"] = sliding_window
-    if family in ("qwen2", "qwen3"):
-        options |= dict(use_sliding_window=sliding_window is not None, max_window_layers=1)
-    partial = 0.5 if family == "phi3" else 1.0
-    rotary_dim = int(width * partial)
+    options |= family_options(family, num_layers, sliding_window)
     if isinstance(rope, str):
         if rope not in rope_types(family):
             raise ValueError(f"rope is {rope!r}; {family} accepts one of {rope_types(family)}")
-        options["rope_parameters"] = _rope_parameters(rope, rotary_dim)
+        rotary_dim = int(width * PARTIAL.get(family, 1.0))
+        options["rope_parameters"] = rope_parameters(rope, rotary_dim)
     else:
         options["rope_parameters"] = dict(rope)
+    adapt_rotation(family, options["rope_parameters"])
     if family == "phi3":
-        options["rope_parameters"].setdefault("partial_rotary_factor", partial)
         options["original_max_position_embeddings"] = ORIGINAL_LENGTH
     if rope == "dynamic":  # upstream takes the length of first crossing from here
         options["max_position_embeddings"] = ORIGINAL_LENGTH
     config = AutoConfig.for_model(family, **(options | config_options))
     with torch.random.fork_rng(devices=[]):  # construction draws weights that are replaced below
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if any(weight.ndim == 3 for weight in model.parameters()):
+            model.set_experts_implementation("eager")  # grouped products have no float64
     fill(model, seed)
     if wide_norms if wide_norms is not None else dtype == torch.float64:
         widen_norms(model)
@@ -147,78 +157,30 @@ def shared_tiny_model(family: str = "llama", **options: Any) -> PreTrainedModel:
     return tiny_model(family, **options)
 
 
-def _rope_parameters(rope: str, rotary_dim: int) -> dict[str, Any]:
-    """Return made-up parameters with which every branch of the RoPE type is in use."""
-    base: dict[str, Any] = {"rope_type": rope, "rope_theta": 10000.0}
-    pairs = range(rotary_dim // 2)
-    extra: dict[str, dict[str, Any]] = {
-        "default": {},
-        "linear": {"factor": 4.0},
-        "dynamic": {"factor": 2.0},
-        "llama3": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": ORIGINAL_LENGTH,
-        },
-        "yarn": {"factor": 4.0, "original_max_position_embeddings": 2 * ORIGINAL_LENGTH},
-        "longrope": {
-            "short_factor": [1.0 + 0.05 * pair for pair in pairs],
-            "long_factor": [2.0 + 0.5 * pair for pair in pairs],
-            "factor": 8.0,
-            "original_max_position_embeddings": ORIGINAL_LENGTH,
-        },
-    }
-    return base | extra[rope]
-
-
 @torch.no_grad()
 def fill(model: nn.Module, seed: int) -> None:
     """Draw every weight from its own generator, seeded by `seed` and the weight's name."""
     for name, weight in model.named_parameters():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-        draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-        module = name.split(".")[-2]
+        draw = _draw(name, weight, seed)
+        path = name.split(".")
+        module = path[-2]
         if name.endswith("bias"):
             draw *= 0.3
         elif weight.ndim == 1:  # a norm's weight
-            draw = _GAINS.get(module, 1.0) * (1.0 + 0.25 * draw)
+            kind = type(model.get_submodule(".".join(path[:-1]))).__name__
+            offset = 0.0 if kind.startswith("Gemma") else 1.0  # which adds 1 itself
+            draw = _GAINS.get(module, 1.0) * (offset + 0.25 * draw)
         elif module != "embed_tokens":
-            draw *= _GAINS.get(module, 1.0) * weight.shape[1] ** -0.5
+            draw *= _GAINS.get(module, 1.0) * weight.shape[1 if weight.ndim == 2 else -1] ** -0.5
         weight.copy_(draw)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * _draw(name, buffer, seed).abs())
 
 
-class WideRMSNorm(nn.Module):
-    """RMS norm in the dtype of its input; upstream rounds to float32 on the way.
-
-    `compute_dtype` tells the oracle which of the two a module does.
-    """
-
-    compute_dtype = torch.float64
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last axis. Shape: `[..., n]` to `[..., n]`."""
-        variance = hidden_states.square().mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon))
-
-
-def widen_norms(model: nn.Module) -> None:
-    """Replace the RMS norms of a float64 model by `WideRMSNorm`, in place, sharing their weights.
-
-    Upstream norms round their input to float32 even in a float64 model. Rounding is a step
-    function: mostly it hides differences of 1e-16, and now and then it turns one into 1e-8. Without
-    the steps, float64 comparisons at 1e-12 are both safe and sharp.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            norm: Any = child
-            if type(norm).__name__.endswith("RMSNorm") and not isinstance(norm, WideRMSNorm):
-                setattr(parent, name, WideRMSNorm(norm.weight, norm.variance_epsilon))
+def _draw(name: str, like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
 def truth_model(model: PreTrainedModel) -> PreTrainedModel:

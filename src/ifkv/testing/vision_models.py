@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from ifkv.testing.models import fill, widen_norms
+from ifkv.testing.models import fill
+from ifkv.testing.wide import widen_norms
 
 VISION_FAMILIES: tuple[str, ...] = ("qwen3_vl",)
 """Vision-language families `tiny_vision_model` can build."""

@@ -4,8 +4,10 @@ Two computations that are equal in mathematics differ in a model's rounding. In 
 model differs from a float32 copy of itself by the rounding of its dtype. A quantized model has no
 such copy. Its rows can depend on which others are computed with them, if kernels go by the number
 of rows or activations are quantized together. Where it rounds to few bits, the last bit of an input
-can decide. So its yardsticks are the distance of its own prefill from its prefill in pieces, and
-from a prefill of embeddings that are off by a few roundings in float32.
+can decide. The same holds where rows are sent to experts: the last bit of an input can decide which
+ones, and a router that computes in float32 rounds in a float64 model too. So the yardsticks of such
+models are the distance of its own prefill from its prefill in pieces, and from a prefill of
+embeddings that are off by a few roundings in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ifkv.models.compat import cache_keyword
+from ifkv.models.experts import has_experts
 from ifkv.models.module_state import is_quantized
 from ifkv.models.upstream_code import attention_function
 from ifkv.patching.functions import unregister
@@ -137,9 +140,13 @@ def yardstick(model: PreTrainedModel, ids: Tensor, total: int, whole: NativePass
         whole: The model's results for them in one pass.
     """
     least = TOLERANCE.get(whole.logits.dtype, 0.0)
-    if any(map(is_quantized, model.modules())):
+    others = []
+    quantized, routed = any(map(is_quantized, model.modules())), has_experts(model)
+    if not least and not quantized:
+        others.append(native_pass(copy.deepcopy(model).float(), ids, total))
+    if quantized or routed:
         prompt = ids.shape[1] - total
-        others = [
+        others += [
             native_pass(model, ids, total, pieces)
             for pieces in (
                 (total, prompt),
@@ -147,10 +154,8 @@ def yardstick(model: PreTrainedModel, ids: Tensor, total: int, whole: NativePass
             )
         ]
         others += [native_pass(model, rows, total) for rows in _off_by_a_rounding(model, ids)]
-    elif least:
+    if not others:
         return Yardstick(least, least)
-    else:
-        others = [native_pass(copy.deepcopy(model).float(), ids, total)]
     every, layers = slice(None), range(len(whole.cache.layers))
     rows = [
         max(error(whole.logits, each.logits), cache_error(whole.cache, each.cache, every, layers))
