@@ -135,6 +135,7 @@ def test_every_key_is_explained() -> None:
 
 
 GOOD = (ROOT / "patches" / "llama.toml").read_text(encoding="utf-8")
+GOOD = re.sub(r"model_types = .*", 'model_types = ["llama"]', GOOD)
 LAYER_HASHES = re.compile(r'(LlamaDecoderLayer" = )\[.*\]')
 BROKEN = {
     "unknown key": (

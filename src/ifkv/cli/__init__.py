@@ -1,4 +1,4 @@
-"""Command line: ``ifkv demo | ask | eval | plan | verify | encode | store``.
+"""Command line: ``ifkv demo | ask | eval | plan | verify | encode | store | families``.
 
 Belongs here: one file per command, and what commands share: files, options, loading, output.
 Not here: anything that a Python user needs too; that goes into the package of its concept.
@@ -17,6 +17,7 @@ from ifkv.cli.ask import ask
 from ifkv.cli.demo import demo
 from ifkv.cli.encode import encode
 from ifkv.cli.eval import evaluate
+from ifkv.cli.families import families
 from ifkv.cli.plan import plan
 from ifkv.cli.store import store_app
 from ifkv.cli.verify import verify
@@ -68,6 +69,7 @@ app.command()(ask)
 app.command()(encode)
 app.command("eval")(evaluate)
 app.command()(plan)
+app.command()(families)
 app.command()(verify)
 app.add_typer(store_app, name="store")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ifkv.errors import UnsupportedModelError
 from ifkv.models.fact_file import check_read, parse_facts, patches
+from ifkv.models.refusals import Refusal, refusals
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -165,6 +166,24 @@ def families() -> dict[str, Family]:
     return found
 
 
+def reasons() -> dict[str, Refusal]:
+    """Return why ifkv does not work with the model types that are refused by name."""
+    return refusals(_folder())
+
+
+def describe(family: Family) -> str:
+    """Return lines that say which models a family covers, with their limits."""
+    examples = ", ".join(family.examples) or "no release"
+    lines = [
+        f"{', '.join(family.model_types)}: for example {examples}",
+        f"  rope types {', '.join(family.rope_types)}; window {family.sliding_window}; "
+        f"experts {family.experts}; tested on transformers "
+        f"{', '.join(family.verified_transformers)}",
+        *(f"  {limit}" for limit in family.limits),
+    ]
+    return "\n".join(lines)
+
+
 def resolve_family(model: PreTrainedModel) -> Family:
     """Find the family of a model.
 
@@ -198,6 +217,11 @@ def family_of(config: object, name: str) -> Family:
     for family in families().values():
         if model_type in family.model_types:
             return family
+    if refusal := reasons().get(str(model_type)):
+        raise UnsupportedModelError(
+            f"{name} has model_type {model_type!r}, {refusal.sentence}. Answer with this model "
+            "without ifkv, or choose one that `ifkv families` lists."
+        )
     known = sorted(t for family in families().values() for t in family.model_types)
     raise UnsupportedModelError(
         f"{name} has model_type {model_type!r}, which no family covers; known are "
