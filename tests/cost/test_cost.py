@@ -99,3 +99,20 @@ def test_spread_rows_have_as_many_pairs_as_their_slots_say() -> None:
     slots = torch.arange(3, 1000, 7)
     exact = float((slots + 1).sum())
     assert spread_pairs(len(slots), 1000, mean_position(slots, 1000)) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(("family", "dense"), [("qwen3_moe", 0), ("dots1", 1)])
+def test_a_row_uses_some_experts_and_many_rows_read_all(family: str, dense: int) -> None:
+    model = tiny_model(family, num_layers=2)
+    shape = ModelShape.of(model)
+    layers = list(model.base_model.layers)
+    matrices = [sum(p.numel() for p in each.parameters() if p.ndim > 1) for each in layers]
+    one = sum(p.numel() for p in layers[1].parameters() if p.ndim == 3) // 4
+    with_experts = len(layers) - dense
+    assert shape.held_parameters == sum(matrices) // 2
+    assert shape.layer_parameters == (sum(matrices) - 2 * one * with_experts) // 2
+    assert (shape.experts, shape.experts_used) == (4, 2)
+    read = [shape.layer(rows, 0, 0).bytes for rows in (1, 2, 50)]
+    assert read[1] - read[0] == 2 * shape.expert_parameters * shape.element_size
+    assert read[1] == read[2]
+    assert shape.layer(50, 0, 0).flops == 50 * shape.layer(1, 0, 0).flops

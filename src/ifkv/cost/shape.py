@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ifkv.errors import InvalidInputError
 from ifkv.models.decoder import DecoderView
+from ifkv.models.experts import experts_of
 from ifkv.models.families import resolve_family
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class ModelShape:
     """Sizes of a model, read from the modules of one decoder layer.
 
     Attributes:
-        layer_parameters: Elements of the layer's weight matrices.
+        layer_parameters: Elements of the layer's weight matrices that a row is multiplied by: with
+            experts, those that a row uses. The mean over the layers if some have no experts.
         attention_width: Query heads times head_dim.
         num_layers: Decoder layers.
         attention_parameters: Elements of the matrices of its attention block.
@@ -59,6 +61,9 @@ class ModelShape:
         head_dim: Elements of one head.
         vocabulary: Rows of the output embedding.
         windows: Sliding window of each layer, None for a layer without one; empty if none has one.
+        expert_parameters: Elements of one expert, the mean over the layers; 0 without experts.
+        experts: Experts of a layer.
+        experts_used: Experts that a row goes to.
 
     >>> from ifkv.testing import tiny_model
     >>> shape = ModelShape.of(tiny_model("qwen3", num_heads=4, num_kv_heads=2, head_dim=8))
@@ -76,6 +81,9 @@ class ModelShape:
     head_dim: int = 0
     vocabulary: int = 0
     windows: tuple[int | None, ...] = ()
+    expert_parameters: int = 0
+    experts: int = 0
+    experts_used: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelShape:
@@ -92,6 +100,11 @@ class ModelShape:
         hidden, width = _sizes(layer.self_attn.o_proj)
         kv_width = (attention // hidden - 2 * width) // 2
         windows = view.windows
+        routed = [experts_of(each, view.config) for each in layers]
+        found = [experts for experts in routed if experts is not None]
+        if found:
+            used = sum(each.used * each.parameters for each in found)
+            matrices = (sum(map(_elements, layers)) + used) // len(layers)
         return cls(
             layer_parameters=matrices,
             attention_width=width,
@@ -103,6 +116,9 @@ class ModelShape:
             head_dim=layer.self_attn.head_dim,
             vocabulary=_sizes(view.head)[0],
             windows=windows if any(windows) else (),
+            expert_parameters=sum(each.parameters for each in found) // len(layers),
+            experts=found[0].number if found else 0,
+            experts_used=found[0].used if found else 0,
         )
 
     @classmethod
@@ -151,7 +167,15 @@ class ModelShape:
 
     def layer(self, rows: int, pairs: float, keys: int) -> Cost:
         """Return the cost of rows through one whole decoder layer."""
-        return self.product(self.layer_parameters, rows) + self.attention(pairs, keys)
+        # One row reads the experts that it uses; other rows may go to others, up to all there are.
+        further = max(0, min(self.experts, rows * self.experts_used) - self.experts_used)
+        read = Cost(bytes=float(further * self.expert_parameters * self.element_size))
+        return self.product(self.layer_parameters, rows) + read + self.attention(pairs, keys)
+
+    @property
+    def held_parameters(self) -> int:
+        """Return the elements of a layer's weight matrices, with all of its experts."""
+        return self.layer_parameters + (self.experts - self.experts_used) * self.expert_parameters
 
     def pairs(self, count_in: Callable[[int | None], float], layers: int | None = None) -> float:
         """Add up the pairs of a row and a key over layers.
@@ -199,7 +223,7 @@ def _elements(module: Any) -> int:
     """Count the elements of the weight matrices in a module."""
     total = 0
     for part in module.modules():
-        if hasattr(part, "out_features"):
+        if hasattr(part, "out_features") and getattr(part, "groups", None) is None:
             out, width = _sizes(part)
             total += out * width
         else:

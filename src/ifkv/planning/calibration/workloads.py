@@ -39,7 +39,7 @@ def few_layers(
     """Build a random model with a few layers of the same shape and a tiny vocabulary."""
     from transformers import AutoModelForCausalLM
 
-    layer_bytes = shape.layer_parameters * shape.element_size
+    layer_bytes = shape.held_parameters * shape.element_size
     depth = max(1, min(shape.num_layers, math.ceil(TURNING_BYTES / layer_bytes)))
     small: Any = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = depth, VOCABULARY
