@@ -115,6 +115,11 @@ def _growth(config: Any, positions: Tensor) -> Tensor | None:
     return factor
 
 
+def _norm_of(layer: Any, *names: str) -> Any:
+    """Return the layer's norm, by the first of the names that it has; Apertus has its own."""
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
 def _window(attention: Any) -> int | None:
     """Return the sliding window of this layer: how many positions a token sees, itself included."""
     config = attention.config
@@ -165,10 +170,13 @@ def dense_rows(
     hidden = base.embed_tokens.weight[ids] if inputs is None else inputs
     if config.model_type == "gemma":
         hidden = hidden * base.embed_tokens.embed_scale.to(hidden.dtype)
+    if inputs is None:
+        hidden = hidden * getattr(config, "embedding_multiplier", 1)  # Granite
+    branch, divisor = (getattr(config, f, 1) for f in ("residual_multiplier", "logits_scaling"))
     memory_k, memory_v, rotated, attention_weights = [], [], [], []
     for index, layer in enumerate(layers):
         attention = layer.self_attn
-        entering = norm(layer.input_layernorm, hidden)
+        entering = norm(_norm_of(layer, "attention_layernorm", "input_layernorm"), hidden)
         q, k_new, v_new = _queries_keys_values(attention, entering)
         shape = (k_new.shape[0], positions.shape[-1], k_new.shape[2])
         k = k_new.new_zeros(shape) if keys_before_rope is None else keys_before_rope[index].clone()
@@ -189,9 +197,9 @@ def dense_rows(
         mixed = mixed.transpose(0, 1).flatten(1)
         if hasattr(attention, "attn_sub_norm"):  # BitNet
             mixed = rms_norm(attention.attn_sub_norm, mixed)
-        hidden = hidden + linear(attention.o_proj, mixed)
-        between = norm(layer.post_attention_layernorm, hidden)
-        hidden = hidden + feed_forward(config, layer.mlp, between)
+        hidden = hidden + linear(attention.o_proj, mixed) * branch
+        second = _norm_of(layer, "feedforward_layernorm", "post_attention_layernorm")
+        hidden = hidden + feed_forward(config, layer.mlp, norm(second, hidden)) * branch
         if added is not None and index < len(added):
             hidden = hidden + added[index]
 
@@ -203,6 +211,6 @@ def dense_rows(
         keys_before_rope=torch.stack(memory_k),
         keys=torch.stack(rotated),
         values=torch.stack(memory_v),
-        logits=linear(model.lm_head, norm(base.norm, hidden)),
+        logits=linear(model.lm_head, norm(base.norm, hidden)) / divisor,
         attention=tuple(attention_weights),
     )

@@ -16,6 +16,7 @@ FAMILIES: tuple[str, ...] = (
     "qwen3",
     "mistral",
     "phi3",
+    "apertus",
     "arcee",
     "aria_text",
     "bitnet",
@@ -23,6 +24,7 @@ FAMILIES: tuple[str, ...] = (
     "dots1",
     "gemma",
     "glm4_moe",
+    "granite",
     "jais2",
     "minimax_m2",
     "ministral",
@@ -92,6 +94,7 @@ _GROUPED = dict(
     moe_intermediate_size=_WIDTH,
 )
 _OPTIONS: dict[str, dict[str, Any]] = {
+    "apertus": dict(hidden_act="relu2"),
     "arcee": dict(hidden_act="relu2", mlp_bias=True),
     "aria_text": dict(moe_num_experts=_EXPERTS, moe_topk=_USED, moe_num_shared_experts=1),
     "bitnet": dict(hidden_act="relu2"),
@@ -99,6 +102,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "dots1": dict(first_k_dense_replace=1, **_GROUPED),
     "gemma": dict(hidden_act="gelu_pytorch_tanh"),
     "glm4_moe": dict(first_k_dense_replace=1, use_qk_norm=True, **_GROUPED),
+    "granite": dict(
+        embedding_multiplier=3.0,
+        logits_scaling=1.5,
+        residual_multiplier=0.7,
+        attention_multiplier=0.45,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
     "jais2": dict(hidden_act="relu2", mlp_bias=True, attention_bias=True),
     "minimax_m2": dict(num_local_experts=_EXPERTS, num_experts_per_tok=_USED),
     "mixtral": dict(num_local_experts=_EXPERTS, num_experts_per_tok=_USED),
