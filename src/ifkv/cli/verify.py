@@ -11,7 +11,8 @@ from ifkv.cli.placement import AUTO, Device, Dtype
 
 def verify(
     model_path: Annotated[
-        str, typer.Argument(help="Folder or hub id of a model of a type that `ifkv families` lists.")
+        str,
+        typer.Argument(help="Folder or hub id of a model of a type that `ifkv families` lists."),
     ],
     dtype: Dtype = AUTO,
     length: Annotated[

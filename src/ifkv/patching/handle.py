@@ -182,8 +182,7 @@ def patch(model: PreTrainedModel, *, backend: str | Backend = "auto") -> PatchHa
     made again. Copies of a patched model (``deepcopy``, pickle) are not patched.
 
     Args:
-        model: A model of a supported type (`ifkv families`), in ``eval()`` mode; or a
-            Qwen3-VL model.
+        model: A model of a type that ``ifkv families`` lists, in ``eval()`` mode.
         backend: ``"reference"`` (torch, any device), ``"flashinfer"`` (CUDA) or ``"auto"``; or a
             backend object, such as ``FlashInferBackend(mask="split")``.
 

@@ -53,7 +53,7 @@ class Session(Uncopied):
     """Documents of one model and one prefix, and the questions asked over them.
 
     Args:
-        model: A model of a supported type (`ifkv families`); it is patched if it is not.
+        model: A model of a type that ``ifkv families`` lists; it is patched if it is not.
         tokenizer: The model's tokenizer.
         store: Store that keeps the documents; or its path or URL, which is opened behind 2 GiB of
             memory. If None, a store in the user's cache folder (or where ``IFKV_STORE`` or
