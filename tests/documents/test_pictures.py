@@ -32,11 +32,13 @@ from ifkv.testing.vision_models import (
     IMAGE,
     VIDEO,
     VISION_END,
+    VISION_FAMILIES,
     VISION_START,
     picture_ids,
     random_pictures,
     shared_tiny_vision_model,
     tiny_vision_model,
+    vision_families,
 )
 
 IDS = [5, *picture_ids(2, 3), 6]
@@ -316,6 +318,20 @@ def test_pictures_that_do_not_move_are_refused(monkeypatch):
         ifkv.patch(own)
 
 
+@pytest.mark.parametrize("family", sorted(set(VISION_FAMILIES) - set(vision_families())))
+def test_releases_whose_pictures_cannot_be_moved_are_refused(family):
+    with pytest.raises(UnsupportedRopeError, match=r"Install transformers 5\.17\.0 or later"):
+        ifkv.patch(tiny_vision_model(family))
+
+
+@pytest.mark.skipif("qwen2_5_vl" not in vision_families(), reason="this release is refused")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_windows_are_refused(family):
+    own = tiny_vision_model(family, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(UnsupportedModelError, match="sliding window"):
+        ifkv.patch(own)
+
+
 def test_a_rotary_module_with_unmerged_axes_is_refused(monkeypatch):
     own = tiny_vision_model()
     kind: Any = type(own.model.language_model.rotary_emb)
@@ -447,7 +463,8 @@ def test_copies_keep_their_pictures(model):
         assert_close(got, want, what="logits")
 
 
-def test_every_wrapper_names_its_model(model):
-    found = wrapper_of(model)
-    assert found is wrappers()["qwen3_vl"]
+@pytest.mark.parametrize("family", vision_families())
+def test_every_wrapper_names_its_model(family):
+    own = shared_tiny_vision_model(family)
+    assert wrapper_of(own) is wrappers()[family]
     assert wrapper_of(shared_tiny_model("llama")) is None

@@ -27,10 +27,10 @@ from ifkv.testing import assert_bit_equal, assert_close
 from ifkv.testing.strategies import orders, prompts, slot_subsets
 from ifkv.testing.vision_models import (
     IMAGE,
-    VISION_FAMILIES,
     picture_ids,
     random_pictures,
     shared_tiny_vision_model,
+    vision_families,
 )
 from ifkv.testing.vision_oracle import (
     dense_vision_prefill,
@@ -43,6 +43,7 @@ from ifkv.testing.vision_oracle import (
 from scenario import EXACT, assert_rows_equal, cache_of, keys_of, poison, values_of
 
 PROMPT = [30, 31, 32]
+FAMILIES = vision_families()
 WORDS = st.lists(st.integers(0, 89), max_size=4)
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 4))
 
@@ -109,7 +110,7 @@ def scenes(draw: st.DrawFn, least: int = 1) -> Scene:
     prefix = draw(st.lists(st.integers(0, 89), max_size=3))
     total = len(prefix) + sum(len(page.token_ids) for page in own)
     return Scene(
-        draw(st.sampled_from(VISION_FAMILIES)),
+        draw(st.sampled_from(FAMILIES)),
         prefix,
         own,
         draw(orders(len(own))),
@@ -153,7 +154,7 @@ def upstream_arguments(pages: Sequence[Paged], before: Sequence[int], behind: Se
 def _forgetful() -> Iterator[None]:
     """Upstream's modules remember the last request's positions; no test may depend on another."""
     yield
-    for family in VISION_FAMILIES:
+    for family in FAMILIES:
         shared_tiny_vision_model(family).model.rope_deltas = None
 
 
@@ -178,7 +179,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 0, 1]])
 def test_everything_recomputed_equals_the_models_own_forward_on_pixels(family, order):
     model = shared_tiny_vision_model(family)
@@ -275,7 +276,7 @@ def test_scores_in_every_geometry(s: Scene, geometry: Any) -> None:
     assert_close(scores, truth.float(), what="scores", tolerance=1e-6)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_answers_as_upstream_does_whatever_the_module_remembers(family, beams):
     model = shared_tiny_vision_model(family)
@@ -293,7 +294,7 @@ def test_generate_answers_as_upstream_does_whatever_the_module_remembers(family,
             assert model.model.rope_deltas is remembered
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_alone_answers_as_upstream_does_whatever_the_module_remembers(family):
     model = shared_tiny_vision_model(family)
     ids = torch.tensor([[1, 2, 5, 6, 7, 8, 9, *PROMPT]])
@@ -309,7 +310,7 @@ def test_text_alone_answers_as_upstream_does_whatever_the_module_remembers(famil
     assert got[0].tolist() == want[0, 7:].tolist()
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_requests_side_by_side_do_not_see_one_another(family):
     """Requests with pictures, without, and of other lengths, in one pass each."""
     model = shared_tiny_vision_model(family)
@@ -354,7 +355,7 @@ def test_documents_added_later_stand_where_they_would_have_stood(s: Scene) -> No
     assert_close(got, want, what="logits", tolerance=EXACT)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scored", [False, True])
 def test_tokens_still_to_run_stand_between_pictures(family, scored):
     """As a conversation does: a question, then a picture, then tokens that no pass has run."""
@@ -389,7 +390,7 @@ def test_cacheblend_compares_rows_of_pictures(s: Scene) -> None:
     assert_close(found.scores, want, what="deviations", tolerance=1e-5)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_tower_runs_in_any_company(family):
     model = shared_tiny_vision_model(family)
     given_pages = [page.given for page in PAGES]
@@ -404,7 +405,7 @@ def test_the_tower_runs_in_any_company(family):
             assert one.images.identity == other.images.identity
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_behind_a_surrogate_context_everything_recomputed_is_exact(family):
     model = shared_tiny_vision_model(family)
     with torch.no_grad():
@@ -422,7 +423,7 @@ def test_behind_a_surrogate_context_everything_recomputed_is_exact(family):
     assert_close(got, out.logits[0, -1], what="logits", tolerance=EXACT)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_rounded_cache_of_pictures_is_near_the_exact_one(family):
     model = shared_tiny_vision_model(family, dtype=torch.float32)
     with ifkv.patch(model):
@@ -438,7 +439,7 @@ def test_a_rounded_cache_of_pictures_is_near_the_exact_one(family):
     assert (one - other).abs().max() < 0.3 * one.abs().max()
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_models_own_forward_continues_a_stitched_cache_with_its_positions(family):
     model = shared_tiny_vision_model(family)
     with ifkv.patch(model):

@@ -16,18 +16,20 @@ from ifkv.models.families import Family, families, parse_family, resolve_family
 from ifkv.models.source_hash import source_hash
 from ifkv.models.wrappers import Wrapper, wrappers
 from ifkv.testing import FAMILIES, SLIDING_FAMILIES, tiny_model
-from ifkv.testing.vision_models import VISION_FAMILIES
+from ifkv.testing.vision_models import VISION_FAMILIES, vision_families
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = [
     pytest.param(family, path, id=f"{family.name}-{path.rpartition('.')[2]}")
     for family in families().values()
     for path in family.upstream_paths
+    if family.name not in VISION_FAMILIES or family.name in vision_families()
 ]
 AROUND = [
     pytest.param(wrapper, path, id=f"{wrapper.name}-{path.rpartition('.')[2]}")
     for wrapper in wrappers().values()
     for path in wrapper.upstream_paths
+    if wrapper.name in vision_families()
 ]
 
 

@@ -20,8 +20,8 @@ class ImageDocument:
     Attributes:
         token_ids: Its tokens. Each row of a picture has the model's placeholder, with the marks
             around a picture as the model's processor writes them.
-        inputs: What the model's image processor returned for its pictures, in their order; for
-            Qwen3-VL ``pixel_values`` and ``image_grid_thw``.
+        inputs: What the model's image processor returned for its pictures, in their order:
+            ``pixel_values`` and ``image_grid_thw``.
     """
 
     token_ids: Sequence[int] | Tensor

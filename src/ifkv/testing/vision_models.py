@@ -11,14 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from ifkv.testing.models import fill
 from ifkv.testing.wide import widen_norms
 
-VISION_FAMILIES: tuple[str, ...] = ("qwen3_vl",)
+VISION_FAMILIES: tuple[str, ...] = ("qwen3_vl", "qwen2_5_vl", "qwen2_vl")
 """Vision-language families `tiny_vision_model` can build."""
+
+LATE_FAMILIES: tuple[str, ...] = ("qwen2_5_vl", "qwen2_vl")
+"""Those that are refused before transformers 5.17."""
 
 VISION_START, IMAGE, VISION_END, VIDEO = 90, 91, 92, 93
 """Token ids of tiny models: the marks around a picture, and the placeholders of its rows."""
@@ -57,14 +61,12 @@ def tiny_vision_model(
     """
     if family not in VISION_FAMILIES:
         raise ValueError(f"family is {family!r}; choose one of {', '.join(VISION_FAMILIES)}")
-    head_dim = 16
     text: dict[str, Any] = dict(
         num_hidden_layers=num_layers,
         hidden_size=64,
         intermediate_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=head_dim,
         vocab_size=97,
         max_position_embeddings=512,
         bos_token_id=None,
@@ -74,7 +76,6 @@ def tiny_vision_model(
             "rope_type": "default",
             "rope_theta": 10000.0,
             "mrope_section": [3, 3, 2],
-            "mrope_interleaved": family.startswith("qwen3"),
         },
     )
     vision: dict[str, Any] = dict(
@@ -89,7 +90,14 @@ def tiny_vision_model(
         out_hidden_size=64,
     )
     if family.startswith("qwen3_vl"):
+        text["head_dim"] = 16
+        text["rope_parameters"]["mrope_interleaved"] = True
         vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=list(deepstack))
+    elif family == "qwen2_5_vl":  # windows of 2 x 2 merged patches in all of its layers but one
+        vision |= dict(window_size=8, fullatt_block_indexes=[1])
+    else:  # its tower names its width otherwise
+        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+        del vision["intermediate_size"], vision["out_hidden_size"]
     config = AutoConfig.for_model(
         family,
         text_config=text | text_options,
@@ -113,6 +121,13 @@ def tiny_vision_model(
 def shared_tiny_vision_model(family: str = "qwen3_vl", **options: Any) -> PreTrainedModel:
     """Return a `tiny_vision_model` that is built once per set of options; do not change it."""
     return tiny_vision_model(family, **options)
+
+
+def vision_families() -> tuple[str, ...]:
+    """Return those of `VISION_FAMILIES` that work with the installed release of transformers."""
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    late = LATE_FAMILIES if release < (5, 17) else ()
+    return tuple(family for family in VISION_FAMILIES if family not in late)
 
 
 def random_pictures(sizes: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Tensor]:
