@@ -20,8 +20,12 @@ def families(
     from types import SimpleNamespace
 
     from ifkv.models.families import describe, families, family_of, reasons
+    from ifkv.models.wrappers import wrappers
 
-    if model_type is not None:
+    around = {name: each for each in wrappers().values() for name in each.model_types}
+    if model_type in around:
+        typer.echo(around[model_type].description)
+    elif model_type is not None:
         typer.echo(describe(family_of(SimpleNamespace(model_type=model_type), "this model")))
     elif refused:
         for name, refusal in sorted(reasons().items()):
@@ -29,3 +33,5 @@ def families(
     else:
         for family in families().values():
             typer.echo(describe(family))
+        for wrapper in wrappers().values():
+            typer.echo(wrapper.description)

@@ -64,6 +64,15 @@ class Wrapper:
     upstream_hashes: dict[str, tuple[str, ...]]
 
     @property
+    def description(self) -> str:
+        """Return what `ifkv families` says about it, in two lines."""
+        return (
+            f"{', '.join(self.model_types)}: a vision tower beside {', '.join(self.decoders)}\n"
+            f"  pictures in the steps, not in sessions, stores or on the command line; from "
+            f"transformers {self.since} on, tested on {', '.join(self.verified_transformers)}"
+        )
+
+    @property
     def upstream_paths(self) -> tuple[str, ...]:
         """Return the dotted paths of all upstream code around the decoder."""
         methods = [f"{self.inner_class}.{method}" for method in METHODS]

@@ -122,10 +122,11 @@ def _nothing_fits(entries: int, others: Sequence[str | None], own: SurrogateCont
             "encoded behind this prefix. Encode documents with the same model, dtype, prompt "
             "and store."
         )
+    found = f"{len(others)} document" + "s" * (len(others) > 1)
     theirs = "without one" if None in others else "behind another"
     wanted = "without a surrogate context" if own is None else f"behind the {own!r}"
     return (
-        f"the store holds {len(others)} documents that this model encoded behind this prefix, but "
+        f"the store holds {found} that this model encoded behind this prefix, but "
         f"none {wanted}: they were encoded {theirs}. Give the surrogate context that they were "
         "encoded behind, or encode them anew."
     )
