@@ -207,7 +207,8 @@ def test_neighbours_have_no_influence(
     assert all(document.prefix is known for document in alone)
 
 
-@pytest.mark.parametrize("family", SLIDING_FAMILIES)
+# Queries of ministral3 grow with their position, which the text moves.
+@pytest.mark.parametrize("family", [each for each in SLIDING_FAMILIES if each != "ministral3"])
 def test_a_document_longer_than_the_window_forgets_the_text(family: str) -> None:
     """In layer l, tokens more than l windows behind the beginning are what they are alone.
 

@@ -312,9 +312,11 @@ def test_scoring_through_all_layers_is_noticed(
 ) -> None:
     fast, depth = cuda_graphs.run_layers, ModelShape.of(model).num_layers
 
-    def through(m: Any, hidden: Any, positions: Any, rotation: Any, run: Any, stop: int) -> Any:
-        fast(m, hidden, positions, rotation, run, depth)
-        return fast(m, hidden, positions, rotation, run, stop)
+    def through(
+        m: Any, hidden: Any, positions: Any, rotation: Any, run: Any, stop: int, **more: Any
+    ) -> Any:
+        fast(m, hidden, positions, rotation, run, depth, **more)
+        return fast(m, hidden, positions, rotation, run, stop, **more)
 
     monkeypatch.setattr(cuda_graphs, "run_layers", through)
     with pytest.raises(AssertionError):
